@@ -1,0 +1,107 @@
+"""The constants at the top of a script are its options: read them, let the command line replace them."""
+
+import argparse
+import ast
+import difflib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+TRUE_FALSE = {"true": True, "false": False}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaint is one line on stderr and exit code 2, without the usage in front of it."""
+
+    def error(self, message: str):
+        self.exit(2, message.removeprefix("argument ") + "\n")
+
+
+def override_constants(script: dict, argv: list[str] | None = None) -> dict:
+    """Replace the UPPER_CASE constants of a script by `--name value` options, and return them all.
+
+    Call it as `main(override_constants(globals()))` under `if __name__ == "__main__"`. The script stays the
+    only place where an option is declared: its name, its default, its type (that of the default) and
+    its help (the comment on its line) are read from there.
+
+    script: the namespace of a module with `__file__` and `__doc__`; changed in place.
+    argv: the words after the script's name; None takes them from the command line.
+    Raises SystemExit(2) after one line on stderr for an unknown or ill-typed option, TypeError for a constant
+    that can be no option.
+    """
+    comments = top_constants(Path(script["__file__"]).read_text(encoding="utf-8"))
+    parser = OneLineParser(
+        prog=command(script),
+        description=script["__doc__"],
+        usage="%(prog)s [--name value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, comment in comments.items():
+        default = script[name]
+        parser.add_argument(
+            f"--{name.lower()}",
+            dest=name,
+            default=default,
+            type=reader(name, default),
+            nargs="?" if isinstance(default, bool) else None,
+            const=True if isinstance(default, bool) else None,
+            metavar=type(default).__name__,
+            help=f"{comment} (now {default!r})".replace("%", "%%"),
+        )
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [f"--{name.lower()}" for name in comments]
+        guess = difflib.get_close_matches("--" + unknown[0].split("=")[0].lower().strip("-"), known, n=1)
+        parser.error(f"unknown option {unknown[0]}" + (f", did you mean {guess[0]}?" if guess else ""))
+    changed = {name: value for name, value in vars(values).items() if value != script[name]}
+    if changed and os.environ.get("RANK", "0") == "0":
+        print("changed for this run: " + ", ".join(f"{name} = {value!r}" for name, value in changed.items()))
+    script.update(vars(values))
+    return vars(values)
+
+
+def command(script: dict) -> str:
+    """How a user starts this script: `python train_dpo.py`, or `python -m extras.evaluate` for one in a package."""
+    spec = script.get("__spec__")
+    if spec is not None and "." in spec.name:
+        return f"python -m {spec.name}"
+    return f"python {Path(script['__file__']).name}"
+
+
+def top_constants(source: str) -> dict[str, str]:
+    """The UPPER_CASE names set before the first function of a source text, each with the comment on its line."""
+    lines = source.splitlines()
+    constants = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            break
+        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Dict):  # a table is no option
+            name = getattr(node.targets[0], "id", "")
+            if name.isupper():
+                rest_of_line = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+                constants[name] = rest_of_line.strip().lstrip("# ")
+    return constants
+
+
+def reader(name: str, default: object) -> Callable[[str], object]:
+    """A function that turns the text of an option into a value of the default's type, or says why it cannot."""
+    kind = type(default)
+    if kind not in (str, bool, int, float, tuple):
+        raise TypeError(f"{name} = {default!r}: an option is a str, bool, int, float or tuple (0 or '' for 'not set')")
+
+    def read(text: str) -> object:
+        try:
+            if kind is bool:
+                return TRUE_FALSE[text.lower()]
+            if kind is tuple:
+                part_kind = type(default[0]) if default else str
+                return tuple(part_kind(part.strip()) for part in text.split(",") if part.strip())
+            if kind is float and not math.isfinite(float(text)):
+                raise ValueError  # 'nan' would pass as a float and poison the run in silence
+            return kind(text)
+        except (ValueError, KeyError):
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__} such as {default!r}, got {text!r}") from None
+
+    return read

@@ -1,0 +1,165 @@
+"""Where a model runs, in which precision, how it is loaded, given adapters, and saved with proof."""
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from utils.runs import pick, say, stop
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+PROOF_ROWS = 8  # a saved model is proved on so many rows
+PROOF_ABSOLUTE = 1e-5  # largest difference after reloading the same weights
+PROOF_RELATIVE = 1e-3  # the same for merged adapters, where W + BA is rounded once more
+
+
+def choose_device(name: str = "") -> torch.device:
+    """The device called `name`, or the best one that is there: cuda, then mps, then cpu.
+
+    Under a launcher each process gets the GPU of its LOCAL_RANK. Ends the script if the named device is not there.
+    """
+    from accelerate import PartialState
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = name or next(kind for kind, is_there in there.items() if is_there)
+    if not pick(there, "DEVICE", kind):
+        stop(f"DEVICE = {kind!r} is not there on this machine, here: {', '.join(k for k in there if there[k])}")
+    return PartialState(cpu=kind == "cpu").device if kind != "mps" else torch.device("mps")
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """(fp32 | bf16 | fp16, the reason): what the device does natively, unless `name` says otherwise.
+
+    bf16 and fp16 mean autocast: the weights stay float32, and heads, log-probs and losses are float32 too.
+    """
+    if name:
+        pick(PRECISIONS, "PRECISION", name)
+        if name == "fp16" and device.type != "cuda":
+            stop(f"PRECISION = 'fp16' needs a GradScaler, which {device.type} has not: use fp32 or bf16")
+        return name, "as asked for"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return "bf16", "this GPU computes bf16 natively"
+        return "fp16", "this GPU has no native bf16: fp16 autocast with a GradScaler over float32 weights"
+    if device.type == "mps":
+        return "fp32", "bf16 is emulated on M1 and M2, and fp16 needs a GradScaler"
+    if cpu_has_bf16():
+        return "bf16", "this CPU multiplies bf16 natively (AMX or AVX512-BF16)"
+    return "fp32", "this CPU has no native bf16"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware; AVX512-BF16 measured 2.5 times float32, AMX nearly 4 times."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def load_causal(name: str) -> nn.Module:
+    """A causal language model with float32 weights; `name` is a hub name or a folder.
+
+    Attention is sdpa, which takes the 4-D masks of shared-prompt rows on every device.
+    """
+    return load(AutoModelForCausalLM, "MODEL", name)
+
+
+def load_classifier(name: str, labels: int, constant: str = "MODEL", **options: object) -> nn.Module:
+    """A model with a linear head of `labels` outputs, float32; a head that is not in the files starts small.
+
+    Returns an AutoModelForSequenceClassification; its head is `model.score` [labels, hidden].
+    """
+    return load(AutoModelForSequenceClassification, constant, name, num_labels=labels, **options)
+
+
+def load(kind: type, constant: str, name: str, **options: object) -> nn.Module:
+    try:
+        return kind.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa", **options)
+    except OSError as error:
+        explain_missing(constant, name, error)
+    except ValueError as error:  # transformers: a model class that this architecture does not have
+        if "Unrecognized" not in str(error):
+            raise
+        stop(f"{constant} = {name!r} is not a {kind.__name__.removeprefix('AutoModelFor')} model")
+
+
+def explain_missing(constant: str, name: str, error: OSError) -> None:
+    """End the script with the reason why a model or tokenizer of that name cannot be had."""
+    if Path(name).is_dir():
+        stop(f"{constant} = {name!r}: this folder holds no complete model ({str(error).splitlines()[0][:160]})")
+    stop(
+        f"{constant} = {name!r} cannot be had: no such folder here, not in the cache, and the hub did not give it; "
+        "without a hub, `python -m extras.get_offline_model` makes models/SmolLM2-135M-Instruct"
+    )
+
+
+def add_lora(
+    model: nn.Module, task: str, rank: int, alpha: int, dropout: float, targets: tuple[str, ...], head: str = ""
+) -> nn.Module:
+    """The model with low-rank adapters on the layers named in `targets`; only they (and `head`) are trained.
+
+    task: "CAUSAL_LM" or "SEQ_CLS". head: a new layer that is trained and saved whole with the adapter; without
+    it the head of a reward model would be lost on saving, and no message would say so.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    missing = set(targets) - names
+    if missing:
+        stop(
+            f"LORA_TARGETS: no layer is called {', '.join(sorted(missing))}; this model has {', '.join(sorted(names))}"
+        )
+    config = LoraConfig(
+        task_type=task,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        modules_to_save=[head] if head else None,
+    )
+    return get_peft_model(model, config)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The transformers model itself, adapters active: what PEFT wraps, or the model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def count_parameters(model: nn.Module) -> str:
+    """For the log: `trains 0.92 of 135.4 million parameters`."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"trains {trained / 1e6:.2f} of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters"
+
+
+def save_with_proof(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    reload: Callable[[str], nn.Module],
+    score: Callable[[nn.Module], torch.Tensor],
+) -> None:
+    """Save a plain folder, load it in a fresh object, and compare scores; adapters are merged and kept beside it.
+
+    model: a transformers or PEFT model; merged in place if it has adapters.
+    reload: from the folder's name to a fresh model. score: from a model to float32 scores of PROOF_ROWS rows.
+    Raises RuntimeError where the difference exceeds PROOF_ABSOLUTE (adapters: PROOF_RELATIVE, relative to the
+    largest score).
+    """
+    model.eval()
+    with torch.no_grad():
+        before = score(model)
+        merged = hasattr(model, "merge_and_unload")
+        if merged:
+            model.save_pretrained(folder / "adapter")
+            model = model.merge_and_unload()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        after = score(reload(str(folder)).to(before.device).eval())
+    difference = (before - after).abs().max().item()
+    limit = PROOF_RELATIVE * before.abs().max().item() if merged else PROOF_ABSOLUTE
+    if not difference <= limit:
+        raise RuntimeError(f"{folder}: scores differ by {difference:.2e} after reloading (limit {limit:.1e})")
+    say(f"saved {folder}; reloaded, {len(before)} rows score the same (largest difference {difference:.1e})")

@@ -1,0 +1,136 @@
+"""The preference row: ratings, chat turns, the cells of a source, and a ledger of all that is left out."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.runs import write_text
+from utils.sources import Record
+
+Message = dict  # {"role": "system" | "user" | "assistant", "content": str}
+
+RATINGS = {  # whole weights of the five attributes and their divisor: sums of 0.2 steps do not compare in floats
+    "average": ((1, 1, 1, 1, 1), 5),
+    "no_verbosity": ((1, 1, 1, 1, 0), 4),
+    "no_verbosity_no_complexity": ((1, 1, 1, 0, 0), 3),
+    "goodness": ((65, 80, 45, 0, 0), 100),
+    "helpfulness": ((1, 0, 0, 0, 0), 1),
+    "nvidia_70b": ((65, 80, 45, 55, -40), 100),  # the scalar scores of NVIDIA's 70B and 340B reward models
+    "nvidia_340b": ((30, 74, 46, 47, -33), 100),
+}
+TURN_MARKER = re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n")
+
+
+class Ledger:
+    """Every row or pair that is left out, with its reason, so that rows read = rows used + rows in here."""
+
+    def __init__(self):
+        self.entries = []
+        self.rows_read = 0
+        self.rows_used = 0
+        self.prompts = set()  # hashes of the prompts read
+
+    def read(self, prompt: object) -> None:
+        """Count a row of the source."""
+        self.rows_read += 1
+        self.prompts.add(hash(str(prompt)))
+
+    def drop(self, reason: str, split: str, rows: Sequence[int], prompt: object) -> None:
+        """Note that the source's `rows` (numbers from 0, within `split`) are left out."""
+        start = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
+        self.entries.append({"reason": reason, "split": split, "rows": list(rows), "prompt": start[:80]})
+
+    def counts(self) -> dict[str, int]:
+        """Entries by reason: pairs for ties and equal answers, rows for what was left out by itself."""
+        return dict(sorted(Counter(entry["reason"] for entry in self.entries).items()))
+
+    def totals(self) -> dict[str, int]:
+        """Rows read, used and left out; an assertion holds the books: read = used + left out."""
+        dropped = sum(len(entry["rows"]) for entry in self.entries)
+        assert self.rows_read == self.rows_used + dropped, (self.rows_read, self.rows_used, dropped)
+        counts = {"rows_read": self.rows_read, "rows_used": self.rows_used, "rows_dropped": dropped}
+        return {**counts, "prompts": len(self.prompts)}
+
+    def write(self, path: Path) -> None:
+        write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.entries))
+
+
+def chat_turns(prompt: str) -> list[Message]:
+    """HelpSteer's prompt as chat turns: the markers `<extra_id_1>User` and `<extra_id_1>Assistant` begin one each.
+
+    They are ordinary text to a tokenizer. A turn without text is left out; the list ends with a user turn
+    wherever there is one.
+    """
+    first, *rest = TURN_MARKER.split(prompt)
+    turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
+    messages = [{"role": who.lower(), "content": text.strip("\n")} for who, text in turns if text.strip()]
+    while len(messages) > 1 and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
+
+
+def whole_number(value: object) -> int | None:
+    """The integer that a cell means (3, 3.0, "3"), None for anything else."""
+    number = real_number(value)
+    return int(number) if number is not None and number == int(number) else None
+
+
+def real_number(value: object) -> float | None:
+    """The finite number that a cell means, None for text, NaN, true and missing values."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def hundredths(rating: float) -> int:
+    """A rating in whole hundredths: gaps are compared in these."""
+    return round(rating * 100)
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def messages_of(side: object) -> list[Message]:
+    """Chat messages of a cell that is a text (one answer) or a list of messages; [] where it is neither."""
+    if is_text(side):
+        return [{"role": "assistant", "content": side}]
+    if not isinstance(side, (list, tuple)):
+        return []
+    if not all(isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in side):
+        return []
+    return [{"role": m["role"], "content": m["content"]} for m in side]
+
+
+def prompt_text(prompt: object, turns: list[Message]) -> str:
+    """The prompt as one text: as the source has it, or its turns written out where the source has messages."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in turns)
+
+
+def finished_row(pair: dict, system_prompt: str) -> Record:
+    """The row that is stored: whole conversations, the persona in the system turn of both sides."""
+    turns = pair["turns"]
+    if system_prompt:
+        turns = [{"role": "system", "content": system_prompt}, *(m for m in turns if m["role"] != "system")]
+    attributes = pair.get("attributes", (None, None))
+    sides = [[*turns, {"role": "assistant", "content": answer}] for answer in pair["answers"]]
+    return {
+        "prompt": pair["prompt"],
+        "chosen": sides[0],
+        "rejected": sides[1],
+        "chosen_rating": pair["ratings"][0],
+        "rejected_rating": pair["ratings"][1],
+        "chosen_attributes": attributes[0],
+        "rejected_attributes": attributes[1],
+    }

@@ -1,0 +1,239 @@
+"""What a run leaves behind: run.json once, one line of metrics.jsonl per step. Reports read these files only."""
+
+import errno
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn
+
+PACKAGES = ("torch", "transformers", "datasets", "trl", "peft", "accelerate")
+
+ENVIRONMENT = {  # set before torch is imported; what the user has set wins
+    "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # operations that Apple's GPU lacks run on the CPU
+    "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",  # an error instead of a machine that swaps to death
+    "PYTORCH_MPS_LOW_WATERMARK_RATIO": "0.9",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # no warning when a data loader forks
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+}
+
+
+def first_process() -> bool:
+    """True on the process that prints and writes (launchers set RANK; without one there is a single process)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """Print a line, once per run and not once per process."""
+    if first_process():
+        print(message, flush=True)
+
+
+def stop(message: str) -> NoReturn:
+    """End the script with one line on stderr and exit code 1: for mistakes that a user can mend."""
+    raise SystemExit(message if first_process() else 1)
+
+
+def needs(path: str | Path, made_by: str) -> Path:
+    """The path, or an end to the script that says which earlier step makes it."""
+    if not Path(path).exists():
+        stop(f"{path} is not there yet: run `python {made_by}` first")
+    return Path(path)
+
+
+def pick(options: dict, name: str, value: str):
+    """options[value], or an end to the script that lists what the constant may be."""
+    if value not in options:
+        stop(f"{name} = {value!r} is not known, choose one of: {', '.join(map(str, options))}")
+    return options[value]
+
+
+def script(main: Callable) -> Callable:
+    """Decorate main(): set the environment before torch is imported, and end in one line what a user can cause.
+
+    That is Ctrl-C (exit code 130), a full disk, a folder without permission, a full GPU. Every other exception
+    is a programmer's mistake and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def guarded(settings: dict) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            main(settings)
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C: nothing half-written is left in place of older results", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:
+            line = user_line(error)
+            if not line:
+                raise
+            stop(line)
+
+    return guarded
+
+
+def user_line(error: Exception) -> str:
+    """The line for an error of the machine that a user can mend, "" for every other error."""
+    text = str(error)
+    if "out of memory" in text:
+        return "out of memory: lower BATCH_SIZE and raise ACCUMULATION by the same factor, or lower MAX_LENGTH"
+    # arrow and safetensors report a full disk in words of their own
+    if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in text or "StorageFull" in text:
+        return f"the disk is full, nothing was replaced: free some space and run the command again ({text[:200]})"
+    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+        return f"cannot write {error.filename}: {error.strerror}, choose another OUTPUT_DIR or mend its permissions"
+    if getattr(error, "errno", 0) == errno.EROFS:
+        return f"cannot write {error.filename}: the file system is read-only, choose another OUTPUT_DIR"
+    return ""
+
+
+class Interrupt:
+    """Remembers the first Ctrl-C (or SIGTERM) so that a loop can finish its step and save; the second one ends it."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("\nstopping after this step and saving it; once more stops at once")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """One run folder: created or taken up again at the start, filled with metrics, closed at the end.
+
+    A folder that holds a finished run, or an unfinished one with other settings, is moved aside whole to
+    NAME-<time>. An unfinished one with the same settings is taken up when `resume` is true. On processes
+    other than the first nothing is written.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict, resume: bool = True, **facts: object):
+        self.folder = Path(folder)
+        self.began = time.monotonic()
+        self.record = {
+            "script": Path(sys.argv[0]).name,
+            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            "settings": settings,
+            "seed": settings.get("SEED"),
+            "commit": commit(),
+            "versions": versions(),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "started": time.strftime("%F %T"),
+            "finished": "",
+            **facts,
+        }
+        if first_process():
+            self.take_folder(settings, resume)
+
+    def take_folder(self, settings: dict, resume: bool) -> None:
+        before = read_json(self.folder / "run.json")
+        if before and not before["finished"] and resume and same_work(before["settings"], settings):
+            say(f"{self.folder} holds an unfinished run with the same settings: going on from its last checkpoint")
+            self.record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            aside = self.folder.with_name(f"{self.folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            shutil.move(self.folder, aside)
+            say(f"{self.folder} held another run: moved aside to {aside}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "metrics.jsonl").touch()
+        write_json(self.folder / "run.json", self.record)
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Append one line of metrics.jsonl."""
+        if first_process():
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps that a resumed run will do again."""
+        if first_process():
+            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            write_text(self.folder / "metrics.jsonl", "".join(line + "\n" for line in kept))
+
+    def note(self, **facts: object) -> None:
+        """Put facts, the time so far and the peak memory into run.json."""
+        self.record.update(facts, seconds=round(time.monotonic() - self.began, 2), peak_memory_gb=peak_memory_gb())
+        if first_process():
+            write_json(self.folder / "run.json", self.record)
+
+    def finish(self, **facts: object) -> None:
+        """Close the run: a later start with the same folder moves it aside instead of going on."""
+        self.note(**facts, finished=time.strftime("%F %T"))
+
+
+def same_work(before: dict, now: dict) -> bool:
+    """Whether two runs are one and the same work; RESUME and DEVICE say how it is done, not what."""
+    how = {"RESUME", "DEVICE"}
+    now = json.loads(json.dumps(now))  # tuples are lists in the record
+    return {k: v for k, v in before.items() if k not in how} == {k: v for k, v in now.items() if k not in how}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its name and rename it when whole, so that a kill leaves the old one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    write_text(Path(path), json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """The content of a JSON file, {} where there is none."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+
+
+def commit() -> str:
+    """The git commit that this code stands at, with -dirty where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    except FileNotFoundError:
+        return "no git"
+    return done.stdout.strip() or "no git"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process held so far: of the GPU where one is used, else of the process (GB)."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    if sys.platform == "win32":
+        import psutil
+
+        return round(psutil.Process().memory_info().peak_wset / 1e9, 3)
+    import resource  # not there on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kilobytes on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
