@@ -12,30 +12,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from utils.config import override_constants
 from utils.pairing import checked_pairs, rating_columns
 from utils.rows import RATINGS, Ledger, finished_row
 from utils.runs import pick, say, script, stop, versions, write_json
-from utils.sources import Source, open_source, recognise
+from utils.sources import Source, head_of, open_source
 from utils.split import near_duplicate_groups, split_indices
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
 # data
 DATASET = "nvidia/HelpSteer2"  # hub name owner/name[/folder or split], or a local file or folder
-RATING = (
-    "average"  # average | goodness | helpfulness | no_verbosity | no_verbosity_no_complexity | nvidia_70b | nvidia_340b
-)
+RATING = "average"  # what the five grades are weighed into: average | goodness | helpfulness | ... (utils/rows.py)
 MIN_RATING_GAP = 0.0  # leave out pairs whose ratings differ by less
 SYSTEM_PROMPT = ""  # system turn (a persona) that every row begins with, "" = as the source has it
 MAX_ROWS = 0  # read the first so many rows of each split only, 0 = all of them
@@ -48,8 +46,6 @@ VALIDATION_SHARE = 0.2  # of the pairs, whole prompts on one side
 SEED = 42  # of the split
 # output
 OUTPUT_DIR = "processed_helpsteer"  # written beside its name and renamed when whole
-
-BATCH_OF_ROWS = {"tokenise": 256, "hash": 2000}  # rows held in memory at once
 
 
 def setup_tokenizer(name: str, chat_template: str = "") -> PreTrainedTokenizerBase:
@@ -64,88 +60,64 @@ def split_dataset(dataset: Dataset, test_size: float, seed: int, never_train: tu
 
     Equal and near-duplicate prompts come on the same side; prompts like one of `never_train` are not trained on.
     """
-    prompts = dataset["prompt"]
-    groups = near_duplicate_groups([*prompts, *never_train])
-    banned = {int(group) for group in groups[len(prompts) :]}
-    train, validation = split_indices(groups[: len(prompts)], test_size, seed, banned)
+    prompts = tqdm(chain(dataset["prompt"], never_train), "comparing prompts", len(dataset) + len(never_train))
+    groups = near_duplicate_groups(prompts)
+    banned = {int(group) for group in groups[len(dataset) :]}
+    train, validation = split_indices(groups[: len(dataset)], test_size, seed, banned)
     return dataset.select(train), dataset.select(validation)
 
 
 def process_dataset(train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple:
-    """(train, validation) with token columns: see `token_columns`. Chosen and rejected must be message lists."""
-    return tuple(
-        part.map(
-            partial(token_columns, tokenizer=tokenizer, max_length=max_length),
-            batched=True,
-            batch_size=BATCH_OF_ROWS["tokenise"],
-            features=row_features(tokenised=True) if set(part.column_names) == set(row_features()) else None,
-            desc=f"tokenising {name}",
-        )
-        for name, part in (("train", train), ("validation", validation))
-    )
+    """(train, validation) with token columns, see utils.tokens.token_columns; chosen and rejected are message lists."""
+    from utils.tokens import tokenised
+
+    return tokenised(train, tokenizer, max_length), tokenised(validation, tokenizer, max_length)
 
 
-def token_columns(batch: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
-    """input_ids and attention_mask (the prompt, padded to max_length), chosen_ids, rejected_ids and the *_cut flags."""
-    from utils.tokens import encode_pairs
-
-    answers = [
-        (chosen[-1]["content"], rejected[-1]["content"])
-        for chosen, rejected in zip(batch["chosen"], batch["rejected"], strict=True)
-    ]
-    encoded = encode_pairs(tokenizer, [chosen[:-1] for chosen in batch["chosen"]], answers, max_length)
-    padding = [max_length - len(pair.prompt_ids) for pair in encoded]
-    return {
-        "input_ids": [
-            pair.prompt_ids + [tokenizer.pad_token_id] * pad for pair, pad in zip(encoded, padding, strict=True)
-        ],
-        "attention_mask": [[1] * (max_length - pad) + [0] * pad for pad in padding],
-        "chosen_ids": [pair.chosen_ids for pair in encoded],
-        "rejected_ids": [pair.rejected_ids for pair in encoded],
-        "prompt_cut": [pair.prompt_cut for pair in encoded],
-        "chosen_cut": [pair.chosen_cut for pair in encoded],
-        "rejected_cut": [pair.rejected_cut for pair in encoded],
-        "equal_after_cut": [pair.chosen_ids == pair.rejected_ids for pair in encoded],
-    }
-
-
-def row_features(tokenised: bool = False) -> dict:
-    """The columns and their types; a small integer type each, since token ids are most of the file."""
+def row_features() -> Features:
+    """The columns that a row has before it is tokenised, and their types."""
     from datasets import Features, List, Value
 
     conversation = List({"role": Value("string"), "content": Value("string")})
     columns = {"prompt": Value("string"), "chosen": conversation, "rejected": conversation}
     columns |= {f"{side}_rating": Value("float64") for side in ("chosen", "rejected")}
     columns |= {f"{side}_attributes": List(Value("int8")) for side in ("chosen", "rejected")}
-    if tokenised:
-        columns |= {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8"))}
-        columns |= {"chosen_ids": List(Value("int32")), "rejected_ids": List(Value("int32"))}
-        columns |= {name: Value("bool") for name in ("prompt_cut", "chosen_cut", "rejected_cut", "equal_after_cut")}
     return Features(columns)
 
 
 def read_pairs(source: Source, rating: str, gap: float, system: str, max_rows: int, work: str, ledger: Ledger) -> dict:
     """{"train": pairs, "test": pairs}: the checked pairs of each split of the source, on disk under `work`."""
     from datasets import Dataset
+    from datasets.arrow_writer import ArrowWriter
 
     parts = {}
     for role, open_records in source.splits.items():
-
-        def read(open_records: Callable[[], Iterator] = open_records) -> Iterator[dict]:
-            return islice(open_records(), max_rows or None)
-
-        first = next(read(), None)
-        if first is None:
-            stop(f"DATASET = {source.name!r} has no rows in its split {source.split_used[role]!r}")
-        layout = recognise(source.name, set(first))
-        if gap and layout == "pairs" and not rating_columns(first):
+        layout = source.layouts[role]
+        if gap and layout == "pairs" and not rating_columns(head_of(open_records())):
             stop(f"MIN_RATING_GAP = {gap}: {source.name} has no ratings, set it to 0")
 
-        def rows(read: Callable = read, layout: str = layout, role: str = role) -> Iterator[dict]:
-            for pair in checked_pairs(read, layout, rating, role, gap, ledger):
-                yield finished_row(pair, system)
+        def read(open_records: Callable = open_records) -> Iterator[dict]:
+            return islice(open_records(), max_rows or None)
 
-        parts[role] = Dataset.from_generator(rows, features=row_features(), cache_dir=work, split=role)
+        pairs = checked_pairs(read, layout, rating, role, gap, ledger)
+        with ArrowWriter(path=f"{work}/{role}.arrow", features=row_features()) as writer:
+            for pair in tqdm(pairs, f"pairing {role}", unit=" pairs"):
+                writer.write(finished_row(pair, system))
+            writer.finalize()  # from_generator() would fail where no pair is left
+        parts[role] = Dataset.from_file(f"{work}/{role}.arrow")
+    return parts
+
+
+def split_and_tokenise(
+    pairs: dict, share: float, seed: int, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Dataset]:
+    """{"train", "validation", "test"}: the finished rows. Empties `pairs`: their file is not held in memory then."""
+    test = pairs.pop("test", ())
+    train, validation = split_dataset(pairs.pop("train"), share, seed, test["prompt"] if len(test) else ())
+    train, validation = process_dataset(train, validation, tokenizer, max_length)
+    parts = {"train": train, "validation": validation}
+    if len(test):
+        parts["test"] = process_dataset(test, test.select([]), tokenizer, max_length)[0]
     return parts
 
 
@@ -155,7 +127,7 @@ def fingerprint(parts: dict[str, Dataset]) -> str:
     columns = ["prompt", "chosen_rating", "rejected_rating", "input_ids", "chosen_ids", "rejected_ids"]
     for name, part in sorted(parts.items()):
         digest.update(f"{name} {len(part)}".encode())
-        for batch in part.select_columns(columns).iter(BATCH_OF_ROWS["hash"]):
+        for batch in part.select_columns(columns).iter(1000):  # so many rows in memory at once
             digest.update(repr(batch).encode())
     return digest.hexdigest()
 
@@ -176,7 +148,7 @@ def describe(
         "dataset_name": source.name,
         "revision": source.revision,
         "split_used": source.split_used,
-        "rating": settings["RATING"],
+        "rating": source.rating,
         **sizes,
         "max_length": settings["MAX_LENGTH"],
         "tokenizer": settings["TOKENIZER"],
@@ -195,13 +167,35 @@ def describe(
     }
 
 
-def write_folder(folder: Path, whole: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """End the script where the output folder holds what is not of this script: it would be lost.
+
+    If an earlier run was killed in the moment between its two renamings, the old rows are put back first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in sorted(folder.parent.glob(f".{folder.name}-*")):
+        if (left / "old").exists() and not folder.exists():
+            os.replace(left / "old", folder)
+        say(f"{left} is left of a run that was killed (or is still at work): delete it when none is running")
+    if folder.is_file() or os.path.ismount(folder):
+        stop(f"OUTPUT_DIR = '{folder}' is a {'file' if folder.is_file() else 'mount point'}: choose another name")
+    ours = {"train", "validation", "test", "metadata.json", "dropped.jsonl"}
+    others = {path.name for path in folder.glob("[!.]*")} - ours if folder.exists() else ()
+    if others:
+        stop(f"OUTPUT_DIR = '{folder}' holds {', '.join(sorted(others)[:5])}, not made here: choose another name")
+
+
+def replace_folder(folder: Path, whole: Path) -> None:
     """Put the folder `whole` in the place of `folder`: the old one is there until the new one is complete."""
     old = whole.with_name("old")
     if folder.exists():
         os.replace(folder, old)
-    os.replace(whole, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.replace(whole, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
 
 
 def report(metadata: dict, folder: Path) -> None:
@@ -214,46 +208,56 @@ def report(metadata: dict, folder: Path) -> None:
         f"split: {metadata['train_size']} train, {metadata['validation_size']} validation, {metadata['test_size']} test"
     )
     say(
-        f"window of {metadata['max_length']} tokens cuts {cut['prompt']:.0%} of the prompts, {cut['chosen']:.0%} of the "
-        f"chosen and {cut['rejected']:.0%} of the rejected answers; {metadata['equal_after_cut']} pairs are equal then"
+        f"window of {metadata['max_length']} tokens cuts {cut['prompt']:.0%} of the prompts, {cut['chosen']:.0%} of "
+        f"the chosen and {cut['rejected']:.0%} of the rejected answers; {metadata['equal_after_cut']} pairs are equal "
+        "then"
     )
     say(f"written: {folder}\nnext: python dataset_summary.py")
+
+
+def check_numbers(share: float, gap: float, max_rows: int) -> None:
+    """End the script where a number can mean nothing."""
+    if not 0 <= share < 1:
+        stop(f"VALIDATION_SHARE = {share}: expected 0 or more, and less than 1")
+    if gap < 0:
+        stop(f"MIN_RATING_GAP = {gap}: expected 0 or more")
+    if max_rows < 0:
+        stop(f"MAX_ROWS = {max_rows}: expected 0 (all rows) or more")
 
 
 @script
 def main(settings: dict) -> None:
     # 1. check
     pick(RATINGS, "RATING", RATING)
-    if not 0 <= VALIDATION_SHARE < 1:
-        stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
+    check_numbers(VALIDATION_SHARE, MIN_RATING_GAP, MAX_ROWS)
+    from utils.tokens import check_window
+
+    folder = Path(OUTPUT_DIR).resolve()  # through a link: the folder that it names is replaced, not the link
+    check_folder(folder)
+    source, ledger = open_source(DATASET, RATING), Ledger()
     tokenizer = setup_tokenizer(TOKENIZER, CHAT_TEMPLATE)
-    folder = Path(OUTPUT_DIR)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as work:
+    check_window(tokenizer, MAX_LENGTH, SYSTEM_PROMPT)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as work:
         # 2. read and pair
-        source, ledger = open_source(DATASET, RATING), Ledger()
         pairs = read_pairs(source, RATING, MIN_RATING_GAP, SYSTEM_PROMPT, MAX_ROWS, work, ledger)
         if not len(pairs["train"]):
             stop(f"no pair is left of {ledger.totals()['rows_read']} rows of {DATASET}, left out: {ledger.counts()}")
         # 3. split and tokenise
-        test = pairs.get("test")
-        held_out = tuple(test["prompt"]) if test else ()
-        train, validation = split_dataset(pairs["train"], VALIDATION_SHARE, SEED, held_out)
-        train, validation = process_dataset(train, validation, tokenizer, MAX_LENGTH)
-        parts = {"train": train, "validation": validation}
-        if test:
-            parts["test"] = process_dataset(test, test.select([]), tokenizer, MAX_LENGTH)[0]
+        parts = split_and_tokenise(pairs, VALIDATION_SHARE, SEED, tokenizer, MAX_LENGTH)
+        if not len(parts["train"]):
+            stop(f"no pair is left for training: all prompts of {DATASET} are like some in its test split")
         # 4. save beside the old folder, then take its place
         whole = Path(work) / "whole"
         for name, part in parts.items():
-            part.save_to_disk(whole / name)
+            part.save_to_disk(whole / name, num_shards=None if len(part) else 1)  # without a file it cannot be loaded
         metadata = describe(parts, source, ledger, tokenizer, settings)
         write_json(whole / "metadata.json", metadata)
         ledger.write(whole / "dropped.jsonl")
-        write_folder(folder, whole)
+        replace_folder(folder, whole)
     # 5. say where it is
-    report(metadata, folder)
+    report(metadata, Path(OUTPUT_DIR))
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # all cores: nothing here forks
     main(override_constants(globals()))

@@ -1,6 +1,9 @@
-"""Every script keeps one shape: literal, explained constants on top, and only main() reads them."""
+"""Every script keeps one shape: literal, explained constants that only main() reads; imports run one way."""
 
 import ast
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,32 +11,124 @@ import pytest
 from utils.config import top_constants
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")] if "override_constants" in path.read_text()]
+SCRIPTS = [
+    path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]
+    if "override_constants" in path.read_text(encoding="utf-8")
+]
+MODULES = sorted(ROOT.glob("utils/*.py"))
+HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "matplotlib", "scipy", "pandas"}
+LIGHT_MODULES = ("config", "runs", "rows", "sources", "pairing", "split")  # importable without torch
+HELP_SECONDS = 1.0  # of processor time; half of it in practice
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def names_read_in(tree: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
+def imported_by(tree: ast.AST) -> set[str]:
+    """Full names of the modules imported anywhere in `tree`; utils.x for both ways to write it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module in ("utils", "extras")}
+    return names
+
+
+def imported_at_import(tree: ast.Module) -> set[str]:
+    """The same for what runs when the module itself is imported: not in functions, not for type checkers only."""
+    plain = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return imported_by(ast.Module(plain, []))
+
+
+def test_the_scripts_are_found():
+    assert "load_helpsteer_dataset" in {path.stem for path in SCRIPTS}
+
+
 @each_script
 def test_constants_are_literals_with_a_comment(script):
-    source = script.read_text()
+    source = script.read_text(encoding="utf-8")
     for name, comment in top_constants(source).items():
         assert comment, f"{name} needs a comment on its line: it is the text of --help"
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in top_constants(source):
-            ast.literal_eval(node.value)  # nothing derived: an option would not reach it
+            value = ast.literal_eval(node.value)  # nothing derived: an option would not reach it
+            assert isinstance(value, (str, bool, int, float, tuple)), f"{node.targets[0].id} = {value!r}"
 
 
 @each_script
 def test_only_main_reads_the_constants_and_reads_them_all(script):
-    source = script.read_text()
-    constants = set(top_constants(source))
-    for node in ast.parse(source).body:
+    constants = set(top_constants(script.read_text(encoding="utf-8")))
+    for node in parsed(script).body:
         if getattr(node, "name", "") == "main":
             assert constants <= names_read_in(node), f"never used: {constants - names_read_in(node)}"
         else:
             assert not constants & names_read_in(node), (
                 f"line {node.lineno}: take these as arguments: {constants & names_read_in(node)}"
             )
+
+
+@each_script
+def test_nothing_happens_at_import(script):
+    quiet = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If)
+    for node in parsed(script).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert docstring or isinstance(node, quiet), f"line {node.lineno}: {ast.unparse(node)[:80]}"
+        if isinstance(node, ast.If):
+            assert ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"), f"line {node.lineno}"
+
+
+@each_script
+def test_heavy_packages_are_imported_inside_functions(script):
+    heavy = {name for name in imported_at_import(parsed(script)) if name.split(".")[0] in HEAVY}
+    assert not heavy, f"import inside main() or what it calls, for a quick --help: {heavy}"
+
+
+@each_script
+def test_help_is_quick_and_needs_no_torch(script):
+    name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+    code = (
+        "import runpy, sys\nsys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module({name!r}, run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    constants = top_constants(script.read_text(encoding="utf-8"))
+    assert all(f"--{constant.lower()}" in done.stdout for constant in constants)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < HELP_SECONDS, f"{seconds:.2f} s of processor time for --help"
+
+
+def test_scripts_never_import_scripts():
+    scripts = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SCRIPTS}
+    for path in [*SCRIPTS, *MODULES]:
+        assert not imported_by(parsed(path)) & scripts, path
+
+
+def test_modules_import_each_other_one_way():
+    """No module reaches itself through its imports, those inside functions included."""
+    names = {f"utils.{path.stem}": path for path in MODULES}
+    below = {name: imported_by(parsed(path)) & set(names) for name, path in names.items()}
+    while below:
+        free = [name for name, needed in below.items() if not needed & set(below)]
+        assert free, f"a circle among {sorted(below)}"
+        for name in free:
+            del below[name]
+
+
+def test_light_modules_need_no_torch():
+    modules = ", ".join(f"utils.{name}" for name in LIGHT_MODULES)
+    code = f"import sys, {modules}\nassert 'torch' not in sys.modules and 'datasets' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

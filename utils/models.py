@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from utils.runs import pick, say, stop
+
+logging.disable_progress_bar()  # of loading and writing weights, which take a second; downloads keep theirs
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +32,14 @@ def choose_device(name: str = "") -> torch.device:
     if not pick(there, "DEVICE", kind):
         stop(f"DEVICE = {kind!r} is not there on this machine, here: {', '.join(k for k in there if there[k])}")
     return PartialState(cpu=kind == "cpu").device if kind != "mps" else torch.device("mps")
+
+
+def choose_machine(device_name: str, precision_name: str) -> tuple[torch.device, str]:
+    """(device, precision) by the two constants, printed with the reason."""
+    device = choose_device(device_name)
+    precision, reason = choose_precision(precision_name, device)
+    say(f"device {device}, precision {precision}: {reason}")
+    return device, precision
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[str, str]:

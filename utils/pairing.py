@@ -1,21 +1,22 @@
 """From the records of a source to checked pairs: one a prompt, best against worst, and a reason for all the rest."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from utils.rows import (
     RATINGS,
-    TURN_MARKER,
     Ledger,
-    chat_turns,
     hundredths,
     is_text,
+    is_unicode,
     messages_of,
     prompt_text,
+    prompt_turns,
     real_number,
     whole_number,
 )
-from utils.sources import ATTRIBUTES, Record
+from utils.sources import ATTRIBUTES, Record, head_of
 
 PAIR_RATINGS = (  # names of the two rating columns in sources that have pairs
     ("chosen_rating", "rejected_rating"),
@@ -38,12 +39,12 @@ def checked_pairs(
         pairs = pairs_of_records(read, layout, split, ledger)
     seen = set()
     for pair in pairs:
-        content = hash((pair["prompt"], *pair["answers"]))
+        content = hash((str(pair["turns"]), *pair["answers"]))
         reason = check_pair(pair, min_rating_gap) or ("duplicate" if content in seen else "")
-        seen.add(content)
         if reason:
             ledger.drop(reason, split, pair["rows"], pair["prompt"])
         else:
+            seen.add(content)
             ledger.rows_used += len(pair["rows"])
             yield pair
 
@@ -111,7 +112,7 @@ def best_against_worst(group: list[dict], rating: str, split: str, ledger: Ledge
             ledger.drop("between_best_and_worst", split, [answer["row"]], answer["prompt"])
     return {
         "prompt": best["prompt"],
-        "turns": chat_turns(best["prompt"]),
+        "turns": prompt_turns(best["prompt"]),
         "answers": (best["response"], worst["response"]),
         "ratings": (max(scores) / divisor, min(scores) / divisor),
         "attributes": (best["attributes"], worst["attributes"]),
@@ -121,52 +122,57 @@ def best_against_worst(group: list[dict], rating: str, split: str, ledger: Ledge
 
 def pairs_of_records(read: Callable[[], Iterator[Record]], layout: str, split: str, ledger: Ledger) -> Iterator[dict]:
     """Pairs of a source that has one pair a record."""
-    pair_of = {"pairs": pair_of_record, "strength": pair_of_strength}[layout]
+    rated = rating_columns(head_of(read())) if layout == "pairs" else ()
     for row, record in enumerate(read()):
-        prompt = record.get("prompt") or record.get("context") or record.get("chosen")
-        ledger.read(prompt)
-        pair = pair_of(record)
+        pair = pair_of_strength(record) if layout == "strength" else pair_of_record(record, rated)
         if isinstance(pair, str):
+            prompt = record.get("prompt") or record.get("context") or record.get("chosen")
+            ledger.read(prompt)
             ledger.drop(pair, split, [row], prompt)
         else:
+            ledger.read(pair["prompt"])
             yield {**pair, "rows": [row]}
 
 
-def pair_of_record(record: Record) -> dict | str:
-    """The pair in a record of the `pairs` layout, or the reason why there is none."""
+def pair_of_record(record: Record, rated: tuple[str, ...]) -> dict | str:
+    """The pair in a record of the `pairs` layout, or the reason why there is none. rated: see rating_columns."""
     turns, answers = [], []
     for side in (record.get("chosen"), record.get("rejected")):
         messages = messages_of(side)
-        if not messages or messages[-1]["role"] != "assistant":
+        if not messages:
+            return "bad_messages" if side else "empty_answer"
+        if messages[-1]["role"] != "assistant" or not is_text(messages[-1]["content"]):
             return "empty_answer"
-        turns.append(messages[:-1])
+        turns.append(prompt_turns(messages[:-1]))
         answers.append(messages[-1]["content"])
-    prompt = record.get("prompt")
-    if not turns[0]:  # the sides are answers only
-        turns = [chat_turns(prompt) if isinstance(prompt, str) else messages_of(prompt)] * 2
-    elif is_text(prompt) and TURN_MARKER.search(prompt):  # a dialogue that was squeezed into one user turn
-        turns = [[m for m in side if m["role"] == "system"] + chat_turns(prompt) for side in turns]
-    if not turns[0] or turns[0][-1]["role"] != "user":
-        return "empty_prompt"
     if turns[0] != turns[1]:
         return "prompts_differ"
-    ratings = (None, None)
-    if rating_columns(record):
-        ratings = tuple(real_number(record[name]) for name in rating_columns(record))
-        if None in ratings:
-            return "bad_rating"
-    return {"prompt": prompt_text(prompt, turns[0]), "turns": turns[0], "answers": tuple(answers), "ratings": ratings}
+    prompt = record.get("prompt")
+    turns = turns[0] or prompt_turns(prompt)  # no turns: the sides are answers only
+    if not turns or turns[-1]["role"] != "user":
+        return "empty_prompt"
+    ratings = tuple(real_number(record.get(name)) for name in rated) or (None, None)
+    if rated and None in ratings:
+        return "bad_rating"
+    return {"prompt": prompt_text(prompt, turns), "turns": turns, "answers": tuple(answers), "ratings": ratings}
 
 
-def rating_columns(record: Record) -> tuple[str, ...]:
-    """The names of the two rating columns of a record with a pair, () where it has none."""
-    return next((names for names in PAIR_RATINGS if set(names) <= set(record)), ())
+def rating_columns(head: Iterable[Record]) -> tuple[str, ...]:
+    """The names of the two rating columns of a source with pairs, by its first records; () where it has none.
+
+    Columns without a number count as none: processed rows of a source without ratings have nulls there.
+    """
+    head = list(head)
+    for names in PAIR_RATINGS:
+        if all(any(real_number(record.get(name)) is not None for record in head) for name in names):
+            return names
+    return ()
 
 
 def pair_of_strength(record: Record) -> dict | str:
     """The pair in a record with a signed strength (positive: the second answer is better), or the reason for none."""
     prompt = record.get("prompt", record.get("context"))
-    turns = chat_turns(prompt) if isinstance(prompt, str) else messages_of(prompt)
+    turns = prompt_turns(prompt)
     first, second = (record.get(f"response_{i}", record.get(f"response{i}")) for i in (1, 2))
     strength = whole_number(record.get("preference_strength", record.get("overall_preference")))
     if not turns or turns[-1]["role"] != "user":
@@ -183,10 +189,10 @@ def pair_of_strength(record: Record) -> dict | str:
 def check_pair(pair: dict, min_rating_gap: float) -> str:
     """The reason why a pair cannot be used, "" if it can."""
     chosen, rejected = pair["answers"]
-    if not is_text(chosen) or not is_text(rejected):
-        return "empty_answer"
     better, worse = pair["ratings"]
-    if better is not None and better == worse:
+    if not all(map(is_unicode, [pair["prompt"], chosen, rejected, *(turn["content"] for turn in pair["turns"])])):
+        return "broken_text"
+    if better is not None and math.isclose(better, worse, rel_tol=1e-9, abs_tol=1e-9):  # 3.4 is not 17 / 5 in floats
         return "tie"
     if chosen == rejected:
         return "equal_answers"

@@ -21,7 +21,7 @@ RATINGS = {  # whole weights of the five attributes and their divisor: sums of 0
     "nvidia_70b": ((65, 80, 45, 55, -40), 100),  # the scalar scores of NVIDIA's 70B and 340B reward models
     "nvidia_340b": ((30, 74, 46, 47, -33), 100),
 }
-TURN_MARKER = re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n")
+TURN_MARKER = re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)[ \t\r]*(?:\n|$)")
 
 
 class Ledger:
@@ -41,7 +41,8 @@ class Ledger:
     def drop(self, reason: str, split: str, rows: Sequence[int], prompt: object) -> None:
         """Note that the source's `rows` (numbers from 0, within `split`) are left out."""
         start = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
-        self.entries.append({"reason": reason, "split": split, "rows": list(rows), "prompt": start[:80]})
+        start = start[:80].encode(errors="replace").decode()  # half a surrogate pair cannot be written as UTF-8
+        self.entries.append({"reason": reason, "split": split, "rows": list(rows), "prompt": start})
 
     def counts(self) -> dict[str, int]:
         """Entries by reason: pairs for ties and equal answers, rows for what was left out by itself."""
@@ -62,9 +63,11 @@ def chat_turns(prompt: str) -> list[Message]:
     """HelpSteer's prompt as chat turns: the markers `<extra_id_1>User` and `<extra_id_1>Assistant` begin one each.
 
     They are ordinary text to a tokenizer. A turn without text is left out; the list ends with a user turn
-    wherever there is one.
+    wherever there is one. A prompt without markers stays as it is to the letter.
     """
     first, *rest = TURN_MARKER.split(prompt)
+    if not rest:
+        return [{"role": "user", "content": prompt}] if prompt.strip() else []
     turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
     messages = [{"role": who.lower(), "content": text.strip("\n")} for who, text in turns if text.strip()]
     while len(messages) > 1 and messages[-1]["role"] == "assistant":
@@ -84,7 +87,7 @@ def real_number(value: object) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: an integer of 400 digits
         return None
     return number if math.isfinite(number) else None
 
@@ -98,21 +101,46 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def is_unicode(text: str) -> bool:
+    """False for half a surrogate pair (JSON allows "\\ud800"): it can be neither stored nor tokenised."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def messages_of(side: object) -> list[Message]:
-    """Chat messages of a cell that is a text (one answer) or a list of messages; [] where it is neither."""
-    if is_text(side):
+    """Chat messages of a cell that is a text (one answer) or a list of messages; [] where it is neither.
+
+    Messages without text are left out, except the last one, which may be the answer.
+    """
+    if isinstance(side, str):
         return [{"role": "assistant", "content": side}]
     if not isinstance(side, (list, tuple)):
         return []
-    if not all(isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in side):
+    if not all(isinstance(m, dict) and is_text(m.get("role")) and isinstance(m.get("content"), str) for m in side):
         return []
-    return [{"role": m["role"], "content": m["content"]} for m in side]
+    return [{"role": m["role"], "content": m["content"]} for m in side if is_text(m["content"]) or m is side[-1]]
+
+
+def prompt_turns(prompt: object) -> list[Message]:
+    """The turns before the answer, of a text or a list of messages; markers in a user's text begin turns too."""
+    if isinstance(prompt, str):
+        return chat_turns(prompt)
+    messages = [message for message in messages_of(prompt) if is_text(message["content"])]
+    turns = [chat_turns(m["content"]) if m["role"] == "user" else [m] for m in messages]
+    return [turn for part in turns for turn in part]
 
 
 def prompt_text(prompt: object, turns: list[Message]) -> str:
-    """The prompt as one text: as the source has it, or its turns written out where the source has messages."""
-    if isinstance(prompt, str):
+    """The prompt as one text: as the source has it, or its turns written out where the source has messages.
+
+    The system turn is not in it: one that all rows share would make all of them near duplicates.
+    """
+    if is_text(prompt):
         return prompt
+    turns = [message for message in turns if message["role"] != "system"]
     if len(turns) == 1:
         return turns[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in turns)

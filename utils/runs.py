@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,6 +69,7 @@ def script(main: Callable) -> Callable:
     def guarded(settings: dict) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")  # of their own calls
         try:
             main(settings)
         except KeyboardInterrupt:

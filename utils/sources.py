@@ -1,12 +1,15 @@
 """Where preference rows come from: the hub, a hub mirror folder, or one local file; records are read one by one."""
 
+import ast
 import csv
 import gzip
 import json
 import re
-import sys
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from utils.runs import say, stop
@@ -24,6 +27,10 @@ LAYOUTS = {  # name: sets of columns, each enough to recognise the layout
 }
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # names of a split that is not for training
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002, older ones with a hash after it
+MESSAGES_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|content)['"]\s*:""")  # in a CSV cell
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json")
+HEAD = 100  # the first so many records show what columns there are: a single one may lack some
 
 
 @dataclass
@@ -34,6 +41,8 @@ class Source:
     revision: str  # commit of the hub's repository, "" for local files
     splits: dict[str, Callable[[], Iterator[Record]]]
     split_used: dict[str, str] = field(default_factory=dict)  # train -> average_rating_split
+    layouts: dict[str, str] = field(default_factory=dict)  # train -> a key of LAYOUTS
+    rating: str = ""  # what the ratings are if RATING has decided it: by weights, or by the split
 
 
 def open_source(dataset: str, rating: str) -> Source:
@@ -42,29 +51,24 @@ def open_source(dataset: str, rating: str) -> Source:
     part is a folder of the repository (`nvidia/HelpSteer2/preference`) or a split. rating picks the split of a
     source that has one split a rating. Ends the script where the dataset cannot be had; there is no second choice.
     """
-    path = Path(dataset)
+    path = Path(dataset).expanduser()
     if path.exists():
         return from_files(dataset, "", files_of(path), rating)
-    if path.suffix or dataset.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(dataset):
+    if suffix_of(path) or dataset.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(dataset):
         stop(f"DATASET = {dataset!r} is not there: neither a file nor a folder, and not a hub name such as owner/name")
     folder, part = download(dataset)
-    files = files_of(folder / part) if part and (folder / part).is_dir() else files_of(folder)
-    if part in files:
-        files = {part: files[part]}
-    elif part and not (folder / part).is_dir():
+    if part and (folder / part).is_dir():
+        return from_files(dataset, folder.name, files_of(folder / part), rating)
+    files = files_of(folder)
+    if part and part not in files:
         stop(f"DATASET = {dataset!r}: no folder or split {part!r} there, splits: {', '.join(files)}")
-    return from_files(dataset, folder.name, files, rating)
+    return from_files(dataset, folder.name, {part: files[part]} if part else files, rating)
 
 
 def download(dataset: str) -> tuple[Path, str]:
     """(local copy of a hub repository, the part asked for); the copy's folder is called like its commit."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     owner, name, *part = dataset.split("/")
     wanted = [f"*{suffix}" for suffix in READERS]
@@ -76,10 +80,13 @@ def download(dataset: str) -> tuple[Path, str]:
         stop(f"DATASET = {dataset!r} is gated: accept its terms on the hub and set HF_TOKEN in the environment")
     except (RepositoryNotFoundError, HFValidationError):
         stop(f"DATASET = {dataset!r} is not on the hub (or private, then set HF_TOKEN): check the spelling")
-    except (LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # what the network raises depends on the HTTP library below the hub's
         if getattr(error, "errno", None) is not None:  # the disk, not the hub
             raise
-        stop(f"DATASET = {dataset!r}: the hub cannot be reached and the cache has no copy: give a local file instead")
+        stop(
+            f"DATASET = {dataset!r}: the hub cannot be reached and the cache has no whole copy "
+            f"({type(error).__name__}): give a local file or folder instead"
+        )
     return Path(folder), "".join(part)
 
 
@@ -89,15 +96,15 @@ def files_of(path: Path) -> dict[str, list[Path]]:
         if not suffix_of(path):
             stop(f"DATASET = '{path}': cannot read this kind of file, known: {', '.join(READERS)}")
         return {"train": [path]}
+    if (path / "state.json").exists():  # a Dataset.save_to_disk
+        return {"train": sorted(path.glob("data-*.arrow"))}
+    saved = [folder for folder in sorted(path.iterdir()) if (folder / "state.json").exists()]
+    if saved:  # not *.arrow: a later map() leaves its cache-*.arrow there
+        return {folder.name: sorted(folder.glob("data-*.arrow")) for folder in saved}
     files = {}
-    for folder in (path, path / "data"):
-        for file in sorted(folder.glob("*")) if not files else ():
-            if suffix_of(file) and file.name not in ("dataset_info.json", "state.json", "dataset_dict.json"):
-                stem = file.name.removesuffix(suffix_of(file))
-                files.setdefault(re.sub(r"-\d+-of-\d+$", "", stem), []).append(file)
-    if not files:
-        files = {folder.name: sorted(folder.glob("*.arrow")) for folder in (path, *path.iterdir()) if folder.is_dir()}
-        files = {name: arrows for name, arrows in files.items() if arrows}  # what save_to_disk has written
+    for file in (file for folder in (path, path / "data") for file in sorted(folder.glob("*"))):
+        if file.is_file() and suffix_of(file) and file.name not in NOT_ROWS:
+            files.setdefault(SHARD.sub("", file.name.removesuffix(suffix_of(file))), []).append(file)
     if not files:
         stop(f"DATASET = '{path}': no file in it that can be read, known: {', '.join(READERS)}")
     return files
@@ -105,24 +112,51 @@ def files_of(path: Path) -> dict[str, list[Path]]:
 
 def from_files(dataset: str, revision: str, files: dict[str, list[Path]], rating: str) -> Source:
     train = choose_split(dataset, list(files), rating)
-    used = {"train": train}
-    if train == "train":
-        used |= {"test": next(name for name in HELD_OUT if name in files)} if set(HELD_OUT) & set(files) else {}
-    unread = [name for name in files if name not in used.values()]
+    held_out = next((name for name in HELD_OUT if name in files and train == "train"), "")
+    unread = [name for name in files if name not in (train, held_out)]
     if unread:
         say(f"splits of {dataset} that are not read: {', '.join(unread)}")
-    return Source(dataset, revision, {role: reader_of(files[name]) for role, name in used.items()}, used)
+    used = {"train": train} | ({"test": held_out} if held_out else {})
+    splits = {role: reader_of(files[name]) for role, name in used.items()}
+    by_column = not held_out and "split" in next(splits["train"](), {})
+    if by_column and any(held_out_by_column(record) for record in splits["train"]()):
+        used = {"train": f"{train}, rows for training", "test": f"{train}, rows held out"}
+        splits = by_split_column(splits["train"])
+    heads = {role: head_of(read()) for role, read in splits.items()}
+    for role, head in heads.items():
+        if not head:
+            stop(f"DATASET = {dataset!r} has no rows in its split {used[role]!r}")
+    layouts = {role: recognise(dataset, head) for role, head in heads.items()}
+    decided = layouts["train"] == "attributes" or named_after(rating, train)
+    if not decided and rating != "average":
+        say(f"RATING = {rating!r} decides nothing here: {dataset} has its pairs already, and one split for training")
+    return Source(dataset, revision, splits, used, layouts, rating if decided else "")
+
+
+def held_out_by_column(record: Record) -> bool:
+    """Whether a record says by its own column `split` that it is not for training (HelpSteer2, folder preference/)."""
+    return str(record.get("split")).lower() in HELD_OUT
+
+
+def by_split_column(read: Callable[[], Iterator[Record]]) -> dict[str, Callable[[], Iterator[Record]]]:
+    return {
+        "train": lambda: (record for record in read() if not held_out_by_column(record)),
+        "test": lambda: (record for record in read() if held_out_by_column(record)),
+    }
 
 
 def choose_split(dataset: str, names: list[str], rating: str) -> str:
     """The split to train on: train, or the one named after the rating, with or without `_split`, or the only one."""
     if "train" in names or len(names) == 1:
         return "train" if "train" in names else names[0]
-    for wanted in (rating, f"{rating}_rating", f"{rating}_score"):
-        for name in names:
-            if name.removesuffix("_split") == wanted:
-                return name
+    for name in names:
+        if named_after(rating, name):
+            return name
     stop(f"DATASET = {dataset!r} has no split for RATING = {rating!r}, it has: {', '.join(names)}")
+
+
+def named_after(rating: str, split: str) -> bool:
+    return split.removesuffix("_split") in (rating, f"{rating}_rating", f"{rating}_score")
 
 
 def reader_of(files: list[Path]) -> Callable[[], Iterator[Record]]:
@@ -130,20 +164,29 @@ def reader_of(files: list[Path]) -> Callable[[], Iterator[Record]]:
 
     def read() -> Iterator[Record]:
         for file in files:
-            yield from READERS[suffix_of(file)](file)
+            try:
+                yield from READERS[suffix_of(file)](file)
+            except (
+                OSError,
+                EOFError,
+                ValueError,
+                zlib.error,
+            ) as error:  # half a file, not UTF-8, not what it is called
+                stop(f"{file} cannot be read: {type(error).__name__} {str(error).partition(chr(10))[0][:160]}")
 
     return read
 
 
 def read_json_lines(path: Path) -> Iterator[Record]:
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
+    with opened(path, "rb") as file:  # bytes: a line that is not UTF-8 is named by its number too
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    stop(f"{path}: line {number} is not JSON ({error.msg} at column {error.colno})")
+                except ValueError as error:
+                    place = f"{error.msg} at column {error.colno}" if hasattr(error, "colno") else str(error)
+                    stop(f"{path}: line {number} is not JSON ({place[:160]})")
                 if not isinstance(record, dict):
                     stop(f"{path}: line {number} is not a JSON object")
                 yield record
@@ -151,7 +194,7 @@ def read_json_lines(path: Path) -> Iterator[Record]:
 
 def read_json(path: Path) -> Iterator[Record]:
     """A JSON array of objects; a file of JSON lines with this ending is read as such."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):
         yield from read_json_lines(path)
         return
@@ -165,20 +208,31 @@ def read_json(path: Path) -> Iterator[Record]:
 
 
 def read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # the largest that fits a C long everywhere; the default is 131,072 letters
     with open(path, newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file)
+        reader = csv.DictReader(file)
+        for record in reader:
+            if None in record:
+                stop(f"{path}: line {reader.line_num} has more cells than the header")
+            for name, cell in record.items():
+                if cell and MESSAGES_AS_TEXT.match(cell):
+                    record[name] = messages_in_cell(cell, f"{path}: line {reader.line_num}: {name}")
+            yield record
+
+
+def messages_in_cell(cell: str, place: str) -> list:
+    """The message list that a cell holds as JSON or, as pandas writes it, as Python."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError):
+            return parse(cell)
+    stop(f"{place} holds messages that are neither JSON nor Python (numpy's?): write .parquet or .jsonl instead")
 
 
 def read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
     from pyarrow import parquet
 
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        stop(f"{path}: not a parquet file ({str(error).splitlines()[0][:120]})")
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
+        yield from batch.to_pylist()
 
 
 def read_arrow(path: Path) -> Iterator[Record]:
@@ -202,8 +256,14 @@ def suffix_of(path: Path) -> str:
     return next((suffix for suffix in READERS if path.name.endswith(suffix)), "")
 
 
-def recognise(name: str, columns: set[str]) -> str:
-    """The layout that these columns are, or an end to the script that lists what is known."""
+def head_of(records: Iterator[Record]) -> list[Record]:
+    """The first records, HEAD at most."""
+    return list(islice(records, HEAD))
+
+
+def recognise(name: str, head: list[Record]) -> str:
+    """The layout of records that begin like `head`, or an end to the script that lists what is known."""
+    columns = set().union(*head)
     for layout, alternatives in LAYOUTS.items():
         if any(needed <= columns for needed in alternatives):
             return layout

@@ -1,14 +1,21 @@
 """The one place that turns a conversation into token ids, and fits a pair into the window."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.rows import Message
 from utils.runs import stop
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PLAIN_TEMPLATE = (  # CHAT_TEMPLATE = "plain": for tokenizers that have no template of their own
     "{% for message in messages %}"
@@ -24,6 +31,10 @@ PROBES = (  # texts on which tokenizers differ: two that agree here on every id 
     "def f(x):\n    return x ** 2  # comment",
     "Привет, мир! Как дела? 你好 🙂 naïve café",
 )
+
+
+ROWS_IN_MEMORY = 256  # rows tokenised at once
+LETTERS_PER_TOKEN = 16  # of a text that is cut at its start, so many letters are looked at for each id wanted
 
 
 @dataclass
@@ -48,16 +59,33 @@ def load_tokenizer(name: str, chat_template: str = "", constant: str = "TOKENIZE
     if chat_template not in ("", "plain"):
         stop(f'CHAT_TEMPLATE = {chat_template!r} is not known: "" (the tokenizer\'s own) or "plain"')
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = from_tokenizer_json(name)
     except (OSError, ValueError) as error:
         explain_missing(constant, name, error)
     if chat_template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     if not tokenizer.chat_template:
         stop(f'{constant} = {name!r} has no chat template: set CHAT_TEMPLATE = "plain" when you load the data')
+    if not tokenizer.is_fast:
+        stop(f"{constant} = {name!r} has no fast version (tokenizer.json), which is needed to cut prompts at a token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        stop(f"{constant} = {name!r} has neither a pad token nor an end token")
     return tokenizer
+
+
+def from_tokenizer_json(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer as its tokenizer.json says, or made by transformers where there is no such file.
+
+    AutoTokenizer goes by the class named in tokenizer_config.json, and for GPT2Tokenizer (SmolLM2) transformers 5
+    builds a pre-tokenizer of its own, which splits digits and line breaks in another way than the model has learned
+    (https://github.com/huggingface/transformers/issues/45920).
+    """
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(name)
+    except (OSError, ValueError):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -69,7 +97,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the chat template; line breaks count the same written out and as backslash-n."""
-    return hashlib.sha256(tokenizer.chat_template.replace("\\n", "\n").strip().encode()).hexdigest()
+    return hashlib.sha256(tokenizer.get_chat_template().replace("\\n", "\n").strip().encode()).hexdigest()
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], ask: bool) -> str:
@@ -94,10 +122,26 @@ def answer_texts(
     A few templates (reasoning models) end the generation prompt in a tag that they do not keep in a finished
     turn; the prompt then ends where the two part.
     """
+
+    def answered(answer: str) -> str:
+        return render(tokenizer, [*prompt, {"role": "assistant", "content": answer}], ask=False)
+
     asked = render(tokenizer, prompt, ask=True)
-    full = [render(tokenizer, [*prompt, {"role": "assistant", "content": answer}], ask=False) for answer in answers]
-    shared = os.path.commonprefix([asked, *full]) if not all(text.startswith(asked) for text in full) else asked
-    return shared, [text[len(shared) :] for text in full]
+    full = [answered(answer) for answer in answers]
+    if not all(text.startswith(asked) for text in full):
+        asked = os.path.commonprefix([asked, answered("Yes")])  # not of the answers: both may begin with "<" too
+    return asked, [text[len(asked) :] for text in full]
+
+
+def check_window(tokenizer: PreTrainedTokenizerBase, max_length: int, system_prompt: str) -> None:
+    """End the script where the template's scaffold does not leave room for a prompt in half of the window."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    needed = len(prompt_ids(tokenizer, [*system, {"role": "user", "content": "Hi"}]))
+    if needed > max_length // 2:
+        stop(
+            f"MAX_LENGTH = {max_length} is too small: the shortest prompt in the chat template takes {needed} tokens, "
+            f"and prompts may take half of the window: {2 * needed} or more"
+        )
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -128,7 +172,7 @@ def encode_pairs(
         limit = max(max_length - max(len(chosen), len(rejected)), max_length // 2)
         prompt_cut = len(prompt) > limit
         if prompt_cut:
-            prompt = fit_prompt(tokenizer, messages, limit)
+            prompt = fit_prompt(tokenizer, messages, prompt, limit)
         room = max_length - len(prompt)
         encoded.append(
             Encoded(
@@ -148,33 +192,85 @@ def cut_answer(ids: list[int], room: int, closing: int) -> list[int]:
     return ids if len(ids) <= room else ids[: min(room, len(ids) - closing)]
 
 
-def fit_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], limit: int) -> list[int]:
-    """Prompt ids of at most `limit`: without the oldest exchanges, then without the start of the first text left.
+def fit_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: list[int], limit: int) -> list[int]:
+    """At most `limit` ids of a prompt: without the oldest exchanges, then without the start of the first text left.
 
-    The system turn is kept. Ends the script where not even the template's scaffold fits.
+    prompt: the ids of all messages. The system turn is kept. Ends the script where the rest of the scaffold does
+    not leave room for one id of the text.
     """
     system = [message for message in messages if message["role"] == "system"]
     turns = [message for message in messages if message["role"] != "system"]
-
-    def ids(kept: list[Message]) -> list[int]:
-        return ids_of(tokenizer, [answer_texts(tokenizer, [*system, *kept], ["Yes"])[0]])[0]
-
-    found = ids(turns)
-    while len(found) > limit:
+    while len(prompt) > limit:
         later = next((i for i, turn in enumerate(turns) if i > 0 and turn["role"] == "user"), 0)
         if later == 0:
             break
         turns = turns[later:]
-        found = ids(turns)
-    text = turns[0]["content"]
-    starts = [
-        start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        prompt = prompt_ids(tokenizer, [*system, *turns])
+    if len(prompt) <= limit:
+        return prompt
+    scaffold = len(prompt_ids(tokenizer, [*system, {**turns[0], "content": ""}, *turns[1:]]))
+    if scaffold >= limit:
+        stop(
+            f"MAX_LENGTH is too small: chat template and system turn alone need {scaffold} tokens, and a prompt may "
+            f"take {limit}; raise it, or replace the source's system turns by a short SYSTEM_PROMPT"
+        )
+    text = turns[0]["content"][-LETTERS_PER_TOKEN * limit :]  # what lies before is cut in any case
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    first = max(0, len(offsets) - (limit - scaffold))
+    while True:
+        rest = text[offsets[first][0] :] if first < len(offsets) else ""
+        prompt = prompt_ids(tokenizer, [*system, {**turns[0], "content": rest}, *turns[1:]])
+        if len(prompt) <= limit:
+            return prompt
+        first += len(prompt) - limit  # at the new start letters may merge in another way, into more ids
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    return ids_of(tokenizer, [answer_texts(tokenizer, messages, ["Yes"])[0]])[0]
+
+
+def tokenised(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """The rows with their token columns; no rows keep the columns too, which a map() over nothing would not add."""
+    from datasets import Dataset, Features
+
+    features = Features({**part.features, **token_features()})
+    if not len(part):
+        return Dataset.from_dict({name: [] for name in features}, features=features)
+    return part.map(
+        partial(token_columns, tokenizer=tokenizer, max_length=max_length),
+        batched=True,
+        batch_size=ROWS_IN_MEMORY,
+        features=features,
+        desc="tokenising",
+    )
+
+
+def token_columns(batch: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
+    """input_ids and attention_mask (the prompt, padded to max_length), chosen_ids, rejected_ids and the *_cut flags."""
+    answers = [
+        (chosen[-1]["content"], rejected[-1]["content"])
+        for chosen, rejected in zip(batch["chosen"], batch["rejected"], strict=True)
     ]
-    first = 0
-    while len(found) > limit:
-        first += len(found) - limit  # each id given up makes room for one; merging at the new start may need another
-        if first >= len(starts):
-            scaffold = len(ids([{**turns[0], "content": ""}]))
-            stop(f"MAX_LENGTH is too small: the chat template alone needs {scaffold} tokens in half of the window")
-        found = ids([{**turns[0], "content": text[starts[first] :]}, *turns[1:]])
-    return found
+    encoded = encode_pairs(tokenizer, [chosen[:-1] for chosen in batch["chosen"]], answers, max_length)
+    padding = [max_length - len(pair.prompt_ids) for pair in encoded]
+    return {
+        "input_ids": [
+            pair.prompt_ids + [tokenizer.pad_token_id] * pad for pair, pad in zip(encoded, padding, strict=True)
+        ],
+        "attention_mask": [[1] * (max_length - pad) + [0] * pad for pad in padding],
+        "chosen_ids": [pair.chosen_ids for pair in encoded],
+        "rejected_ids": [pair.rejected_ids for pair in encoded],
+        "prompt_cut": [pair.prompt_cut for pair in encoded],
+        "chosen_cut": [pair.chosen_cut for pair in encoded],
+        "rejected_cut": [pair.rejected_cut for pair in encoded],
+        "equal_after_cut": [pair.chosen_ids == pair.rejected_ids for pair in encoded],
+    }
+
+
+def token_features() -> dict:
+    """The columns that tokenising adds; small integer types, since token ids are most of the file."""
+    from datasets import List, Value
+
+    columns = {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8"))}
+    columns |= {"chosen_ids": List(Value("int32")), "rejected_ids": List(Value("int32"))}
+    return columns | {name: Value("bool") for name in ("prompt_cut", "chosen_cut", "rejected_cut", "equal_after_cut")}

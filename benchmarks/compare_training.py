@@ -1,0 +1,149 @@
+"""Train the same pairs with this toolkit and with TRL, each in a process of its own, and compare time and memory.
+
+Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py)
+Writes : outputs/compare_training.json, and prints a table
+
+python -m benchmarks.compare_training
+python -m benchmarks.compare_training --max_rows 32 --model models/SmolLM2-135M-Instruct
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.config import override_constants
+from utils.runs import needs, peak_memory_gb, pick, say, script, stop, versions, write_json
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# data
+DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
+MAX_ROWS = 24  # training pairs that each variant trains on, once
+# model
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
+# training
+VARIANTS = ("ours", "trl", "trl_best")  # what is compared, see FLAGS
+BATCH_SIZE = 4  # pairs at once
+LEARNING_RATE = 5e-5  # at its highest
+SEED = 42  # of the order of rows
+DEVICE = ""  # cuda | mps | cpu, "" = the best one here
+# output
+OUTPUT = "outputs/compare_training.json"  # the figures
+CHILD = ""  # set by this script itself: the variant that this process measures
+
+FLAGS = {  # what each variant asks of its trainer
+    "ours": {},
+    "ours_fp32": {"precision": "fp32"},
+    "trl": {},  # trl.RewardTrainer with its defaults
+    "trl_best": {"bf16": True, "gradient_checkpointing": False},
+}
+
+
+def build(
+    variant: str, data_dir: str, max_rows: int, model: str, batch: int, rate: float, seed: int, device: str
+) -> Trainer:
+    """The trainer of a variant over the first max_rows training pairs."""
+    from functools import partial
+
+    from transformers import TrainingArguments, set_seed
+    from trl import RewardConfig, RewardTrainer
+
+    from utils import losses, models, pairs, rewards, training
+    from utils.runs import Run
+
+    flags = FLAGS[variant]
+    place = models.choose_device(device)
+    tokenizer, _ = pairs.matching_tokenizer(data_dir, "MODEL", model)
+    rows = pairs.load_pairs(data_dir, "train", max_rows)
+    set_seed(seed)
+    network = rewards.prepare(models.load_classifier(model, 1), tokenizer, rewards.HEADS["scalar"])
+    work = Path(tempfile.mkdtemp())
+    same = {
+        "per_device_train_batch_size": batch, "learning_rate": rate, "seed": seed, "report_to": "none",
+        "logging_steps": 1, "num_train_epochs": 1,
+    }  # fmt: skip
+    if variant.startswith("ours"):
+        precision, _ = models.choose_precision(flags.get("precision", ""), place)
+        args = training.training_arguments(
+            TrainingArguments, work, place, precision, save_steps=0, eval_steps=0, **same
+        )
+        loss = partial(rewards.pair_losses, pair_loss=losses.bradley_terry)
+        collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(place))
+        return training.PairTrainer(rewards.RewardPairs(network), args, rows, collator, loss, Run(work, {}), dict)
+    args = RewardConfig(
+        str(work), use_cpu=place.type == "cpu", max_length=None, save_strategy="no", disable_tqdm=True, **same, **flags
+    )
+    return RewardTrainer(model=network, args=args, train_dataset=pairs.whole_rows(rows), processing_class=tokenizer)
+
+
+def measure(trainer: Trainer, batch: int) -> dict[str, float]:
+    """Seconds a pair without the first step (kernels are built in it), peak memory, mean loss of the pass."""
+    from transformers import TrainerCallback
+
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    pairs = len(trainer.train_dataset) - batch
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {
+        "seconds_per_pair": round((ends[-1] - ends[0]) / pairs, 3),
+        "peak_memory_gb": peak_memory_gb(),
+        "loss": round(sum(losses) / len(losses), 4),
+    }
+
+
+def run_child(variant: str, argv: list[str]) -> dict[str, float]:
+    """The figures of a variant, from a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.compare_training", *argv, f"--child={variant}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        stop(f"{variant} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def print_table(figures: dict[str, dict[str, float]]) -> None:
+    """One line a variant, with its ratios to the first one."""
+    first = next(iter(figures.values()))
+    say(f"{'':10} {'s / pair':>9} {'ratio':>6} {'peak GB':>8} {'ratio':>6} {'loss':>7}")
+    for variant, found in figures.items():
+        slower = found["seconds_per_pair"] / first["seconds_per_pair"]
+        larger = found["peak_memory_gb"] / first["peak_memory_gb"]
+        say(
+            f"{variant:10} {found['seconds_per_pair']:9.2f} {slower:6.2f} {found['peak_memory_gb']:8.2f} {larger:6.2f} "
+            f"{found['loss']:7.4f}"
+        )
+
+
+@script
+def main(settings: dict) -> None:
+    needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
+    for variant in (CHILD,) if CHILD else VARIANTS:
+        pick(FLAGS, "VARIANTS", variant)
+    if CHILD:
+        trainer = build(CHILD, DATA_DIR, MAX_ROWS, MODEL, BATCH_SIZE, LEARNING_RATE, SEED, DEVICE)
+        print(json.dumps(measure(trainer, BATCH_SIZE)))
+        return
+    figures = {}
+    for variant in VARIANTS:
+        say(f"{variant}: training on {MAX_ROWS} pairs in batches of {BATCH_SIZE}")
+        figures[variant] = run_child(variant, sys.argv[1:])
+    print_table(figures)
+    Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
+    write_json(OUTPUT, {"settings": settings, "versions": versions(), "figures": figures})
+    say(f"written: {OUTPUT}")
+
+
+if __name__ == "__main__":
+    main(override_constants(globals()))

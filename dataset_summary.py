@@ -1,0 +1,279 @@
+"""Say what is in the processed pairs: sizes, lengths, cuts, rating gaps, shortcuts and leaks, in a table and figures.
+
+Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py) and the tokenizer named in it
+Writes : outputs/summary/ (summary.json, summary.md and the figures as PNG), afresh each time
+
+python dataset_summary.py
+python dataset_summary.py --data_dir processed_512 --output_dir outputs/summary_512
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.config import override_constants
+from utils.evaluation import interval, wins
+from utils.leaks import first_rows, leaking_groups, repeats
+from utils.rows import hundredths
+from utils.runs import needs, say, script, stop, write_json, write_text
+from utils.shortcuts import SHORTCUTS, bands_of
+from utils.split import near_duplicate_groups
+from utils.tables import LENGTHS, SHORTCUT_NAMES, example_text, summary_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from tqdm import tqdm
+    from transformers import PreTrainedTokenizerBase
+
+# data
+DATA_DIR = "processed_helpsteer"  # folder that load_helpsteer_dataset.py wrote
+TOKENIZER = ""  # hub name or folder, "" = the one that the data were made with; another place of the same one only
+# what to show
+WINDOWS = (256, 512, 1024, 2048)  # values of MAX_LENGTH (tokens): how many pairs would fit whole
+GAPS = (0.2, 0.5, 1.0, 1.5, 2.0)  # values of MIN_RATING_GAP: how many pairs each would keep
+EXAMPLES = 5  # pairs to show
+SEED = 42  # of the examples and the intervals
+# output
+OUTPUT_DIR = "outputs/summary"  # folder of the summary
+
+LENGTH_BINS = {"<64": 0, "64-127": 64, "128-255": 128, "256+": 256}  # name: first length in it (tokens)
+BATCH_OF_ROWS = {"measure": 256, "prompts": 1000}  # rows held in memory at once
+
+
+def load_data(folder: Path) -> tuple[dict, dict[str, Dataset]]:
+    """(metadata, the splits that have rows) of a folder that load_helpsteer_dataset.py wrote, or one line."""
+    from datasets import load_from_disk
+
+    again = "run `python load_helpsteer_dataset.py` again"
+    if not (folder / "metadata.json").is_file():
+        stop(f"{folder} holds no metadata.json, so it is no folder of processed pairs: {again}")
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        sizes = {name: metadata[f"{name}_size"] for name in ("train", "validation", "test")}
+        parts = {name: load_from_disk(str(folder / name)) for name, size in sizes.items() if size}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        stop(f"{folder} is damaged ({type(error).__name__}: {str(error)[:120]}): {again}")
+    for name, part in parts.items():
+        if len(part) != sizes[name] or part.column_names != metadata.get("columns"):
+            stop(f"{folder / name} does not fit its metadata.json (rows or columns differ): {again}")
+    if not parts:
+        stop(f"{folder} holds no pairs: {again}")
+    return metadata, parts
+
+
+def measure(part: Dataset, tokenizer: PreTrainedTokenizerBase, progress: tqdm) -> dict[str, np.ndarray]:
+    """One number per pair for each measure [pairs]: see `measure_batch`."""
+    columns = defaultdict(list)
+    for batch in part.remove_columns("input_ids").iter(BATCH_OF_ROWS["measure"]):
+        for name, values in measure_batch(batch, tokenizer).items():
+            columns[name].extend(values)
+        progress.update(len(batch["prompt"]))
+    m = {name: np.array(values) for name, values in columns.items()}
+    for end in ("", "_in_window"):
+        m[f"pair{end}"] = m[f"prompt{end}"] + np.maximum(m[f"chosen{end}"], m[f"rejected{end}"])
+    return m
+
+
+def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """Lengths before and in the window (tokens), cut flags, gap (hundredths, NaN without ratings), shortcut measures.
+
+    *_key are hashes of texts, equal for equal texts within this process. Before the window an answer's length is
+    that of all the template writes for it, end of turn included, as it is in the window where nothing is cut.
+    """
+    from utils.tokens import answer_texts, ids_of
+
+    def lengths(texts: list[str]) -> list[int]:
+        return [len(ids) for ids in ids_of(tokenizer, texts)]
+
+    prompts = [messages[:-1] for messages in batch["chosen"]]
+    answers = {side: [messages[-1]["content"] for messages in batch[side]] for side in ("chosen", "rejected")}
+    written = [
+        answer_texts(tokenizer, prompt, list(pair))
+        for prompt, *pair in zip(prompts, answers["chosen"], answers["rejected"], strict=True)
+    ]
+    found = {
+        "prompt_raw": lengths(batch["prompt"]),
+        "prompt": lengths([prompt for prompt, _ in written]),
+        "prompt_in_window": [sum(mask) for mask in batch["attention_mask"]],
+        "multi_turn": [sum(message["role"] != "system" for message in prompt) > 1 for prompt in prompts],
+        "prompt_key": [hash(prompt) for prompt in batch["prompt"]],
+        "gap": [
+            float("nan") if None in ratings else hundredths(ratings[0]) - hundredths(ratings[1])
+            for ratings in zip(batch["chosen_rating"], batch["rejected_rating"], strict=True)
+        ],
+        **{name: batch[name] for name in ("prompt_cut", "chosen_cut", "rejected_cut", "equal_after_cut")},
+    }
+    for i, (side, texts) in enumerate(answers.items()):
+        found[side] = lengths([both[i] for _, both in written])
+        found[f"{side}_in_window"] = found[f"{side}_longer_in_window"] = [len(ids) for ids in batch[f"{side}_ids"]]
+        found[f"{side}_key"] = [hash(text) for text in texts]
+        found |= {f"{side}_{name}": [count(text) for text in texts] for name, count in SHORTCUTS.items()}
+    return found
+
+
+def describe(m: dict[str, np.ndarray], window: int, windows: tuple, gaps: tuple, seed: int) -> dict:
+    """The content of summary.json for one split or for all. m: the measures of `measure`; shares are 0 to 1."""
+    lengths = m | {"prompt_raw_cut": np.minimum(m["prompt_raw"], window)}
+    cut = {side: share(m[f"{side}_cut"]) for side in ("prompt", "chosen", "rejected")}
+    return {
+        "pairs": len(m["prompt"]),
+        "multi_turn_share": share(m["multi_turn"]),
+        "tokens": {name: describe_lengths(lengths[name]) for name in LENGTHS},
+        "fit_whole_share": {str(size): share(m["pair"] <= size) for size in windows},
+        "cut_share": cut | {"both_answers": share(m["chosen_cut"] & m["rejected_cut"])},
+        "equal_after_cut": int(m["equal_after_cut"].sum()),
+        "rating_gap": describe_gaps(m["gap"], gaps),
+        "shortcuts": {name: describe_shortcut(m, name, seed) for name in SHORTCUT_NAMES},
+    }
+
+
+def share(flags: np.ndarray) -> float:
+    return round(float(np.mean(flags)), 6)
+
+
+def describe_lengths(lengths: np.ndarray) -> dict:
+    """Mean, percentiles and the shares of LENGTH_BINS of lengths in tokens."""
+    percentiles = {f"p{p}": round(float(np.percentile(lengths, p)), 2) for p in (10, 25, 75, 90, 95, 99)}
+    edges = [*LENGTH_BINS.values(), float("inf")]
+    bins = [share((low <= lengths) & (lengths < high)) for low, high in pairwise(edges)]
+    return {
+        "mean": round(float(lengths.mean()), 2),
+        "median": float(np.median(lengths)),
+        **percentiles,
+        "max": int(lengths.max()),
+        "bins": dict(zip(LENGTH_BINS, bins, strict=True)),
+    }
+
+
+def describe_gaps(gap: np.ndarray, limits: tuple) -> dict | None:
+    """Mean, median, bands and what MIN_RATING_GAP would keep; None where there are no ratings. gap: hundredths."""
+    if np.isnan(gap).any():
+        return None
+    kept = {str(limit): int((gap >= hundredths(limit)).sum()) for limit in limits}
+    bands = {name: {"pairs": int(mask.sum()), "share": share(mask)} for name, mask in bands_of(gap).items()}
+    mean, median = round(float(gap.mean()) / 100, 4), float(np.median(gap)) / 100
+    return {"mean": mean, "median": median, "bands": bands, "pairs_kept_by_min_rating_gap": kept}
+
+
+def describe_shortcut(m: dict[str, np.ndarray], name: str, seed: int) -> dict:
+    """Pair accuracy of a shortcut, over all pairs and within each band of rating gaps that has pairs."""
+    right = wins(m[f"chosen_{name}"], m[f"rejected_{name}"])
+    bands = {band: pair_accuracy(right[mask], seed) for band, mask in bands_of(m["gap"]).items() if mask.any()}
+    return pair_accuracy(right, seed) | {"by_gap": bands}
+
+
+def pair_accuracy(right: np.ndarray, seed: int) -> dict:
+    """Accuracy and its 95 % interval. right: 1 for a pair that is right, 0.5 for a tie, else 0 [pairs]."""
+    low, high = interval(right, seed)
+    found = {"accuracy": float(right.mean()), "low": low, "high": high}
+    counts = {"pairs": len(right), "ties": int((right == 0.5).sum())}
+    return {name: round(value, 6) for name, value in found.items()} | counts
+
+
+def near_duplicates(parts: dict[str, Dataset]) -> dict[str, np.ndarray]:
+    """For each split the group number of each prompt [pairs]; groups run across splits."""
+    from tqdm import tqdm
+
+    pairs = sum(len(part) for part in parts.values())
+    batches = (
+        batch for part in parts.values() for batch in part.select_columns("prompt").iter(BATCH_OF_ROWS["prompts"])
+    )
+    prompts = (prompt for batch in batches for prompt in batch["prompt"])
+    groups = near_duplicate_groups(tqdm(prompts, "comparing prompts", total=pairs, unit=" pairs"))
+    ends = np.cumsum([len(part) for part in parts.values()])[:-1]
+    return dict(zip(parts, np.split(groups, ends), strict=True))
+
+
+def find_repeats(parts: dict[str, Dataset], measures: dict, groups: dict[str, np.ndarray], shown: int) -> dict:
+    """Duplicates and leaks (see utils.leaks), and the first `shown` prompts that leak into training with their rows."""
+    found = [first_rows(groups, group) for group in leaking_groups(groups)[:shown]]
+    leaked = [{"rows": rows, "prompt": parts["train"][rows["train"]]["prompt"][:200]} for rows in found]
+    return repeats(measures, groups) | {"leaked_prompts": leaked}
+
+
+def examples_of(parts: dict[str, Dataset], count: int, seed: int) -> list[dict]:
+    """`count` pairs at random from all splits; texts of more than 600 characters are cut there."""
+    rows = [(name, row) for name, part in parts.items() for row in range(len(part))]
+    found = []
+    for name, row in random.Random(seed).sample(rows, min(count, len(rows))):
+        pair = parts[name][row]
+        ratings = {f"{side}_rating": pair[f"{side}_rating"] for side in ("chosen", "rejected")}
+        gap = None
+        if None not in ratings.values():
+            gap = (hundredths(pair["chosen_rating"]) - hundredths(pair["rejected_rating"])) / 100
+        texts = {"prompt": pair["prompt"], **{side: pair[side][-1]["content"] for side in ("chosen", "rejected")}}
+        texts = {side: text if len(text) <= 600 else text[:600] + " [...]" for side, text in texts.items()}
+        found.append({"split": name, "row": row, "gap": gap, **ratings, **texts})
+    return found
+
+
+def draw(m: dict[str, np.ndarray], section: dict, window: int, folder: Path) -> list[str]:
+    """Write the figures, and remove those of an earlier summary that these data do not allow; their file names."""
+    from utils import plots
+
+    figures = {
+        "token_lengths.png": lambda: plots.token_lengths(m, section, window),
+        "shortcuts.png": lambda: plots.shortcuts(section, SHORTCUT_NAMES),
+        "rating_gaps.png": lambda: plots.rating_gaps(m["gap"], section),
+        "length_by_gap.png": lambda: plots.length_by_gap(m, section),
+    }
+    drawn = list(figures) if section["rating_gap"] else ["token_lengths.png", "shortcuts.png"]
+    for name, figure in figures.items():
+        if name in drawn:
+            plots.save(figure(), folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    return drawn
+
+
+def markdown(text: str, figures: list[str], examples: list[dict]) -> str:
+    """The summary as a page: the table, the figures that lie beside it, the examples."""
+    parts = ["# What is in the pairs", f"```\n{text}\n```", *(f"![{name}]({name})" for name in figures)]
+    parts += ["## Examples", *(f"```\n{example_text(example)}\n```" for example in examples)]
+    return "\n\n".join(parts) + "\n"
+
+
+@script
+def main(settings: dict) -> None:
+    from tqdm import tqdm
+
+    from utils.pairs import matching_tokenizer
+
+    # 1. check
+    folder, output = needs(DATA_DIR, made_by="load_helpsteer_dataset.py"), Path(OUTPUT_DIR)
+    metadata, parts = load_data(folder)
+    tokenizer, _ = matching_tokenizer(DATA_DIR, "TOKENIZER", TOKENIZER or metadata["tokenizer"])
+    if EXAMPLES < 0:
+        stop(f"EXAMPLES = {EXAMPLES}: expected 0 or more")
+    output.mkdir(parents=True, exist_ok=True)
+    # 2. measure every pair
+    with tqdm(desc="measuring", total=sum(map(len, parts.values())), unit=" pairs") as progress:
+        measures = {name: measure(part, tokenizer, progress) for name, part in parts.items()}
+    columns = next(iter(measures.values()))
+    everything = {name: np.concatenate([m[name] for m in measures.values()]) for name in columns}
+    # 3. describe
+    about = ("dataset_name", "revision", "split_used", "rating", "tokenizer", "max_length", "fingerprint")
+    summary = {"data": {name: metadata[name] for name in about}, "settings": settings}
+    for name, m in {"all": everything, **measures}.items():
+        summary[name] = describe(m, metadata["max_length"], WINDOWS, GAPS, SEED)
+    summary["repeats"] = find_repeats(parts, measures, near_duplicates(parts), EXAMPLES)
+    summary["examples"] = examples_of(parts, EXAMPLES, SEED)
+    # 4. save
+    text = summary_text(summary, list(parts))
+    figures = draw(everything, summary["all"], metadata["max_length"], output)
+    write_json(output / "summary.json", summary)
+    write_text(output / "summary.md", markdown(text, figures, summary["examples"]))
+    # 5. say what is in it, where it is and what to run next
+    say("\n\n".join(["", text, *(example_text(example) for example in summary["examples"]), ""]))
+    say(f"written: {output}/summary.json, summary.md, {', '.join(figures)}\nnext: python train_reward_model.py")
+
+
+if __name__ == "__main__":
+    main(override_constants(globals()))

@@ -1,0 +1,300 @@
+"""Look at this machine: versions, device, memory, disk, hub or cache, and one real forward and backward pass.
+
+Reads  : requirements.txt, the hub's cache, models/SmolLM2-135M-Instruct where it is there
+Writes : nothing
+
+python setup_check.py
+python setup_check.py --device cpu --precision fp32    # any constant below, in lower case
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.config import override_constants
+from utils.runs import ENVIRONMENT, say, script, stop
+
+if TYPE_CHECKING:
+    import torch
+    from packaging.requirements import Requirement
+    from torch import nn
+
+    Step = tuple[float, dict[str, torch.Tensor]]  # loss, and the gradient of each parameter (float32, on the CPU)
+
+# what the next scripts will use
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder to look for
+DATASET = "nvidia/HelpSteer2"  # hub name, or a local file or folder, to look for
+OFFLINE_MODEL = "models/SmolLM2-135M-Instruct"  # where extras.get_offline_model puts its copy
+MAX_LENGTH = 256  # tokens of prompt and answer together, for the estimate of what fits
+BATCH_SIZE = 4  # pairs held in memory at once, for the same estimate
+# the check
+DEVICE = ""  # cuda | mps | cpu, "" = the best one that is there
+PRECISION = ""  # fp32 | bf16 | fp16, "" = by device
+SEED = 42  # of the tiny model of the proof
+REQUIREMENTS = "requirements.txt"  # versions to hold this machine against, beside this script
+TIMEOUT_SECONDS = 2.0  # wait so long for the hub, in all
+
+# largest relative difference from the CPU in fp32 that rounding explains
+LIMITS = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
+SIZES = {  # name: million parameters, layers, hidden + intermediate size
+    "SmolLM2-135M": (135, 30, 576 + 1536),
+    "SmolLM2-360M": (362, 32, 960 + 2560),
+    "Qwen2.5-0.5B": (494, 24, 896 + 4864),
+    "SmolLM2-1.7B": (1711, 24, 2048 + 8192),
+}
+# Bytes a parameter: float32 weight 4, gradient 4, two AdamW moments 8; a frozen one 4. LoRA trains about 1 in 30
+# (rank 16, all layers). Autocast adds a half-precision copy of each weight. Bytes a token, layer and unit of
+# (hidden + intermediate), held for the backward pass, and 1 GB for the libraries: within a quarter of the peaks
+# of SmolLM2-135M on a CPU (4 to 16 rows of 256 tokens).
+BYTES = {"trained": 16, "frozen": 4, "cast": 2, "activation fp32": 36, "activation cast": 22}
+REASONS = {  # errors of the hub's library in a user's words
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+    "HFValidationError": "neither a folder here nor a hub name",
+    "RepositoryNotFoundError": "the hub has no such name (or it is private: set HF_TOKEN)",
+}
+
+
+def row(name: str, *cells: str) -> None:
+    say(f"  {name:<17}" + "  ".join(f"{cell:<14}" for cell in cells).rstrip())
+
+
+def read_requirements(file: Path) -> list[Requirement]:
+    """The packages that a requirements file names for this platform; ends the script where it cannot be read."""
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:
+        stop(f"nothing is installed in this Python yet: run `python -m pip install -r {file.name}`")
+    if not file.is_file():
+        stop(f"REQUIREMENTS = '{file}' is not there: it belongs beside setup_check.py")
+    lines = [line.split(" #")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        wanted = [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]
+    except InvalidRequirement as error:
+        stop(f"{file}: {str(error).splitlines()[0]}")
+    return [package for package in wanted if package.marker is None or package.marker.evaluate()]
+
+
+def check_versions(wanted: list[Requirement]) -> list[str]:
+    """Print each package against its bounds, by metadata alone; returns a few words for each that is out of them."""
+    say("versions")
+    row("python", platform.python_version(), ">=3.11", "ok")
+    faults = []
+    for package in wanted:
+        try:
+            found = importlib.metadata.version(package.name)
+            fits = package.specifier.contains(found, prereleases=True)
+        except importlib.metadata.PackageNotFoundError:
+            found, fits = "not installed", False
+        row(package.name, found, str(package.specifier), "ok" if fits else "NO")
+        faults += [] if fits else [f"{package.name} is {found} (needed: {package.specifier or 'any version'})"]
+    return faults
+
+
+def memory_gb(device: torch.device) -> tuple[float, float]:
+    """(free, total) memory that models on this device live in, in GB: the GPU's own, or the RAM."""
+    import psutil
+    import torch
+
+    ram = psutil.virtual_memory()
+    free, total = ram.available, ram.total
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    elif device.type == "mps":  # shared with everything else; beyond this, Metal slows down or refuses
+        total = torch.mps.recommended_max_memory()
+        free = min(total, ram.available)
+    return free / 1e9, total / 1e9
+
+
+def check_machine(device: torch.device, precision: str, reason: str) -> None:
+    """Print device, precision, memory and disk."""
+    import psutil
+    import torch
+
+    say("machine")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    row("device", f"{device.type} ({name}), {torch.get_num_threads()} CPU threads")
+    row("precision", f"{precision}: {reason}")
+    free, total = memory_gb(device)
+    row(f"{device.type} memory", f"{free:.1f} of {total:.1f} GB free")
+    if device.type != "cpu":
+        row("RAM", f"{psutil.virtual_memory().available / 1e9:.1f} GB free")
+    disk = shutil.disk_usage(".").free / 1e9
+    row("disk", f"{disk:.1f} GB free here", "WARNING: a model and its checkpoints need about 5" if disk < 5 else "")
+    if device.type == "mps":
+        row("settings", ", ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name.startswith("PYTORCH")))
+
+
+def in_cache(name: str, kind: str) -> bool:
+    """Whether the hub's cache on this disk holds weights (kind "model") or rows ("dataset") of that name."""
+    from huggingface_hub import constants
+
+    repository = "--".join([f"{kind}s", *name.split("/")[:2]])  # a dataset's name may go on: owner/name/folder
+    wanted = ("*.safetensors", "*.bin") if kind == "model" else ("*.parquet", "*.jsonl*", "*.csv")
+    snapshots = Path(constants.HF_HUB_CACHE) / repository / "snapshots"
+    return any(file.exists() for pattern in wanted for file in snapshots.rglob(pattern))  # not a link to nowhere
+
+
+def ask_hub(names: dict[str, str], timeout: float) -> dict[str, str]:
+    """{kind: "" or why the hub does not give it, without addresses and tokens}, in `timeout` seconds in all."""
+    from huggingface_hub import HfApi
+
+    found = {kind: f"the hub did not answer within {timeout:g} s" for kind in names}
+
+    def ask(kind: str) -> None:
+        try:
+            HfApi().repo_info("/".join(names[kind].split("/")[:2]), repo_type=kind, timeout=timeout)
+            found[kind] = ""
+        except Exception as error:  # whatever the network throws, the answer is that it cannot be had
+            found[kind] = REASONS.get(type(error).__name__, f"the hub is not reachable ({type(error).__name__})")
+
+    # a thread for each, since no timeout of the library covers the name look-up
+    threads = [threading.Thread(target=ask, args=(kind,), daemon=True) for kind in names]
+    until = time.monotonic() + timeout
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return dict(found)
+
+
+def check_sources(names: dict[str, str], offline_model: str, timeout: float) -> dict[str, bool]:
+    """Print where model and dataset can come from; returns {"model", "dataset", "offline": whether it can be had}."""
+    say("model and data")
+    here = {kind: "on this disk" if Path(name).exists() else "in the cache" for kind, name in names.items()}
+    missing = {kind: name for kind, name in names.items() if not Path(name).exists() and not in_cache(name, kind)}
+    reasons = ask_hub(missing, timeout) if missing else {}
+    for kind, name in names.items():
+        where = "not in the cache; " + (reasons[kind] or "the hub has it") if kind in missing else here[kind]
+        row(kind, f"{name}: {where}")
+    had = {kind: not reasons.get(kind) for kind in names}
+    had["offline"] = (Path(offline_model) / "model.safetensors").is_file()
+    row("offline copy", f"{offline_model}: {'here' if had['offline'] else 'not here'}")
+    return had
+
+
+def what_fits(free_gb: float, precision: str, tokens: int) -> None:
+    """Print the memory (GB) that training each of SIZES takes on `tokens` tokens a step, and whether it is there."""
+    say(f"what fits in {free_gb:.1f} GB (estimate, {precision}, {tokens} tokens a step, no gradient checkpointing)")
+    row("", "LoRA", "full", "full, with a frozen reference")
+    kind = "fp32" if precision == "fp32" else "cast"
+    for name, (millions, layers, width) in SIZES.items():
+        copy_gb = 0 if kind == "fp32" else millions * BYTES["cast"] / 1e3
+        shared = 1 + copy_gb + tokens * layers * width * BYTES[f"activation {kind}"] / 1e9
+        full = shared + millions * BYTES["trained"] / 1e3
+        lora = shared + millions * (BYTES["frozen"] + BYTES["trained"] / 30) / 1e3
+        needed = (lora, full, full + millions * BYTES["frozen"] / 1e3)
+        row(name, *(f"{gb:5.1f} GB {'yes' if gb < 0.9 * free_gb else 'no'}" for gb in needed))
+
+
+def tiny_model(seed: int) -> nn.Module:
+    """A random 2-layer Llama (float32, on the CPU) with the vocabulary of SmolLM2: MPS has been wrong at that size."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True, use_cache=False))
+
+
+def one_step(model: nn.Module, ids: torch.Tensor, device: torch.device, precision: str) -> Step:
+    """Forward and backward of a copy of the model on ids [rows, tokens], as the trainers do it in this precision."""
+    import torch
+
+    from utils.models import PRECISIONS
+
+    model, ids = copy.deepcopy(model).to(device).train(), ids.to(device)
+    scale = 1024.0 if precision == "fp16" else 1.0  # what a GradScaler is for: small gradients are 0 in fp16
+    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+        loss = model(input_ids=ids, labels=ids).loss.float()
+    (loss * scale).backward()
+    gradients = {
+        name: torch.zeros(1) if parameter.grad is None else parameter.grad.float().cpu() / scale
+        for name, parameter in model.named_parameters()
+    }
+    return loss.item(), gradients
+
+
+def norm(gradients: dict[str, torch.Tensor]) -> float:
+    return math.hypot(*(gradient.norm().item() for gradient in gradients.values()))
+
+
+def compare(step: Step, reference: Step, limit: float) -> tuple[dict[str, float], list[str]]:
+    """Relative differences of loss and gradient, and in words: what exceeds `limit`, is not finite, got no gradient."""
+    (loss, gradients), (right_loss, right) = step, reference
+    apart = norm({name: gradients[name] - right[name] for name in right})
+    off = {"loss": abs(loss - right_loss) / abs(right_loss), "gradient": apart / (norm(right) or 1.0)}
+    faults = [f"the {name} is off by {value:.1e} (relative)" for name, value in off.items() if not value <= limit]
+    zero = [name for name, gradient in gradients.items() if not gradient.any()]
+    return off, faults + [f"the gradient of {name} is zero" for name in zero[:1]]
+
+
+def prove(model: nn.Module, device: torch.device, precision: str, seed: int) -> list[str]:
+    """Print steps of the model on the device beside the CPU in fp32; returns what is wrong, [] if nothing is."""
+    import torch
+
+    say("proof: forward and backward of a tiny Llama (off by: relative difference from fp32 on the CPU)")
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(seed)
+    left, right = torch.randn(256, 576, generator=generator), torch.randn(576, 1536, generator=generator)
+    apart = (left.to(device) @ right.to(device)).cpu() - left @ right
+    matmul = (apart.norm() / (left @ right).norm()).item()
+    row("fp32 matmul", f"off by {matmul:.1e}")
+    faults = [] if matmul <= LIMITS["fp32"] else [f"an fp32 matmul is off by {matmul:.1e} (relative)"]
+    for rows, tokens in ((4, 64), (2, 128)):  # two shapes, since gradients on MPS have been wrong after a change
+        ids = torch.randint(0, model.config.vocab_size, (rows, tokens), generator=generator)
+        step, reference = one_step(model, ids, device, precision), one_step(model, ids, cpu, "fp32")
+        off, wrong = compare(step, reference, LIMITS[precision])
+        values = {"loss": step[0], "gradient": norm(step[1])}
+        row(f"{rows} x {tokens} tokens", *(f"{name} {values[name]:.4f} (off by {off[name]:.1e})" for name in values))
+        faults += wrong
+    row("verdict", "MISMATCH: do not train like this" if faults else "ok")
+    return faults
+
+
+def next_command(had: dict[str, bool], offline_model: str) -> str:
+    """What to run now, given what can be had."""
+    if not (had["model"] or had["offline"]):
+        return "python -m extras.get_offline_model    # a copy of SmolLM2-135M-Instruct without the hub"
+    dataset = "" if had["dataset"] else " --dataset sample_data/helpsteer_sample.jsonl"
+    return f"python load_helpsteer_dataset.py{dataset}" + ("" if had["model"] else f" --tokenizer {offline_model}")
+
+
+@script
+def main(settings: dict) -> None:
+    # 1. versions
+    if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 11):
+        stop(f"Python {platform.python_version()} is too old: make an environment with 3.11 or newer")
+    faults = check_versions(read_requirements(Path(__file__).parent / REQUIREMENTS))
+    if faults:
+        stop(f"{'; '.join(faults)}: run `python -m pip install -r {REQUIREMENTS}`")
+    from utils.models import choose_device, choose_precision
+
+    # 2. machine
+    device = choose_device(DEVICE)
+    precision, reason = choose_precision(PRECISION, device)
+    check_machine(device, precision, reason)
+    what_fits(memory_gb(device)[0], precision, 2 * BATCH_SIZE * MAX_LENGTH)
+    # 3. model and data
+    had = check_sources({"model": MODEL, "dataset": DATASET}, OFFLINE_MODEL, TIMEOUT_SECONDS)
+    # 4. proof
+    try:
+        faults = prove(tiny_model(SEED), device, precision, SEED)
+    except RuntimeError as error:  # a driver that does not fit torch, an operation that the device does not have
+        faults = [str(error).splitlines()[0][:200]]
+    if faults:
+        stop(f"{device.type} in {precision} computes wrongly: {faults[0]}; try another DEVICE or PRECISION")
+    # 5. say what to run next
+    say(f"next: {next_command(had, OFFLINE_MODEL)}")
+
+
+if __name__ == "__main__":
+    main(override_constants(globals()))

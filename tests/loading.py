@@ -1,0 +1,58 @@
+"""Run load_helpsteer_dataset.py on some rows in a test, and read what it has written."""
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from datasets import Dataset, load_from_disk
+
+import load_helpsteer_dataset
+from tests.conftest import run_script
+from utils.sources import ATTRIBUTES
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> Path:
+    """Write rows as JSON lines, packed if the name ends in .gz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Write rows in the format that the file's name says."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    if path.suffix == ".parquet":
+        table.to_parquet(path, row_group_size=2)
+    elif path.suffix == ".csv":
+        table.to_csv(path, index=False, encoding="utf-8-sig")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    else:
+        write_lines(path, rows)
+    return path
+
+
+def rows_of(count: int, start: int = 0, gap: int = 1) -> Iterator[dict]:
+    """Rows of `count` prompts, two answers each, the first one better by `gap` in one attribute."""
+    for i in range(start, start + count):
+        for k in range(2):
+            grades = dict.fromkeys(ATTRIBUTES, 2) | {"helpfulness": 2 + gap * (1 - k)}
+            yield {"prompt": f"Question{i} asks{i} about{i}?", "response": f"Answer {k} to {i}.", **grades}
+
+
+def load_rows(
+    tokenizer_folder: str, dataset: str | Path | Iterable[dict], **constants: object
+) -> tuple[dict, dict[str, Dataset], list[dict]]:
+    """Run the script on a path or on rows: (metadata, {split: rows}, ledger) of what it writes (to out/)."""
+    if not isinstance(dataset, (str, Path)):
+        dataset = write_lines(Path("source.jsonl").absolute(), dataset)
+    defaults = {"DATASET": dataset, "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 128, "OUTPUT_DIR": "out"}
+    run_script(load_helpsteer_dataset, **{**defaults, **constants})
+    folder = Path(constants.get("OUTPUT_DIR", "out"))
+    parts = {path.parent.name: load_from_disk(str(path.parent)) for path in folder.glob("*/state.json")}
+    ledger = [json.loads(line) for line in (folder / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+    return json.loads((folder / "metadata.json").read_text(encoding="utf-8")), parts, ledger

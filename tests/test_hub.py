@@ -1,0 +1,103 @@
+"""Datasets of the hub: what is asked for, what is recorded, and how a refusal is told."""
+
+import pytest
+
+from tests.loading import write_lines
+from utils.sources import open_source
+
+ROWS = [{"prompt": f"Q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(5)]
+PAIR = ROWS[0]
+
+
+def read(source, role="train"):
+    return list(source.splits[role]())
+
+
+def fails(dataset, match):
+    """Opening the dataset ends in one line that says `match`."""
+    with pytest.raises(SystemExit, match=match) as stop:
+        open_source(dataset, "average")
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that gives a folder named like a commit, or raises; the calls are kept."""
+    import huggingface_hub
+
+    folder = tmp_path / "snapshots" / ("c0ffee" * 7)[:40]
+    folder.mkdir(parents=True)
+    calls, answer = [], {"error": None}
+
+    def snapshot_download(name, **options):
+        calls.append((name, options))
+        if answer["error"]:
+            raise answer["error"]
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return folder, calls, answer
+
+
+def test_hub_dataset_and_its_revision(hub):
+    folder, calls, _ = hub
+    write_lines(folder / "train.jsonl.gz", ROWS[:4])
+    write_lines(folder / "validation.jsonl.gz", ROWS[4:])
+    write_lines(folder / "preference" / "preference.jsonl.gz", [PAIR])
+    source = open_source("nvidia/HelpSteer2.v1-b", "average")
+    assert source.name == "nvidia/HelpSteer2.v1-b" and source.revision == folder.name
+    assert read(source) == ROWS[:4] and read(source, "test") == ROWS[4:]
+    assert calls[0][0] == "nvidia/HelpSteer2.v1-b" and calls[0][1]["repo_type"] == "dataset"
+    assert "token" not in calls[0][1], "the token comes from the environment, through the hub's own library"
+
+
+def test_hub_folder_and_hub_split(hub):
+    folder, _, _ = hub
+    write_lines(folder / "train.jsonl", ROWS)
+    write_lines(folder / "goodness_split.jsonl", [PAIR])
+    write_lines(folder / "preference" / "train.jsonl", [{**PAIR, "prompt": "in the folder"}])
+    assert read(open_source("owner/name/preference", "average"))[0]["prompt"] == "in the folder"
+    source = open_source("owner/name/goodness_split", "average")
+    assert read(source) == [PAIR] and source.split_used == {"train": "goodness_split"} and source.revision
+    fails("owner/name/prefrence", "no folder or split 'prefrence' there, splits: goodness_split, train")
+
+
+def test_local_mirror_wins_over_the_hub(hub, tmp_path):
+    _, calls, _ = hub
+    write_lines(tmp_path / "nvidia" / "HelpSteer2" / "train.jsonl", ROWS)
+    assert read(open_source("nvidia/HelpSteer2", "average")) == ROWS and not calls
+
+
+def test_what_the_hub_refuses_is_said_in_one_line(hub):
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def refusal(kind):
+        error = kind.__new__(kind)
+        error.args = ("401 Client Error\nfor hf_secret",)
+        return error
+
+    _, _, answer = hub
+    for error, match in [
+        (refusal(RepositoryNotFoundError), "'nvidia/HelpSter2' is not on the hub .*check the spelling"),
+        (refusal(GatedRepoError), "is gated: accept its terms on the hub and set HF_TOKEN in the environment"),
+        (refusal(LocalEntryNotFoundError), "hub cannot be reached and the cache has no whole copy"),
+        (TimeoutError("timed out"), "hub cannot be reached"),
+        (type("ConnectError", (Exception,), {})("no route"), "hub cannot be reached .*ConnectError"),
+    ]:
+        answer["error"] = error
+        assert "hf_secret" not in fails("nvidia/HelpSter2", match)
+
+
+def test_a_full_disk_is_not_blamed_on_the_hub(hub):
+    _, _, answer = hub
+    answer["error"] = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        open_source("nvidia/HelpSteer2", "average")
+
+
+def test_without_a_hub_and_a_cache_there_is_no_second_choice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    fails("nvidia/no_such_dataset_here", "hub cannot be reached and the cache has no whole copy")

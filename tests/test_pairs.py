@@ -1,0 +1,122 @@
+"""Shared-prompt rows: the same numbers as two rows a pair, whatever else is in the batch."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForSequenceClassification
+
+from utils.pairs import CHOSEN, REJECTED, LengthSampler, PairCollator, forward_pairs, load_pairs, pair_lengths
+from utils.rewards import HEADS, RewardPairs, prepare
+
+
+def load(model_folder, attention="sdpa"):
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_folder, num_labels=1, dtype=torch.float32, attn_implementation=attention
+    )
+    return model.eval()
+
+
+def row(number, prompt, chosen, rejected, padded_to=64):
+    mask = [1] * len(prompt) + [0] * (padded_to - len(prompt))
+    ids = prompt + [2] * (padded_to - len(prompt))
+    return {
+        "row": number,
+        "input_ids": ids,
+        "attention_mask": mask,
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+        "chosen_rating": 3.0,
+        "rejected_rating": None if number == 0 else 1.5,
+    }
+
+
+ROWS = [
+    row(0, [1, 40, 41, 2], [50, 51, 52, 2, 60], [70, 2, 60]),
+    row(1, [1, 42, 43, 44, 45, 46], [53], [71, 72, 73, 74, 75, 76, 77, 2]),
+    row(2, [1, 47], [54, 2, 55, 56], [2, 2, 2]),  # pad = end of turn = 2 may stand anywhere in an answer
+]
+
+
+def one_row_reward(model, ids):
+    """The reward of ids alone, without padding or masks."""
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([ids])).last_hidden_state
+        return model.score(hidden[0, -1]).item()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_shared_row_equals_two_rows(model_folder, attention):
+    model = load(model_folder, attention)
+    with torch.no_grad():
+        outputs = RewardPairs(model)(**PairCollator(2, 8)(ROWS))["outputs"][..., 0]
+    for i, r in enumerate(ROWS):
+        prompt = r["input_ids"][: sum(r["attention_mask"])]
+        for side, ids in enumerate((r["chosen_ids"], r["rejected_ids"])):
+            assert outputs[i, side].item() == pytest.approx(one_row_reward(model, prompt + ids), abs=1e-5)
+
+
+def test_batch_mates_and_padding_change_nothing(model_folder):
+    module = RewardPairs(load(model_folder))
+    with torch.no_grad():
+        alone = module(**PairCollator(2, 8)(ROWS[:1]))["outputs"]
+        among = module(**PairCollator(0, 64)(ROWS))["outputs"][:1]
+    torch.testing.assert_close(alone, among, atol=1e-5, rtol=0)
+
+
+def test_rejected_does_not_see_chosen_nor_the_future(model_folder):
+    module = RewardPairs(load(model_folder))
+    changed = [{**ROWS[0], "chosen_ids": [90, 91, 92, 93, 94]}]
+    with torch.no_grad():
+        before = module(**PairCollator(2, 8)(ROWS[:1]))["outputs"][0, :, 0]
+        after = module(**PairCollator(2, 8)(changed))["outputs"][0, :, 0]
+    assert before[1] == after[1] and before[0] != after[0]
+
+
+def test_collator_positions_segments_ends_and_gap():
+    batch = PairCollator(2, 8)(ROWS[:2])
+    assert batch["input_ids"].shape == (2, 16) and batch["ends"].tolist() == [[8, 11], [6, 14]]
+    assert batch["position_ids"][0, :12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6]
+    assert (batch["segments"] == CHOSEN).sum(1).tolist() == [5, 1]
+    assert (batch["segments"] == REJECTED).sum(1).tolist() == [3, 8]
+    assert batch["gap"].tolist() == [3.0, 1.5] and batch["row"].tolist() == [0, 1]
+
+
+def test_order_is_whole_and_reproducible_and_the_longest_comes_first():
+    lengths = np.random.default_rng(0).integers(5, 90, size=103)
+    sampler = LengthSampler(lengths, 4, seed=7, steps_sorted_together=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(103)) and first == list(LengthSampler(lengths, 4, 7, 3))
+    steps = [first[i : i + 4] for i in range(0, 100, 4)]
+    assert lengths[steps[0]].sum() == max(lengths[step].sum() for step in steps)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    spread = np.mean([np.ptp(lengths[step]) for step in steps])
+    assert spread < np.ptp(lengths) / 2, "rows of a step are of like length"
+
+
+def test_every_row_is_scored_once_in_its_place(model_folder, sample_folder, tokenizer):
+    rows = load_pairs(sample_folder, "train")
+    module = RewardPairs(load(model_folder))
+    outputs = forward_pairs(module, rows, PairCollator(2, 8), 5, Accelerator(cpu=True))["outputs"]
+    assert outputs.shape == (len(rows), 2, 1) and np.isfinite(outputs).all()
+    for i in (0, len(rows) - 1):
+        with torch.no_grad():
+            alone = module(**PairCollator(2, 8)([rows[i]]))["outputs"][0].numpy()
+        np.testing.assert_allclose(outputs[i], alone, atol=1e-5)
+
+
+def test_lengths_count_real_tokens(sample_folder):
+    rows = load_pairs(sample_folder, "train", 20)
+    expected = [sum(r["attention_mask"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows]
+    assert pair_lengths(rows).tolist() == expected and len(rows) == 20
+
+
+def test_pad_token_differs_from_the_end_of_turn(model_folder, tokenizer_folder):
+    from utils.tokens import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    model = prepare(load(model_folder), tokenizer, HEADS["scalar"])
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0 != tokenizer.eos_token_id

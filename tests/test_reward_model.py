@@ -1,0 +1,172 @@
+"""train_reward_model.py from end to end: what it writes, that the save is proved, that others can load it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import train_reward_model
+from tests.conftest import run_script
+from utils.models import choose_precision, load_classifier, save_with_proof
+from utils.pairs import load_pairs
+from utils.rewards import RewardModel
+from utils.tokens import render
+
+SMALL = {
+    "MAX_STEPS": 6,
+    "LOG_EVERY_STEPS": 2,
+    "MAX_ROWS": 40,
+    "PRECISION": "fp32",
+    "LEARNING_RATE": 1e-3,
+    "DEVICE": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, sample_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outputs") / "reward_model"
+    run_script(train_reward_model, **SMALL, DATA_DIR=sample_folder, MODEL=model_folder, OUTPUT_DIR=folder)
+    return folder
+
+
+def test_the_run_folder_is_complete_and_its_figures_agree(trained, sample_folder):
+    result = json.loads((trained / "eval.json").read_text())
+    lines = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+    right = [1.0 if p["chosen"] > p["rejected"] else 0.5 if p["chosen"] == p["rejected"] else 0.0 for p in lines]
+    longer = [(p["chosen_characters"] > p["rejected_characters"]) for p in lines]
+    validation = load_pairs(sample_folder, "validation", 40)
+    assert result["pairs"] == len(lines) == len(validation) and result["accuracy"] == pytest.approx(np.mean(right))
+    assert result["length_baseline"] == pytest.approx(np.mean(longer), abs=0.02)
+    assert result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] and result["verdict"]
+    record = json.loads((trained / "run.json").read_text())
+    assert record["finished"] and record["seconds"] > 0 and record["peak_memory_gb"] > 0
+    assert record["settings"]["LEARNING_RATE"] == 1e-3 and record["data_fingerprint"] and record["device"] == "cpu"
+    assert f"{result['accuracy']:.3f}" in (trained / "README.md").read_text()
+    assert (trained / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_trained_weights_differ_from_the_start(trained, model_folder):
+    before, after = load_file(f"{model_folder}/model.safetensors"), load_file(trained / "model.safetensors")
+    body = [name for name in before if name in after]
+    assert len(body) > 10 and all(not torch.equal(before[name], after[name]) for name in body)
+
+
+def test_scores_are_those_of_plain_transformers(trained, sample_folder):
+    """Ours, AutoModel and the pipeline agree, on short and long, alone and in a batch; pad is not the end of turn."""
+    conversations = [row["chosen"] for row in load_pairs(sample_folder, "validation", 5)]
+    conversations.append([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
+    ours = RewardModel.load(str(trained), device="cpu")
+    ours.max_length = 480  # nothing is cut, as in the pipeline
+    scores = ours.score(conversations, batch_size=4)
+    model = AutoModelForSequenceClassification.from_pretrained(trained)
+    assert model.config.pad_token_id not in (None, model.config.eos_token_id)
+    texts = [render(ours.tokenizer, messages, ask=False) for messages in conversations]
+    theirs = pipeline("text-classification", model=str(trained), device="cpu")(texts, batch_size=3)
+    assert [found["score"] for found in theirs] == pytest.approx(scores.tolist(), abs=1e-4)
+    for text, score in zip(texts, scores.tolist(), strict=True):
+        batch = ours.tokenizer([text, text + " and more"], return_tensors="pt", padding=True, add_special_tokens=False)
+        assert model(**batch).logits[0, 0].item() == pytest.approx(score, abs=1e-4)
+
+
+def test_scores_at_the_window_equal_those_of_training(trained, sample_folder):
+    """predictions.jsonl (ids of the window) and RewardModel.score (conversations) agree where no pair is cut."""
+    rows = load_pairs(sample_folder, "validation", 40)
+    lines = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+    model = RewardModel.load(str(trained), device="cpu")
+    whole = [i for i, row in enumerate(rows) if not (row["prompt_cut"] or row["chosen_cut"] or row["rejected_cut"])]
+    assert whole, "the sample has pairs that fit"
+    for side in ("chosen", "rejected"):
+        scores = model.score([rows[i][side] for i in whole])
+        assert scores.tolist() == pytest.approx([lines[i][side] for i in whole], abs=1e-4)
+
+
+def test_lora_keeps_its_head_and_leaves_a_plain_folder(model_folder, sample_folder, tmp_path):
+    folder = tmp_path / "lora"
+    options = SMALL | {"USE_LORA": "true", "LORA_RANK": 4}
+    run_script(train_reward_model, **options, DATA_DIR=sample_folder, MODEL=model_folder, OUTPUT_DIR=folder)
+    assert (folder / "adapter/adapter_config.json").exists() and not (folder / "adapter_config.json").exists()
+    adapter, whole = load_file(folder / "adapter/adapter_model.safetensors"), load_file(folder / "model.safetensors")
+    saved_head = [value for name, value in adapter.items() if "score" in name]
+    assert len(saved_head) == 1 and torch.equal(saved_head[0], whole["score.weight"])
+    assert not any("lora" in name for name in whole)
+
+
+def test_trl_engine_trains_on_the_same_rows(model_folder, sample_folder, tmp_path):
+    options = SMALL | {
+        "ENGINE": "trl",
+        "DATA_DIR": sample_folder,
+        "MODEL": model_folder,
+        "OUTPUT_DIR": tmp_path / "trl",
+    }
+    run_script(train_reward_model, **options)
+    result = json.loads((tmp_path / "trl/eval.json").read_text())
+    logged = [json.loads(line) for line in (tmp_path / "trl/metrics.jsonl").read_text().splitlines()]
+    assert (
+        result["pairs"] and [line["step"] for line in logged] == [2, 4, 6] and all(line["loss"] > 0 for line in logged)
+    )
+
+
+def test_a_finished_run_is_moved_aside_and_nothing_is_lost(model_folder, sample_folder, tmp_path, capsys):
+    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "MAX_STEPS": 1}
+    run_script(train_reward_model, **options)
+    first = (tmp_path / "run/run.json").read_text()
+    run_script(train_reward_model, **options)
+    (aside,) = [path for path in tmp_path.iterdir() if path.name != "run"]
+    assert (aside / "run.json").read_text() == first and f"moved aside to {aside}" in capsys.readouterr().out
+
+
+def test_a_save_that_does_not_reload_equal_is_an_error(model_folder, tokenizer, tmp_path):
+    model = load_classifier(model_folder, 1)
+
+    def other(folder):
+        reloaded = load_classifier(folder, 1)
+        reloaded.score.weight.data += 1e-3
+        return reloaded
+
+    with pytest.raises(RuntimeError, match="differ by"):
+        save_with_proof(model, tokenizer, tmp_path, other, lambda m: m.score.weight.detach().clone())
+
+
+def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model_folder, tokenizer_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(tokenizer_folder)
+    other.chat_template = other.chat_template.replace("<|im_start|>", "<|im_start|>:")
+    other.save_pretrained(tmp_path)
+    with pytest.raises(
+        SystemExit, match=r"another chat template than that of MODEL = .*load_helpsteer_dataset.py --tok"
+    ):
+        run_script(train_reward_model, DATA_DIR=sample_folder, MODEL=tmp_path)
+    with pytest.raises(SystemExit, match=r"nowhere is not there yet: run `python load_helpsteer_dataset.py` first"):
+        run_script(train_reward_model, DATA_DIR="nowhere", MODEL=model_folder)
+
+
+@pytest.mark.parametrize(
+    "constant, value, message",
+    [
+        ("PAIR_LOSS", "bradly", "PAIR_LOSS = 'bradly' is not known, choose one of: bradley_terry"),
+        ("HEAD", "vector", "HEAD = 'vector' is not known, choose one of: scalar"),
+        ("ENGINE", "jax", "ENGINE = 'jax' is not known"),
+        ("MODEL", "no/such-model", "MODEL = 'no/such-model' cannot be had"),
+        ("DEVICE", "cuda:7", "DEVICE = 'cuda:7' is not known"),
+        ("PRECISION", "fp16", "PRECISION = 'fp16' needs a GradScaler"),
+    ],
+)
+def test_mistakes_end_in_one_line(sample_folder, model_folder, tmp_path, constant, value, message):
+    options = {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "DEVICE": "cpu"}
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_reward_model, **options | {constant: value})
+    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "device, capability, found",
+    [("cuda", (9, 0), "bf16"), ("cuda", (8, 0), "bf16"), ("cuda", (7, 5), "fp16"), ("mps", None, "fp32")],
+)
+def test_precision_is_what_the_device_does_natively(monkeypatch, device, capability, found):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_precision("", torch.device(device))[0] == found
+    assert choose_precision("fp32", torch.device(device))[0] == "fp32"

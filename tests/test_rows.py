@@ -1,0 +1,97 @@
+"""Rows as they are stored: chat turns from markers, the persona, the ledger, and the rows with every fault."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT
+from utils.pairing import checked_pairs
+from utils.rows import Ledger, chat_turns, finished_row
+from utils.sources import open_source
+
+
+def said(*texts, system=""):
+    roles = ("user", "assistant") * len(texts)
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+@pytest.mark.parametrize(
+    "prompt, turns",
+    [
+        ("Q", ["Q"]),
+        ("  Q\n\n", ["  Q\n\n"]),
+        ("Q1\n<extra_id_1>Assistant\nA1\n<extra_id_1>User\nQ2", ["Q1", "A1", "Q2"]),
+        ("Q1\n\n<extra_id_1>Assistant\nA1\n\nmore\n<extra_id_1>User\nQ2\n", ["Q1", "A1\n\nmore", "Q2"]),
+        ("<extra_id_1>User\nQ1\n<extra_id_1>Assistant\nA1\n<extra_id_1>User\nQ2", ["Q1", "A1", "Q2"]),
+        ("Q1\n<extra_id_1>Assistant\n", ["Q1"]),
+        ("Q1\n<extra_id_1>Assistant", ["Q1"]),
+        ("Q1\n<extra_id_1>Assistant \r\nA1\n<extra_id_1>User\nQ2\n<extra_id_1>Assistant\nA2", ["Q1", "A1", "Q2"]),
+        ("Q1 <extra_id_1>Assistant\nstays", ["Q1 <extra_id_1>Assistant\nstays"]),
+        ("Q1\n<extra_id_1>System\nstays", ["Q1\n<extra_id_1>System\nstays"]),
+        ("Q1\n<extra_id_1>User stays", ["Q1\n<extra_id_1>User stays"]),
+        (" \n", []),
+    ],
+)
+def test_markers_become_turns(prompt, turns):
+    assert chat_turns(prompt) == said(*turns)
+
+
+def test_an_empty_turn_is_left_out():
+    assert chat_turns("Q1\n<extra_id_1>Assistant\n\n<extra_id_1>User\nQ2") == [*said("Q1"), *said("Q2")]
+
+
+def test_the_stored_row_holds_whole_conversations_and_the_persona():
+    turns = said("Q", system="source")
+    row = finished_row({"prompt": "Q", "turns": turns, "answers": ("yes", "no"), "ratings": (2.0, 1.0)}, "pirate")
+    assert row["chosen"] == said("Q", "yes", system="pirate") and row["rejected"] == said("Q", "no", system="pirate")
+    row = finished_row({"prompt": "Q", "turns": turns, "answers": ("yes", "no"), "ratings": (2.0, 1.0)}, "")
+    assert row["chosen"] == said("Q", "yes", system="source") and row["chosen_attributes"] is None
+
+
+def test_ledger_of_the_broken_rows():
+    source = open_source(str(ROOT / "sample_data" / "broken_rows.jsonl"), "average")
+    ledger = Ledger()
+    pairs = list(checked_pairs(source.splits["train"], "attributes", "average", "train", 0.0, ledger))
+    assert sorted(p["rows"] for p in pairs) == [
+        [0, 37],
+        [3, 4],
+        [22, 23],
+        [25, 26],
+        [27, 28],
+        [29, 30],
+        [31, 32],
+        [33, 34],
+    ]
+    assert sorted((entry["rows"], entry["reason"]) for entry in ledger.entries) == [
+        ([1, 2], "tie"),
+        ([5], "duplicate"),
+        ([6], "empty_answer"),
+        ([7], "unpaired"),
+        ([8], "empty_prompt"),
+        ([9], "empty_prompt"),
+        ([10, 11], "equal_answers"),
+        *[([row], "bad_attribute") for row in range(12, 20)],
+        ([20], "unpaired"),
+        ([21], "between_best_and_worst"),
+        ([24], "between_best_and_worst"),
+        ([35, 36], "broken_text"),
+    ]
+    assert ledger.totals() == {"rows_read": 38, "rows_used": 16, "rows_dropped": 22, "prompts": 18}
+    turns = {p["rows"][0]: p["turns"] for p in pairs}
+    wanted = said("Pick a number between one and ten.", "Seven.", "Double it. (I wrote <extra_id_1>User in my notes.)")
+    assert turns[25] == wanted
+    assert "\u0000" in turns[29][0]["content"] and turns[29][0]["content"].endswith("\r\nend\u2028of line")
+    assert len(turns[31][0]["content"]) > 3000 and turns[33] == said("Почему небо голубое?")
+    assert "<script>" in turns[27][0]["content"], "text is text, HTML too"
+
+
+def test_the_ledger_shows_the_start_of_the_prompt(tmp_path):
+    ledger = Ledger()
+    ledger.drop("tie", "train", [3, 4], "я" * 200)
+    ledger.drop("empty_prompt", "test", [5], None)
+    ledger.drop("bad_messages", "test", [6], said("ж"))
+    ledger.write(tmp_path / "dropped.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[0] == {"reason": "tie", "split": "train", "rows": [3, 4], "prompt": "я" * 80}
+    assert lines[1]["prompt"] == "null" and "ж" in lines[2]["prompt"]

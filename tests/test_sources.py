@@ -1,0 +1,227 @@
+"""Datasets are recognised by their columns, read from every kind of file, and bad ones end in one line."""
+
+import gzip
+import json
+
+import pytest
+
+from tests.loading import write_lines, write_rows
+from utils.pairing import checked_pairs
+from utils.rows import Ledger
+from utils.sources import open_source
+
+GRADES = {"helpfulness": 4, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 1}
+ROWS = [{"prompt": f"Question {i}?", "response": f'Answer\n{i}, "yes" ☕', **GRADES} for i in range(5)]
+PAIR = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+MESSAGES = [{"role": "user", "content": "It's “why”?"}, {"role": "assistant", "content": 'Because "x",\nsee.'}]
+
+
+def read(source, role="train"):
+    return list(source.splits[role]())
+
+
+def fails(dataset, match, rating="average"):
+    """Opening and reading the dataset ends in one line that says `match`."""
+    with pytest.raises(SystemExit, match=match) as stop:
+        source = open_source(str(dataset), rating)
+        for records in source.splits.values():
+            list(records())
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    write_rows(tmp_path / name, ROWS)
+    source = open_source(str(tmp_path / name), "average")
+    assert [{key: str(value) for key, value in row.items()} for row in read(source)] == [
+        {key: str(value) for key, value in row.items()} for row in ROWS
+    ]
+    assert source.layouts == {"train": "attributes"} and source.revision == ""
+    assert source.name == str(tmp_path / name) and source.rating == "average"
+
+
+def test_json_lines_under_the_name_json(tmp_path):
+    write_lines(tmp_path / "rows.json", ROWS)
+    assert read(open_source(str(tmp_path / "rows.json"), "average")) == ROWS
+
+
+def test_byte_order_mark_and_empty_lines_do_no_harm(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n\r\n" + json.dumps(PAIR).encode())
+    assert read(open_source(str(path), "average")) == [PAIR, PAIR]
+
+
+@pytest.mark.parametrize("as_text", [json.dumps, repr])
+def test_messages_in_csv_cells_are_messages(tmp_path, as_text):
+    write_rows(tmp_path / "rows.csv", [{"chosen": as_text(MESSAGES), "rejected": "[{see} the list]"}])
+    assert read(open_source(str(tmp_path / "rows.csv"), "average")) == [
+        {"chosen": MESSAGES, "rejected": "[{see} the list]"}
+    ]
+
+
+def test_messages_in_numpys_words_are_refused(tmp_path):
+    cell = "[{'role': 'user', 'content': 'Why?'}\n {'role': 'assistant', 'content': 'So.'}]"
+    write_rows(tmp_path / "rows.csv", [{"chosen": cell, "rejected": "x"}])
+    fails(tmp_path / "rows.csv", "line 3: chosen holds messages that are neither JSON nor Python")
+
+
+# folders
+
+
+def test_folder_with_splits_and_shards(tmp_path, capsys):
+    write_lines(tmp_path / "data" / "train-00001-of-00002.jsonl", ROWS[2:4])
+    write_lines(tmp_path / "data" / "train-00000-of-00002.jsonl", ROWS[:2])
+    write_lines(tmp_path / "data" / "validation-00000-of-00001-a09b74b3ef9c3b56.jsonl.gz", ROWS[4:])
+    write_lines(tmp_path / "data" / "extra.jsonl", ROWS)
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "README.md").write_text("# rows")
+    source = open_source(str(tmp_path), "average")
+    assert read(source) == ROWS[:4] and read(source, "test") == ROWS[4:]
+    assert source.split_used == {"train": "train", "test": "validation"}
+    assert "not read: extra" in capsys.readouterr().out
+
+
+def test_a_single_file_in_a_folder_is_the_training_split(tmp_path):
+    write_lines(tmp_path / "rows.jsonl", ROWS)
+    source = open_source(str(tmp_path), "average")
+    assert read(source) == ROWS and source.split_used == {"train": "rows"} and list(source.splits) == ["train"]
+
+
+@pytest.mark.parametrize("suffix", ["", "_split"])
+@pytest.mark.parametrize("rating, split", [("average", "average_rating"), ("goodness", "goodness_score")])
+def test_rating_picks_the_split(tmp_path, rating, split, suffix):
+    for name in ("average_rating", "goodness_score", "helpfulness"):
+        row = {**PAIR, "chosen": name}
+        write_lines(tmp_path / "data" / f"{name}{suffix}-00000-of-00001.jsonl", [row])
+    source = open_source(str(tmp_path), rating)
+    assert read(source) == [{**PAIR, "chosen": split}]
+    assert source.split_used == {"train": split + suffix} and source.rating == rating
+
+
+def test_a_rating_without_its_split_is_an_error(tmp_path):
+    for name in ("average_rating_split", "goodness_split"):
+        write_lines(tmp_path / f"{name}.jsonl", [PAIR])
+    fails(tmp_path, "no split for RATING = 'nvidia_70b', it has: average_rating_split, goodness_split", "nvidia_70b")
+
+
+def test_a_rating_that_decides_nothing_is_said_and_not_recorded(tmp_path, capsys):
+    source = open_source(str(write_lines(tmp_path / "rows.jsonl", [PAIR])), "goodness")
+    assert source.rating == "" and "RATING = 'goodness' decides nothing here" in capsys.readouterr().out
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([PAIR, {**PAIR, "prompt": "When?"}])
+    DatasetDict(train=rows, validation=rows.select([1])).save_to_disk(tmp_path / "both")
+    rows.save_to_disk(tmp_path / "one")
+    for folder in (tmp_path / "both" / "train", tmp_path / "one"):
+        (folder / "cache-1234.arrow").write_bytes(b"left by a later map()")
+    both, one = open_source(str(tmp_path / "both"), "average"), open_source(str(tmp_path / "one"), "average")
+    assert read(both) == read(one) == list(rows) and read(both, "test") == list(rows)[1:]
+
+
+def test_rows_for_training_and_held_out_in_one_file(tmp_path):
+    """HelpSteer2's folder preference/ has one file, with a column that says which row is whose."""
+    row = {"prompt": "Why?", "response_1": "a", "response_2": "b", "preference_strength": 2}
+    rows = [{**row, "split": "train" if i % 3 else "val", "prompt": f"{i}?"} for i in range(9)]
+    source = open_source(str(write_lines(tmp_path / "preference.jsonl.gz", rows)), "average")
+    assert source.layouts == {"train": "strength", "test": "strength"}
+    assert [r["prompt"] for r in read(source, "test")] == ["0?", "3?", "6?"] and len(read(source)) == 6
+
+
+# layouts
+
+
+@pytest.mark.parametrize(
+    "row, layout",
+    [
+        (ROWS[0], "attributes"),
+        ({**ROWS[0], "chosen": "x"}, "attributes"),
+        (PAIR, "pairs"),
+        ({"chosen": MESSAGES, "rejected": MESSAGES}, "pairs"),
+        ({**PAIR, "chosen_score": 1, "rejected_score": 0}, "pairs"),
+        ({"prompt": "", "response_1": "", "response_2": "", "preference_strength": 0}, "strength"),
+        ({"context": [], "response1": "", "response2": "", "overall_preference": 0, "domain": ""}, "strength"),
+    ],
+)
+def test_layout_is_known_by_the_columns(tmp_path, row, layout):
+    path = write_lines(tmp_path / "named_anything.jsonl", [row])
+    assert open_source(str(path), "average").layouts == {"train": layout}
+
+
+def test_a_first_row_that_lacks_a_column_does_not_hide_the_layout(tmp_path):
+    row = dict(ROWS[0])
+    del row["verbosity"]
+    path = write_lines(tmp_path / "rows.jsonl", [row, *ROWS])
+    assert open_source(str(path), "average").layouts == {"train": "attributes"}
+
+
+def test_wrong_columns_are_listed_with_the_known_ones(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"question": "x", "answer": "y"}])
+    fails(path, "has columns answer question, needed is one of: .*coherence.*; chosen rejected; .*overall_preference")
+
+
+# bad input
+
+
+def test_missing_file_is_never_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.sources.download", lambda dataset: pytest.fail("asked the hub"))
+    for name in ("rows.jsonl", "data/rows.parquet", "./data/rows", "/data/rows", "~/no_rows_here", "rows", "a/b/c/d"):
+        fails(name, f"DATASET = '{name}' is not there")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv"])
+def test_empty_file(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    fails(tmp_path / name, "has no rows in its split 'train'")
+
+
+def test_table_without_rows(tmp_path):
+    write_rows(tmp_path / "rows.parquet", {"chosen": [], "rejected": []})
+    fails(tmp_path / "rows.parquet", "has no rows")
+
+
+def test_folder_without_rows(tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    fails(tmp_path, "no file in it that can be read, known: .jsonl.gz, .jsonl, .json, .csv, .parquet")
+    fails(tmp_path / "README.md", "cannot read this kind of file")
+
+
+GOOD = json.dumps(PAIR).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("rows.jsonl", GOOD * 2 + b'{"prompt": "x"\n' + GOOD, "line 3 is not JSON .*at column"),
+        ("rows.jsonl.gz", gzip.compress(GOOD + b"\n{]\n"), "line 3 is not JSON"),
+        ("rows.jsonl", GOOD + b'{"prompt": "\xff\xfe"}\n', "line 2 is not JSON .*utf-8"),
+        ("rows.jsonl", GOOD + b'{"n": ' + b"9" * 5000 + b"}\n", "line 2 is not JSON .*digits"),
+        ("rows.jsonl", GOOD + b"[1, 2]\n", "line 2 is not a JSON object"),
+        ("rows.json", b'[{"prompt": 1},\n{"prompt" 2}]', "line 2 is not JSON"),
+        ("rows.json", b"[1, 2]", "expected an array of objects"),
+        ("rows.json", b'["\xff"]', "rows.json cannot be read: UnicodeDecodeError"),
+        ("rows.csv", b"chosen,rejected\na,b\na,b,c\n", "line 3 has more cells than the header"),
+        ("rows.csv", b"chosen,rejected\n\xff,b\n", "rows.csv cannot be read: UnicodeDecodeError"),
+        ("rows.parquet", b"PAR1 this is none", "rows.parquet cannot be read: ArrowInvalid"),
+        ("rows.parquet", b"", "rows.parquet cannot be read: ArrowInvalid"),
+        ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "rows.parquet cannot be read"),
+        ("rows.jsonl.gz", b"version https://git-lfs", "rows.jsonl.gz cannot be read: BadGzipFile"),
+        ("rows.jsonl.gz", gzip.compress(GOOD * 500)[:-20], "rows.jsonl.gz cannot be read: EOFError"),
+    ],
+)
+def test_unreadable_content_is_named(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    fails(tmp_path / name, match)
+
+
+def test_rows_of_all_formats_come_through_the_checks(tmp_path):
+    """CSV cells are text and parquet's are numpy-free Python: both pair as the JSON does."""
+    rows = [{**ROWS[0], "prompt": "Q?"}, {**ROWS[1], "prompt": "Q?", "helpfulness": 2}]
+    for name in ("rows.csv", "rows.parquet", "rows.jsonl"):
+        write_rows(tmp_path / name, rows)
+        source = open_source(str(tmp_path / name), "average")
+        (pair,) = checked_pairs(source.splits["train"], "attributes", "average", "train", 0.0, Ledger())
+        assert pair["ratings"] == (2.8, 2.4) and pair["attributes"] == ([4, 4, 4, 1, 1], [2, 4, 4, 1, 1])

@@ -1,0 +1,139 @@
+"""The split is by prompt and exact, near duplicates share a side, and nothing like the test split is trained on."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+import load_helpsteer_dataset
+from utils.pairing import checked_pairs
+from utils.rows import Ledger
+from utils.sources import ATTRIBUTES
+from utils.split import SIMILAR, near_duplicate_groups, shingles, similarity, split_indices, words_of
+
+LONG = "Please write a short story about a lighthouse keeper who finds a letter in a bottle on the shore one morning"
+
+
+def split(prompts, share, seed=42, never_train=()):
+    """(train prompts, validation prompts) of a plain dataset through the function that users call."""
+    dataset = Dataset.from_dict({"prompt": prompts})
+    train, validation = load_helpsteer_dataset.split_dataset(dataset, share, seed, never_train)
+    return train["prompt"][:], validation["prompt"][:]
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("How do I boil an egg?", "how do i boil an EGG", True),
+        ("ﬁnd the “ﬁle” — now!", 'find the "file" - now', True),
+        (LONG + ".", LONG + ", please", True),
+        (LONG, LONG.replace("lighthouse", "train"), False),
+        ("What is 2 + 2?", "What is 2 + 3?", False),
+        ("Translate: cat", "Translate: dog", False),
+        ("Как сварить яйцо?", "как сварить яйцо", True),
+        (
+            "请写一个关于灯塔看守人在海边发现瓶中信的短篇故事",
+            "请写一个关于灯塔看守人在海边发现瓶中信的短篇故事吧",
+            True,
+        ),
+        ("请写一个关于灯塔的故事", "请写一个关于火车的诗歌", False),
+    ],
+)
+def test_what_counts_as_a_near_duplicate(one, other, same):
+    groups = near_duplicate_groups([one, "Something else entirely, about tax law", other])
+    assert (groups[0] == groups[2]) == same and groups[1] not in (groups[0], groups[2])
+
+
+def test_near_duplicates_are_found_among_prompts_that_share_a_template():
+    """Within one template all prompts resemble each other a little: each must still find its own kind."""
+    random = np.random.default_rng(1)
+    words = [f"word{i}" for i in range(3000)]
+    template = " ".join(random.choice(words, 60))
+    prompts = []
+    for _ in range(40):
+        own = random.choice(words, 25).tolist()
+        prompts += [f"{template} {' '.join(own)}", f"{template} {' '.join([*own[:-1], 'changed'])}"]
+    groups, sets = near_duplicate_groups(prompts), [shingles(words_of(prompt)) for prompt in prompts]
+    for i in range(len(prompts)):
+        for j in range(i):
+            if similarity(sets[i], sets[j]) >= SIMILAR:
+                assert groups[i] == groups[j], (i, j)
+    assert len(set(groups.tolist())) == 40
+
+
+def test_similarity_is_jaccards():
+    one, other = shingles(["a", "b", "c", "d", "e"]), shingles(["b", "c", "d", "e", "f"])
+    assert len(one) == 3 and similarity(one, other) == pytest.approx(2 / 4) and similarity(one, one) == 1
+    assert len(shingles(["a"])) == len(shingles([])) == 1
+    assert len(near_duplicate_groups([])) == 0
+
+
+def test_groups_come_whole_to_one_side():
+    groups = [0] * 7 + [1] * 5 + [2] * 3 + list(range(3, 30))
+    for seed in range(20):
+        train, validation = split_indices(groups, 0.25, seed)
+        assert sorted([*train, *validation]) == list(range(len(groups)))
+        assert not {groups[i] for i in train} & {groups[i] for i in validation}
+        assert len(validation) == 11, "ceil of 42 / 4: single rows fill up what groups leave"
+
+
+@pytest.mark.parametrize(
+    "rows, share, wanted", [(8678, 0.2, 1736), (8678, 0.1, 868), (10, 0.3, 3), (10, 0.25, 3), (7, 0.0, 0), (1, 0.5, 0)]
+)
+def test_share_is_exact(rows, share, wanted):
+    """0.3 of 10 rows is 3.0000000000000004 in binary fractions; of one row, training keeps it."""
+    train, validation = split_indices(list(range(rows)), share, 42)
+    assert (len(train), len(validation)) == (rows - wanted, wanted)
+
+
+def test_seed_decides_and_nothing_else():
+    prompts = [f"Question number {i} about subject {i * 7}" for i in range(100)]
+    first = split(prompts, 0.2)
+    assert first == split(prompts, 0.2) != split(prompts, 0.2, seed=43)
+    assert first[0] != sorted(first[0], key=prompts.index), "rows come in random order"
+
+
+def test_equal_and_near_equal_prompts_share_a_side():
+    prompts = [f"Question number {i} about subject {i * 7}" for i in range(60)]
+    copies = [prompt.upper() + "!" for prompt in prompts[:20]] + prompts[5:10]
+    for seed in range(5):
+        train, validation = split(prompts + copies, 0.3, seed)
+        assert not {p.upper().strip("!") for p in train} & {p.upper().strip("!") for p in validation}
+        assert len(validation) == 26
+
+
+def test_nothing_like_the_test_split_is_trained_on():
+    prompts = [LONG, *(f"Question number {i} about subject {i * 7}" for i in range(9))]
+    held_out = (LONG.upper() + " ?", prompts[4])
+    for seed in range(8):
+        train, validation = split(prompts, 0.2, seed, held_out)
+        assert {LONG, prompts[4]} == set(validation) and len(train) == 8
+    assert len(split(prompts, 0.0, 0, held_out)[1]) == 2, "held out even where no validation was asked for"
+    assert len(split(prompts, 0.5, 0, held_out)[1]) == 5, "they count as part of the share"
+    assert split(prompts[:2], 0.5, 0, tuple(prompts))[0] == [], "rather no training rows than leaked ones"
+
+
+def full_size_source():
+    """Rows as in nvidia/HelpSteer2: 20,324 in 10,161 prompts, one with four responses, 1,483 without a difference."""
+    for i in range(10_161):
+        answers = 4 if i == 5000 else 2
+        for k in range(answers):
+            better = k == 0 and i >= 1_483
+            grades = dict.fromkeys(ATTRIBUTES, 3) | {"helpfulness": 4 if better else 3 - (k > 1)}
+            yield {"prompt": f"prompt{i} asks{i} this{i}", "response": f"answer {k}", **grades}
+
+
+def test_arithmetic_of_the_full_data():
+    """10,161 - 1,483 = 8,678 pairs, of them 6,942 / 1,736 at 0.2 and 7,810 / 868 at 0.1."""
+    ledger = Ledger()
+    pairs = list(checked_pairs(full_size_source, "attributes", "average", "train", 0.0, ledger))
+    assert len(pairs) == 8_678
+    assert ledger.counts() == {"between_best_and_worst": 2, "tie": 1_483}
+    assert ledger.totals() == {
+        "rows_read": 20_324,
+        "rows_used": 2 * 8_678,
+        "rows_dropped": 2 * 1_483 + 2,
+        "prompts": 10_161,
+    }
+    groups = near_duplicate_groups(pair["prompt"] for pair in pairs)
+    assert [len(part) for part in split_indices(groups, 0.2, 42)] == [6_942, 1_736]
+    assert [len(part) for part in split_indices(groups, 0.1, 42)] == [7_810, 868]

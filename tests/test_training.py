@@ -1,0 +1,203 @@
+"""The trainer learns, equals TRL's, goes on after a kill, and stops at a bad loss."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import TrainingArguments, set_seed
+
+import train_reward_model
+from tests.conftest import ROOT, run_script
+from utils.losses import PAIR_LOSSES, bradley_terry
+from utils.models import load_classifier
+from utils.pairs import PairCollator, forward_pairs, whole_rows
+from utils.rewards import RewardPairs, pair_losses
+from utils.runs import Run
+from utils.training import PairTrainer, last_checkpoint, training_arguments
+
+LOSSES = partial(pair_losses, pair_loss=bradley_terry)
+
+
+def toy_rows(count: int, seed: int = 0) -> Dataset:
+    """Pairs that one token decides: 99 stands somewhere in the chosen answer, 98 in the rejected one."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        prompt = random.integers(10, 90, size=random.integers(3, 9)).tolist()
+        answers = [random.integers(10, 90, size=random.integers(2, 9)).tolist() for _ in range(2)]
+        for answer, token in zip(answers, (99, 98), strict=True):
+            answer[random.integers(len(answer))] = token
+        rows.append(
+            {
+                "row": i,
+                "input_ids": prompt + [2] * (16 - len(prompt)),
+                "attention_mask": [1] * len(prompt) + [0] * (16 - len(prompt)),
+                "chosen_ids": answers[0],
+                "rejected_ids": answers[1],
+                "chosen_rating": None,
+                "rejected_rating": None,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def toy_trainer(model_folder, folder, rows, batch=4, accumulation=1, losses=LOSSES, lora=False, **options):
+    set_seed(0)
+    model = load_classifier(model_folder, 1)
+    if lora:
+        from utils.models import add_lora
+
+        model = add_lora(model, "SEQ_CLS", 4, 8, 0.0, ("q_proj", "v_proj"), head="score")
+    options = {"max_steps": 5, "learning_rate": 3e-3, "save_steps": 0, "eval_steps": 0, "logging_steps": 1} | options
+    args = training_arguments(
+        TrainingArguments,
+        Path(folder),
+        torch.device("cpu"),
+        "fp32",
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        report_to="none",
+        seed=0,
+        **options,
+    )
+    run = Run(folder, {"SEED": 0})
+    return PairTrainer(RewardPairs(model), args, rows, PairCollator(2, 8), losses, run, dict)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_toy_problem_is_learned_and_the_weights_move(model_folder, tmp_path, lora):
+    rows = toy_rows(96)
+    trainer = toy_trainer(model_folder, tmp_path / "run", rows, batch=8, max_steps=60, lora=lora, learning_rate=1e-2)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    trained = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert moved == trained and (len(moved) < len(before) if lora else len(moved) == len(before))
+    rewards = forward_pairs(trainer.model, toy_rows(64, seed=1), PairCollator(2, 8), 16, trainer.accelerator)["outputs"]
+    assert (rewards[:, 0] > rewards[:, 1]).mean() > 0.95, "held-out toy pairs"
+    logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=0.1) and logged[-1]["loss"] < 0.2
+
+
+def test_four_at_once_equal_one_four_times(model_folder, tmp_path):
+    weights = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        trainer = toy_trainer(model_folder, tmp_path / f"{batch}", toy_rows(24), batch, accumulation)
+        trainer.train()
+        weights.append({name: value.clone() for name, value in trainer.model.named_parameters()})
+        logged = [json.loads(line) for line in (tmp_path / f"{batch}/metrics.jsonl").read_text().splitlines()]
+        weights[-1]["logged"] = torch.tensor([[line["loss"], line["accuracy"]] for line in logged])
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-4)
+
+
+def test_loss_equals_trl_on_equal_batches(model_folder, tokenizer, tmp_path):
+    from trl import RewardConfig, RewardTrainer
+
+    rows = toy_rows(8)
+    set_seed(0)
+    model = load_classifier(model_folder, 1)
+    model.config.pad_token_id = 0
+    whole = list(whole_rows(rows))
+    args = RewardConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None, pad_token="<|endoftext|>"
+    )
+    trl = RewardTrainer(model=model, args=args, train_dataset=Dataset.from_list(whole), processing_class=tokenizer)
+    model.eval()
+    with torch.no_grad():
+        theirs = trl.compute_loss(model, trl.data_collator(whole))
+        ours = bradley_terry(*RewardPairs(model)(**PairCollator(0, 8)(list(rows)))["outputs"][..., 0].unbind(1)).mean()
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_names_its_rows_and_stops_before_the_step(model_folder, tmp_path):
+    def broken(outputs, batch):
+        loss, logged = LOSSES(outputs, batch)
+        return torch.where(batch["row"] == 5, math.nan, loss), logged
+
+    trainer = toy_trainer(model_folder, tmp_path / "run", toy_rows(8), batch=8, losses=broken)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    with pytest.raises(SystemExit, match=r"training rows \[5\] is not finite at step 1"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_bradley_terry_is_ln2_at_equal_rewards_and_pulls_them_apart():
+    chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    loss = bradley_terry(chosen, rejected)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(math.log(2)) and chosen.grad.item() == -0.5 and rejected.grad.item() == 0.5
+    plain = [-math.log(1 / (1 + math.exp(-(a - b)))) for a, b in ((1.5, -0.5), (-2.0, 3.0))]
+    assert bradley_terry(torch.tensor([1.5, -2.0]), torch.tensor([-0.5, 3.0])).tolist() == pytest.approx(
+        plain, rel=1e-6
+    )
+    assert set(PAIR_LOSSES) >= {"bradley_terry"}
+
+
+def test_a_half_written_checkpoint_is_not_taken(tmp_path):
+    for step, complete in ((5, True), (10, True), (15, False)):
+        (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
+        if complete:
+            (tmp_path / f"checkpoints/checkpoint-{step}/complete").touch()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-10")
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+OPTIONS = {
+    "PRECISION": "fp32", "DEVICE": "cpu", "MAX_STEPS": 60, "SAVE_EVERY_STEPS": 15, "LOG_EVERY_STEPS": 10,
+    "USE_LORA": "true", "LORA_RANK": 4, "LORA_DROPOUT": 0.1, "LEARNING_RATE": 1e-3, "EVAL_EVERY_STEPS": 25,
+}  # fmt: skip
+
+
+def command(**options):
+    return [sys.executable, "train_reward_model.py", *(f"--{name.lower()}={value}" for name, value in options.items())]
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(model_folder, sample_folder, tmp_path):
+    options = OPTIONS | {"DATA_DIR": sample_folder, "MODEL": model_folder, "MAX_ROWS": 40}
+    run_script(train_reward_model, **options, OUTPUT_DIR=tmp_path / "whole")
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(**options, OUTPUT_DIR=killed), cwd=ROOT, stdout=subprocess.PIPE)
+    while process.poll() is None and not list(killed.glob("checkpoints/checkpoint-*/complete")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists(), "killed too late to show anything"
+    again = subprocess.run(command(**options, OUTPUT_DIR=killed), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "going on from its last checkpoint" in again.stdout, again.stderr
+    one, other = load_file(tmp_path / "whole/model.safetensors"), load_file(killed / "model.safetensors")
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5)
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 60
+    assert not (killed / "checkpoints").exists()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(model_folder, sample_folder, tmp_path):
+    options = OPTIONS | {"DATA_DIR": sample_folder, "MODEL": model_folder, "SAVE_EVERY_STEPS": 0, "MAX_STEPS": 5000}
+    process = subprocess.Popen(
+        command(**options, OUTPUT_DIR=tmp_path / "run"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
+        time.sleep(0.01)
+    while process.poll() is None and not (tmp_path / "run/metrics.jsonl").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "start the same command again to go on" in out and "Traceback" not in err
+    assert last_checkpoint(tmp_path / "run")

@@ -1,0 +1,61 @@
+"""The curves of a run, drawn from its metrics.jsonl."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
+
+WINDOW = 10  # logged lines that the smooth line averages
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Mean of each value and those before it, WINDOW at most."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - WINDOW)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+@in_style
+def curves(metrics: list[dict], names: tuple[str, ...], baselines: dict[str, tuple[float, str]], title: str) -> Figure:
+    """One axes a metric over the steps: values, their moving mean, values on validation, and a line to compare with.
+
+    baselines: metric -> (value, what it is).
+    """
+    subtitle = f"dots: mean over the pairs since the last log; line: mean of the last {WINDOW} of them"
+    figure, axes = new_figure(title, subtitle, height=1.6 + 2.2 * len(names), rows=len(names), gap=0.15)
+    for axis, name in zip(axes, names, strict=True):
+        steps, values = np.array([(line["step"], line[name]) for line in metrics if name in line]).T
+        axis.plot(steps, values, ".", color=BLUE, alpha=0.35, markersize=5)
+        axis.plot(steps, smooth(values), color=BLUE, linewidth=2)
+        checked = [(line["step"], line[f"eval_{name}"]) for line in metrics if f"eval_{name}" in line]
+        if checked:
+            axis.plot(*zip(*checked, strict=True), "o-", color=ORANGE, markersize=5, label="on validation")
+            axis.legend(loc="best")
+        if name in baselines:
+            value, what = baselines[name]
+            axis.axhline(value, color=MUTED, linestyle="--", linewidth=1)
+            axis.annotate(
+                f"{what} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                textcoords="offset points", ha="right", color=INK, fontsize=9.5,
+            )  # fmt: skip
+        axis.set_ylabel(name)
+        axis.grid(axis="y")
+    axes[-1].set_xlabel("optimizer steps")
+    return figure
+
+
+def training_curves(folder: Path, names: tuple[str, ...], baselines: dict[str, tuple[float, str]], title: str) -> None:
+    """Write training_curves.png beside metrics.jsonl; no picture where nothing was logged."""
+    metrics = read_metrics(folder)
+    logged = tuple(name for name in names if any(name in line for line in metrics))
+    if logged:
+        save(curves(metrics, logged, baselines, title), folder / "training_curves.png")

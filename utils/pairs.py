@@ -1,0 +1,223 @@
+"""Pairs as batches: the prompt once, both answers behind it, one forward pass, one trainer for all pair losses.
+
+A row is `prompt + chosen + rejected`. The rejected answer does not see the chosen one, and its positions start
+again behind the prompt, so that both answers are computed as if they stood alone (equal to two rows to 1e-6),
+while the prompt is paid for once.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, load_from_disk
+from torch import nn
+from torch.utils.data import Sampler
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from utils.models import plain
+from utils.runs import needs, read_json, say, stop
+from utils.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
+
+PADDING, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3  # what a position of a shared row belongs to
+
+
+def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
+    """The rows of one split with ids that a trainer can use: at most max_rows (0 = all), numbered by `row`.
+
+    Pairs that are equal in the window teach nothing and are left out; how many is printed.
+    """
+    rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
+    rows = rows.add_column("row", np.arange(len(rows)))
+    if max_rows:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    different = [i for i, equal in enumerate(rows["equal_after_cut"]) if not equal]
+    if len(different) < len(rows):
+        say(f"{split}: {len(rows) - len(different)} of {len(rows)} pairs are equal in the window and are left out")
+        rows = rows.select(different)
+    return rows
+
+
+def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrainedTokenizerBase, dict]:
+    """(tokenizer of `name`, metadata.json of data_dir), or an end to the script where the ids are another one's.
+
+    Compared by what tokenizer and template do, not by their names: hub, offline copy and SFT folder are the same.
+    """
+    metadata = read_json(needs(Path(data_dir) / "metadata.json", made_by="load_helpsteer_dataset.py"))
+    tokenizer = load_tokenizer(name, metadata["chat_template"], constant)
+    now = {"tokenizer": tokenizer_sha256(tokenizer), "chat_template": chat_template_sha256(tokenizer)}
+    for what, value in now.items():
+        if metadata[f"{what}_sha256"] != value:
+            stop(
+                f"{data_dir} was made with another {what.replace('_', ' ')} than that of {constant} = {name!r}: "
+                f"run `python load_helpsteer_dataset.py --tokenizer {name}` again"
+            )
+    return tokenizer, metadata
+
+
+def row_multiple(device: torch.device) -> int:
+    """Rows are padded to a multiple of this: GPUs want few shapes and round ones, a CPU pays for each token."""
+    return 8 if device.type == "cpu" else 64
+
+
+def pair_lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each shared row [rows]: prompt + chosen + rejected."""
+    lengths = np.zeros(len(rows), dtype=np.int64)
+    for start, batch in zip(range(0, len(rows), 1000), rows.iter(1000), strict=True):
+        for column in ("chosen_ids", "rejected_ids"):
+            lengths[start : start + 1000] += [len(ids) for ids in batch[column]]
+        lengths[start : start + 1000] += [sum(mask) for mask in batch["attention_mask"]]
+    return lengths
+
+
+def whole_rows(rows: Dataset) -> Dataset:
+    """The rows as TRL's trainers take them: chosen_ids and rejected_ids with the prompt in front, nothing else."""
+
+    def whole(row: dict) -> dict:
+        prompt = row["input_ids"][: sum(row["attention_mask"])]
+        return {"chosen_ids": prompt + row["chosen_ids"], "rejected_ids": prompt + row["rejected_ids"]}
+
+    return rows.map(whole, remove_columns=rows.column_names, desc="rows for TRL")
+
+
+class PairCollator:
+    """Rows of a processed folder to one batch of shared rows, right-padded to a multiple of `multiple`.
+
+    Returns int64 tensors: input_ids, segments (PADDING, PROMPT, CHOSEN or REJECTED) and position_ids [batch, length],
+    ends [batch, 2] (index of the last token of chosen and rejected), row [batch]; float32 gap [batch], the
+    difference of the ratings, 0 where the source has none. A bounded set of shapes keeps kernels cached.
+    """
+
+    def __init__(self, pad_id: int, multiple: int = 64):
+        self.pad_id, self.multiple = pad_id, multiple
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        parts = [
+            (row["input_ids"][: sum(row["attention_mask"])], row["chosen_ids"], row["rejected_ids"]) for row in rows
+        ]
+        longest = max(sum(map(len, part)) for part in parts)
+        length = -(-longest // self.multiple) * self.multiple
+        input_ids = torch.full((len(rows), length), self.pad_id)
+        segments = torch.full((len(rows), length), PADDING)
+        position_ids = torch.zeros((len(rows), length), dtype=torch.int64)
+        ends = torch.zeros((len(rows), 2), dtype=torch.int64)
+        for i, (prompt, chosen, rejected) in enumerate(parts):
+            p, c, r = len(prompt), len(prompt) + len(chosen), len(prompt) + len(chosen) + len(rejected)
+            input_ids[i, :r] = torch.tensor([*prompt, *chosen, *rejected])
+            segments[i, :p], segments[i, p:c], segments[i, c:r] = PROMPT, CHOSEN, REJECTED
+            position_ids[i, :c] = torch.arange(c)
+            position_ids[i, c:r] = torch.arange(p, p + len(rejected))
+            ends[i] = torch.tensor([c - 1, r - 1])
+        gaps = [(row["chosen_rating"] or 0.0) - (row["rejected_rating"] or 0.0) for row in rows]
+        return {
+            "input_ids": input_ids,
+            "segments": segments,
+            "position_ids": position_ids,
+            "ends": ends,
+            "row": torch.tensor([row["row"] for row in rows]),
+            "gap": torch.tensor(gaps, dtype=torch.float32),
+        }
+
+
+def shared_mask(segments: torch.Tensor) -> torch.Tensor:
+    """Who sees whom [batch, 1, length, length], bool, of segments [batch, length].
+
+    Each position sees the prompt and its own segment up to itself; padding sees itself, since a row that sees
+    nothing is NaN after the softmax.
+    """
+    index = torch.arange(segments.shape[1], device=segments.device)
+    query, key = segments[:, :, None], segments[:, None, :]
+    seen = (index[:, None] >= index[None, :]) & ((key == PROMPT) | (key == query)) & (key != PADDING)
+    return (seen | (index[:, None] == index[None, :]))[:, None]
+
+
+def hidden_states(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden states [batch, length, hidden] of shared rows, from a causal or classification model."""
+    model = plain(model)
+    body = getattr(model, model.base_model_prefix)
+    mask = shared_mask(batch["segments"])
+    if model.config._attn_implementation == "eager":  # it adds the mask to the scores, sdpa takes booleans
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return body(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=batch["position_ids"],
+        use_cache=False,
+    ).last_hidden_state
+
+
+class LengthSampler(Sampler[int]):
+    """All rows once an epoch in random order, the rows of one optimizer step of like length and the longest first.
+
+    The order is a function of seed, epoch and rows a step: a resumed run sees the same rows, and 4 rows at once the
+    same as 1 row 4 times or 2 rows on 2 processes. The longest step comes first: what does not fit shows at once.
+    """
+
+    def __init__(self, lengths: np.ndarray, rows_per_step: int, seed: int, steps_sorted_together: int = 32):
+        self.lengths, self.rows_per_step, self.seed = lengths, rows_per_step, seed
+        self.pool = rows_per_step * steps_sorted_together
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(len(self.lengths))
+        steps = []
+        for start in range(0, len(order), self.pool):
+            pool = order[start : start + self.pool]
+            pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
+            steps += [pool[i : i + self.rows_per_step] for i in range(0, len(pool), self.rows_per_step)]
+        short = [step for step in steps if len(step) < self.rows_per_step]  # at most one, and it comes last
+        full = [step for step in steps if len(step) == self.rows_per_step]
+        full = [full[i] for i in random.permutation(len(full))]
+        if full:
+            longest = max(range(len(full)), key=lambda i: self.lengths[full[i]].sum())
+            full[0], full[longest] = full[longest], full[0]
+        for step in full + short:
+            yield from step.tolist()
+
+
+@torch.no_grad()
+def forward_pairs(
+    model: nn.Module, rows: Dataset, collator: PairCollator, batch_size: int, accelerator: object
+) -> dict[str, np.ndarray]:
+    """What the model says of every row, in the order of the rows, each exactly once on any number of processes.
+
+    model: a module whose forward takes a batch of PairCollator and returns {name: tensor [batch, ...]}.
+    accelerator: an accelerate.Accelerator; its autocast is used. Returns float32 arrays [rows, ...].
+    """
+    order = np.argsort(-pair_lengths(rows), kind="stable")
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    world, me = accelerator.num_processes, accelerator.process_index
+    found = []
+    was_training = model.training
+    model.eval()
+    for first in tqdm(range(0, len(batches), world), desc="scoring pairs", disable=me != 0 or None, leave=False):
+        mine = min(first + me, len(batches) - 1)  # all processes take part in each round: sharded models need it
+        batch = collator([rows[int(i)] for i in batches[mine]])
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        with accelerator.autocast():
+            output = model(**batch)
+        if first + me < len(batches):
+            found.append((batches[mine], {name: value.float().cpu().numpy() for name, value in output.items()}))
+    model.train(was_training)
+    return in_order(gather_object(found), len(rows))
+
+
+def in_order(found: list[tuple[np.ndarray, dict]], count: int) -> dict[str, np.ndarray]:
+    """Arrays [count, ...] from batches of (row numbers, values)."""
+    arrays = {name: np.full((count, *value.shape[1:]), np.nan, np.float32) for name, value in found[0][1].items()}
+    for numbers, values in found:
+        for name, value in values.items():
+            arrays[name][numbers] = value
+    assert not any(np.isnan(array).all(axis=tuple(range(1, array.ndim))).any() for array in arrays.values()), (
+        "rows lost"
+    )
+    return arrays

@@ -1,0 +1,269 @@
+"""Figures: each function returns a matplotlib Figure, `save` writes it; nothing of pyplot's global state.
+
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart;
+the bands of rating gaps are three steps of one blue, so that they keep their order in grey too.
+"""
+
+import functools
+import os
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+
+from utils.shortcuts import GAP_BANDS, bands_of
+
+INK, MUTED, PALE = "#222222", "#5F6368", "#CBCFD4"
+BLUE, ORANGE = "#0072B2", "#D55E00"
+BAND_COLORS = dict(zip(GAP_BANDS, ("#8CC4E8", "#2F8AC4", "#00456F"), strict=True))
+STYLE = {
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#E8E8E8",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+}
+WIDTH, DPI = 9.0, 200  # inches, dots per inch: 1,800 pixels, made to be read at 900
+LEAST, MOST = 10, 1000  # pairs from which a median is drawn, single pairs that are drawn
+
+
+def in_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorate a function that draws a figure: it draws in STYLE, and leaves the settings as they were."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: object, **options: object) -> Figure:
+        with rc_context(STYLE):
+            return draw(*arguments, **options)
+
+    return drawn
+
+
+def new_figure(
+    title: str, subtitle: str, height: float, rows: int = 1, left: float = 0.1, right: float = 0.97, gap: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """A figure with its finding on top, and `rows` axes with one x axis below it.
+
+    height: of the whole figure in inches. left, right: where the axes begin and end, shares of the width. gap:
+    between the axes, as a share of their height.
+    """
+    title = textwrap.fill(title, 68)
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    below_title = 0.22 + 0.26 * (title.count("\n") + 1)  # inches from the top
+    below_all = below_title + 0.3 + 0.2 * (subtitle.count("\n") + 1)
+    figure.text(0.02, 1 - 0.15 / height, title, fontsize=14.5, fontweight="bold", va="top", linespacing=1.2)
+    figure.text(0.02, 1 - below_title / height, subtitle, color=MUTED, va="top", linespacing=1.3)
+    figure.subplots_adjust(left=left, right=right, top=1 - below_all / height, bottom=0.62 / height, hspace=gap)
+    return figure, list(axes)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG beside its name and rename it when whole."""
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=DPI, facecolor="white")
+    os.replace(part, path)
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
+
+
+def told(band: str) -> str:
+    """A band of gaps in words."""
+    return band.replace("<", "below ").replace("-", " to ") if ">=" not in band else f"{band[2:]} or more"
+
+
+@in_style
+def token_lengths(m: dict[str, np.ndarray], section: dict, window: int) -> Figure:
+    """Lengths before and in the window: prompt, chosen, rejected, and the prompt with the longer answer.
+
+    m: token lengths [pairs]; section: their part of summary.json. One bar is a quarter of an octave.
+    """
+    whole = float(np.mean(m["pair"] <= window))
+    cut = {**section["cut_share"], "pair": 1 - whole}
+    names = {"prompt": "prompt", "chosen": "chosen answer", "rejected": "rejected answer"}
+    names["pair"] = "prompt + longer answer"
+    figure, panels = new_figure(
+        f"A window of {window} tokens holds {percent(whole)} of the pairs whole",
+        f"Token lengths of {section['pairs']:,} pairs as the source has them (grey) and as training sees them (blue).\n"
+        "A prompt gives way first, down to half of the window; then the answers lose their ends.",
+        height=7.8,
+        rows=len(names),
+        gap=0.42,
+    )
+    ends = [min(m[f"{name}_in_window"].min() for name in names), max(m["pair"].max(), 2 * window)]
+    first, last = np.log2(np.array(ends) / (window + 0.5)) * 4
+    edges = (window + 0.5) * 2 ** (np.arange(np.floor(first), np.ceil(last) + 1) / 4)  # the window is one of them
+    for axes, (name, label) in zip(panels, names.items(), strict=True):
+        before_and_after(axes, m[name], m[f"{name}_in_window"], edges)
+        axes.axvline(window + 0.5, color=ORANGE, linewidth=1.4)
+        axes.set_title(f"{label}: {percent(cut[name])} cut", loc="left", fontsize=11)
+    panels[0].annotate(
+        f"window of {window}",
+        (window + 0.5, 1),
+        (5, 0),
+        panels[0].get_xaxis_transform(),
+        "offset points",
+        color=ORANGE,
+        va="top",
+    )
+    ticks = [2**power for power in range(1, 20) if edges[0] <= 2**power <= edges[-1]]
+    panels[-1].set_xscale("log", base=2)
+    panels[-1].xaxis.set(major_locator=FixedLocator(ticks), major_formatter=FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    panels[-1].set(xlim=(edges[0], edges[-1]), xlabel="length (tokens, logarithmic)")
+    figure.supylabel("share of the pairs", x=0.015, fontsize=11)
+    return figure
+
+
+def before_and_after(axes: Axes, before: np.ndarray, after: np.ndarray, edges: np.ndarray) -> None:
+    """Two histograms over each other, as shares: `before` grey, `after` blue."""
+    weights = np.full(len(before), 1 / len(before))
+    axes.hist(before, edges, weights=weights, color=PALE)
+    seen, _, _ = axes.hist(after, edges, weights=weights, color=BLUE, alpha=0.25)
+    filled = np.flatnonzero(seen)
+    axes.stairs(seen[filled[0] : filled[-1] + 1], edges[filled[0] : filled[-1] + 2], color=BLUE, linewidth=1.6)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axes.locator_params(axis="y", nbins=3)
+
+
+@in_style
+def rating_gaps(gap: np.ndarray, section: dict) -> Figure:
+    """How often each rating gap occurs, with the bands. gap: hundredths of a point [pairs], no NaN."""
+    gaps, bands = section["rating_gap"], section["rating_gap"]["bands"]
+    close = percent(bands["<0.5"]["share"]) + " of the pairs differ" if bands["<0.5"]["pairs"] else "No pair differs"
+    figure, (axes,) = new_figure(
+        f"{close} by less than half a rating point",
+        f"Rating of the chosen minus rating of the rejected answer, {section['pairs']:,} pairs: "
+        f"mean {gaps['mean']:.2f}, median {gaps['median']:.2f}.",
+        height=4.6,
+    )
+    step, starts, centres = bars_of(gap)
+    counts = np.histogram(gap, [*starts, np.inf])[0]
+    for band, inside in bands_of(starts).items():
+        label = f"gap {told(band)}: {bands[band]['pairs']:,} pairs, {percent(bands[band]['share'])}"
+        if inside.any():
+            axes.bar(centres[inside], counts[inside], width=0.86 * step / 100, color=BAND_COLORS[band], label=label)
+    axes.legend(loc="upper right", frameon=True, facecolor="white", edgecolor="white", framealpha=1)
+    axes.grid(axis="y")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set(xlabel="rating gap (points)", ylabel="pairs", xlim=(0, None))
+    return figure
+
+
+def bars_of(gap: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """(step, starts, centres) of the bars that gaps [pairs] fall into; all in hundredths but the centres, in points.
+
+    Where ratings move in steps of a tenth or more, each gap is a bar of its own. Finer ones share bars of 0.1, or of
+    0.25 where gaps reach far; no bar crosses a band.
+    """
+    values = gap.astype(int)
+    step, shift = int(np.gcd.reduce(values)), 0.0
+    if step < 10:
+        step = 10 if values.max() <= 400 else 25
+        shift = step / 2
+    starts = np.unique(values // step * step)
+    return step, starts, (starts + shift) / 100
+
+
+@in_style
+def shortcuts(section: dict, names: dict[str, str]) -> Figure:
+    """Pair accuracy of each shortcut with its 95 % interval, over all pairs and by rating gap, against a coin.
+
+    names: a label for each of section["shortcuts"].
+    """
+    longer = section["shortcuts"]["longer"]
+    figure, (axes,) = new_figure(
+        f"Taking the longer answer is right on {percent(longer['accuracy'])} of the pairs",
+        f"Pair accuracy of shortcuts that read no word, with 95 % intervals; {section['pairs']:,} pairs, a tie counts\n"
+        "half. A reward model has learned more than a shortcut only where it beats it.",
+        height=1.9 + 0.29 * sum(1.8 + len(section["shortcuts"][name]["by_gap"]) for name in names),
+        left=0.32,
+        right=0.83,
+    )
+    labels, y = {}, 0.0
+    for name, label in names.items():
+        found = section["shortcuts"][name]
+        rows = [(label, found, INK)]
+        rows += [(f"gap {told(band)}", part, BAND_COLORS[band]) for band, part in found["by_gap"].items()]
+        for text, part, color in rows:
+            axes.plot([part["low"], part["high"]], [y, y], color=color, linewidth=2.6, solid_capstyle="round")
+            axes.plot(part["accuracy"], y, "o", color=color, markersize=7.5)
+            for place, cell in ((1.11, f"{part['accuracy']:.2f}"), (1.28, percent(part["ties"] / part["pairs"]))):
+                axes.text(place, y, cell, transform=axes.get_yaxis_transform(), va="center_baseline", ha="right")
+            labels[y] = text
+            y += 1
+        y += 0.8
+    for place, head in ((1.11, "right"), (1.28, "ties")):
+        axes.text(
+            place, -0.9, head, color=MUTED, transform=axes.get_yaxis_transform(), va="center_baseline", ha="right"
+        )
+    axes.axvline(0.5, color=ORANGE, linewidth=1.4, zorder=0)
+    axes.text(0.5, -0.9, "a coin", color=ORANGE, va="center_baseline", ha="center")
+    axes.set_yticks(list(labels), list(labels.values()))
+    for tick, text in zip(axes.get_yticklabels(), labels.values(), strict=True):
+        tick.set_fontweight("bold" if text in names.values() else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.set(ylim=(y - 1.2, -0.6), xlabel="pair accuracy")
+    return figure
+
+
+@in_style
+def length_by_gap(m: dict[str, np.ndarray], section: dict) -> Figure:
+    """How much longer the chosen answer is, by rating gap: each pair, and medians with quartiles.
+
+    m: gap (hundredths, no NaN), chosen_longer and rejected_longer (characters), all [pairs].
+    """
+    ratio = m["chosen_longer"] / m["rejected_longer"]
+    medians = [(np.median(ratio[inside]), told(band)) for band, inside in bands_of(m["gap"]).items() if inside.any()]
+    title = "The chosen answer is {:.1f} times as long as the rejected one where the gap is {}".format(*medians[-1])
+    if len(medians) > 1:
+        title += ", and {:.1f} times where it is {}".format(*medians[0])
+    figure, (axes,) = new_figure(
+        title,
+        f"Characters of the chosen divided by those of the rejected answer, {section['pairs']:,} pairs. Dots, bars:\n"
+        f"medians and quartiles where a gap has {LEAST} pairs or more. Grey: single pairs, {MOST:,} at most.",
+        height=5.2,
+    )
+    step, starts, centres = bars_of(m["gap"])
+    random = np.random.default_rng(0)
+    shown = random.permutation(len(ratio))[:MOST]
+    shift = random.uniform(-0.3, 0.3, len(shown)) * step
+    axes.scatter((m["gap"][shown] + shift) / 100, ratio[shown], s=9, color=MUTED, linewidths=0, alpha=0.3, zorder=1)
+    limits = np.percentile(ratio, (1, 99)).tolist()
+    for start, centre in zip(starts, centres, strict=True):
+        some = ratio[(m["gap"] >= start) & (m["gap"] < start + step)]
+        if len(some) >= LEAST:
+            color = next(BAND_COLORS[band] for band, inside in bands_of(np.array([start])).items() if inside[0])
+            quartiles = np.percentile(some, (25, 75))
+            limits += quartiles.tolist()
+            axes.plot([centre, centre], quartiles, color=color, linewidth=3, solid_capstyle="round")
+            axes.plot(centre, np.median(some), "o", color=color, markersize=9, markeredgecolor="white")
+    axes.axhline(1, color=ORANGE, linewidth=1.4, zorder=1.5)
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(0.8 * min(limits), 1.25 * max(limits))
+    powers = np.arange(-12, 13) * (1 if max(limits) / min(limits) < 2**7 else 2)
+    axes.yaxis.set(major_locator=FixedLocator(2.0**powers), minor_locator=NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(times))
+    axes.set(xlabel="rating gap (points)", ylabel="length, chosen / rejected", xlim=(0, None))
+    return figure
+
+
+def times(ratio: float, _: int) -> str:
+    """A power of two as a label: 2 x, equal, 1/2."""
+    if ratio == 1:
+        return "equal"
+    return f"{ratio:g} x" if ratio > 1 else f"1/{1 / ratio:g}"

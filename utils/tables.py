@@ -1,0 +1,159 @@
+"""The summary of a dataset as text of at most WIDTH columns."""
+
+import textwrap
+
+WIDTH = 100  # columns
+
+LENGTHS = {  # measure: its name in the table
+    "prompt_raw": "prompt, raw text",
+    "prompt_raw_cut": "  raw text, cut at the window",
+    "prompt": "prompt, in the chat template",
+    "prompt_in_window": "  in the window",
+    "chosen": "chosen answer",
+    "chosen_in_window": "  in the window",
+    "rejected": "rejected answer",
+    "rejected_in_window": "  in the window",
+    "pair": "prompt + longer answer",
+    "pair_in_window": "  in the window",
+}
+DECIMALS = {"mean": 1, "median": 0, "p90": 0, "max": 0}  # of lengths in the table
+CUTS = {
+    "prompt": "prompts cut",
+    "chosen": "chosen answers cut",
+    "rejected": "rejected answers cut",
+    "both_answers": "both answers of a pair cut",
+}
+SHORTCUT_NAMES = {
+    "longer": "longer answer wins",
+    "more_list_items": "more list items win",
+    "longer_in_window": "longer inside the window wins",
+}
+REPEATS = {  # (what, where): its name in the table
+    ("prompts", "within"): "prompts again in the same split",
+    ("prompts", "across"): "prompts in two splits",
+    ("near_duplicate_prompts", "within"): "near duplicates in the same split",
+    ("near_duplicate_prompts", "across"): "near duplicates in two splits",
+    ("answers", "across"): "answers in two splits",
+}
+
+
+def summary_text(summary: dict, splits: list[str]) -> str:
+    """The whole summary as text. splits: the columns, such as train and validation; "all" comes before them."""
+    data = summary["data"]
+    sections = {name: summary[name] for name in ("all", *splits)}
+    blocks = [
+        [
+            f"data       {clip(data['dataset_name'], WIDTH - 11)}",
+            f"tokenizer  {clip(data['tokenizer'], WIDTH - 11)}",
+            f"rating     {data['rating']}",
+            f"window     {data['max_length']} tokens for prompt and answer",
+        ],
+        counts_table(sections),
+        lengths_table(sections["all"]),
+        gaps_table(sections),
+        shortcuts_table(sections),
+        repeats_lines(summary["repeats"]),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def aligned(rows: list[list[str]], first: int = 36) -> list[str]:
+    """Rows of cells as lines: the first column `first` wide and to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(1, len(rows[0]))]
+    return [
+        row[0].ljust(first) + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths, strict=True))
+        for row in rows
+    ]
+
+
+def listed(head: str, items: list[str]) -> list[str]:
+    """Head and items in one line, or in several that begin with whole items."""
+    glued = ", ".join(item.replace(" ", "\u00a0") for item in items)  # a line is not broken there
+    lines = textwrap.wrap(f"{head} {glued}", WIDTH, subsequent_indent=" " * 4)
+    return [line.replace("\u00a0", " ") for line in lines]
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
+
+
+def clip(text: str, length: int) -> str:
+    """One line of text of at most `length` characters, with dots where it was longer."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 3].rstrip() + "..."
+
+
+def counts_table(sections: dict[str, dict]) -> list[str]:
+    """Sizes, multi-turn share and what the window cuts, by split."""
+    rows = [
+        ["sizes", *sections],
+        ["pairs", *(f"{section['pairs']:,}" for section in sections.values())],
+        ["prompts of more than one turn", *(percent(s["multi_turn_share"]) for s in sections.values())],
+        *([name, *(percent(s["cut_share"][key]) for s in sections.values())] for key, name in CUTS.items()),
+        ["pairs whose answers are equal then", *(f"{s['equal_after_cut']:,}" for s in sections.values())],
+    ]
+    return aligned(rows)
+
+
+def lengths_table(section: dict) -> list[str]:
+    """Token lengths before and in the window, all splits together."""
+    tokens = section["tokens"]
+    bins = list(tokens["prompt"]["bins"])
+    rows = [["tokens", "mean", "median", "90 %", "max", *bins]]
+    for key, name in LENGTHS.items():
+        numbers = [f"{tokens[key][what]:.{places}f}" for what, places in DECIMALS.items()]
+        rows.append([name, *numbers, *(percent(tokens[key]["bins"][part]) for part in bins)])
+    fit = [f"{percent(part)} in {size}" for size, part in section["fit_whole_share"].items()]
+    return [*aligned(rows, 30), *listed("pairs that fit whole, by window:", fit)]
+
+
+def gaps_table(sections: dict[str, dict]) -> list[str]:
+    """Rating gaps by split, and what MIN_RATING_GAP would keep of all."""
+    gaps = {name: section["rating_gap"] for name, section in sections.items()}
+    if not all(gaps.values()):
+        return ["rating gap                            none: the source has no ratings"]
+    rows = [["rating gap, chosen - rejected", *gaps]]
+    rows += [[what, *(f"{gap[what]:.2f}" for gap in gaps.values())] for what in ("mean", "median")]
+    for band in gaps["all"]["bands"]:
+        cells = [gap["bands"][band] for gap in gaps.values()]
+        rows.append([f"gap {band}", *(f"{cell['pairs']:,} {percent(cell['share']):>7}" for cell in cells)])
+    pairs = sections["all"]["pairs"]
+    kept = gaps["all"]["pairs_kept_by_min_rating_gap"]
+    kept = [f"{limit}: {count:,} ({percent(count / pairs)})" for limit, count in kept.items()]
+    return [*aligned(rows), *listed("pairs kept by MIN_RATING_GAP", kept)]
+
+
+def shortcuts_table(sections: dict[str, dict]) -> list[str]:
+    """Pair accuracies of the shortcuts by split."""
+    rows = [["shortcuts, pair accuracy", "all", "95 % interval", "ties", *list(sections)[1:]]]
+    for key, name in SHORTCUT_NAMES.items():
+        first, *others = (section["shortcuts"][key] for section in sections.values())
+        cells = [f"{first['accuracy']:.3f}", f"{first['low']:.3f} to {first['high']:.3f}", f"{first['ties']:,}"]
+        rows.append([name, *cells, *(f"{other['accuracy']:.3f}" for other in others)])
+    return [*aligned(rows), "a tie counts half; a reward model has learned more than these only where it beats them"]
+
+
+def repeats_lines(repeats: dict) -> list[str]:
+    """Duplicates and leaks; a prompt that leaks into training is shown with its rows."""
+    lines = ["duplicates and leaks"]
+    for (what, where), name in REPEATS.items():
+        counts = ", ".join(f"{count:,} {split}" for split, count in repeats[what][where].items())
+        lines.append(f"{name:36}  {counts or 'there is one split'}")
+    answers = repeats["answers"]
+    lines.append(f"{'answers in more than one pair':36}  {answers['in_several_pairs']:,}")
+    lines.append(f"{'pairs with one answer on both sides':36}  {answers['chosen_equals_rejected']:,}")
+    lines.append(f"{'prompts that leak into training':36}  {repeats['leaks_into_training'] or 'none'}")
+    for leak in repeats["leaked_prompts"]:
+        rows = " and ".join(f"{split} row {row}" for split, row in leak["rows"].items())
+        lines.append(clip(f"  LEAK {rows}: {leak['prompt']}", WIDTH))
+    return lines
+
+
+def example_text(example: dict) -> str:
+    """An example in four lines."""
+    lines = [f"{example['split']} row {example['row']}" + ("" if example["gap"] is None else f", gap {example['gap']}")]
+    for side in ("prompt", "chosen", "rejected"):
+        rating = example.get(f"{side}_rating")
+        head = f"  {side:9}" + ("" if rating is None else f"{rating:<5.3g}")
+        lines.append(head + clip(example[side], WIDTH - len(head)))
+    return "\n".join(lines)

@@ -1,0 +1,213 @@
+"""transformers.Trainer over shared-prompt batches: exact metrics, complete checkpoints, a stop at a bad loss."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from utils.models import plain
+from utils.pairs import LengthSampler, PairCollator, pair_lengths
+from utils.runs import Interrupt, Run, say
+
+COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
+
+Losses = Callable[[dict, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class PairTrainer(Trainer):
+    """Trains a module that takes batches of PairCollator with any loss over its outputs.
+
+    losses: (outputs of the module, batch) -> (loss of each pair [pairs], {metric: value of each pair [pairs]}).
+    evaluation: () -> metrics; called every EVAL_EVERY_STEPS on all processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        rows: Dataset,
+        collator: PairCollator,
+        losses: Losses,
+        run: Run,
+        evaluation: Callable[[], dict[str, float]],
+    ):
+        self.losses, self.evaluation = losses, evaluation
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.sampler = LengthSampler(pair_lengths(rows), rows_per_step, args.seed)
+        self.sums: dict[str, torch.Tensor] = {}
+        self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (row numbers, losses) since the last step
+        # Trainer asks for evaluation rows before it lets `evaluate` be called; ours knows its own
+        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+        attach(self, run)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthSampler:
+        return self.sampler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: object = None
+    ) -> torch.Tensor:
+        """The mean loss of a micro-batch; all that is logged stays on the device until a step is logged."""
+        losses, metrics = self.losses(model(**inputs), inputs)
+        self.recent.append((inputs["row"], losses.detach()))
+        for name, value in {"loss": losses, **metrics, "pairs": torch.ones_like(losses)}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float().sum()
+        return losses.mean()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Exact means over all pairs since the last log, on all processes, in place of means of batch means."""
+        if "train_runtime" in logs:
+            return
+        if self.sums and "loss" in logs:
+            names = sorted(self.sums)
+            values = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]), reduction="sum")
+            sums = dict(zip(names, values.tolist(), strict=True))
+            logs.update({name: sums[name] / sums["pairs"] for name in names if name != "pairs"})
+            self.sums = {}
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        """Metrics of `evaluation` under eval_*, logged."""
+        metrics = {f"eval_{name}": value for name, value in self.evaluation().items()}
+        self.log(dict(metrics))
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Only what is trained goes into a checkpoint: adapters alone are a hundredth of the model."""
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
+            state = {name: value for name, value in (state_dict or self.model.state_dict()).items() if name in trained}
+            torch.save(state, Path(output_dir) / "trained_weights.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = torch.load(Path(resume_from_checkpoint) / "trained_weights.pt", weights_only=True, map_location="cpu")
+        trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
+        assert set(state) == trained, f"checkpoint of another model: {sorted(set(state) ^ trained)[:3]}"
+        self.model.load_state_dict(state, strict=False)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        if self.args.should_save:
+            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+
+
+def attach(trainer: Trainer, run: Run) -> None:
+    """Our step callback in place of the printing ones; works for any Trainer, TRL's too."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Steps(trainer, run))
+
+
+class Steps(TrainerCallback):
+    """What happens around each step: a progress bar, the check of the loss, the answer to Ctrl-C."""
+
+    def __init__(self, trainer: Trainer, run: Run):
+        self.trainer, self.run, self.interrupt = trainer, run, Interrupt()
+        self.bar = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.interrupt.__enter__()
+        disable = not state.is_world_process_zero or None  # None: shown on a terminal only, or as TQDM_DISABLE says
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=disable)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        sampler = getattr(self.trainer, "sampler", None)
+        if (
+            sampler is not None
+        ):  # accelerate does not reach a sampler behind skipped batches, so a resumed epoch would differ
+            sampler.set_epoch(int(state.epoch + 1e-6))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        recent = getattr(self.trainer, "recent", [])
+        if not recent:
+            return
+        rows, losses = (torch.cat(part) for part in zip(*recent, strict=True))
+        recent.clear()
+        bad = rows[~torch.isfinite(losses)].tolist()
+        if bad:
+            sys.exit(
+                f"the loss of training rows {bad} is not finite at step {state.global_step + 1}: lower LEARNING_RATE "
+                "or look at these rows; the last checkpoint is kept"
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.bar.update()
+        asked = torch.tensor(float(self.interrupt.asked), device=self.trainer.accelerator.device)
+        if self.trainer.accelerator.reduce(asked, reduction="sum").item():
+            control.should_save = control.should_training_stop = self.interrupt.asked = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: object
+    ) -> None:
+        if any(name == "loss" or name.startswith("eval_") for name in logs):  # not the summary of times at the end
+            self.run.log(state.global_step, **{name: round(float(value), 6) for name, value in logs.items()})
+        shown = {name: f"{logs[name]:.3f}" for name in ("loss", "accuracy", "eval_accuracy") if name in logs}
+        self.bar.set_postfix(shown)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.bar.close()
+        self.interrupt.__exit__()
+        if self.interrupt.asked and state.global_step < state.max_steps:
+            say(f"stopped and saved at step {state.global_step}: start the same command again to go on")
+            sys.exit(130)
+
+
+def training_arguments(
+    kind: type[TrainingArguments], folder: Path, device: torch.device, precision: str, **named: object
+) -> TrainingArguments:
+    """Arguments of a Trainer with what all of ours share; a step count of 0 means never."""
+    for every, strategy in (("save_steps", "save_strategy"), ("eval_steps", "eval_strategy")):
+        named[strategy] = "steps" if named[every] else "no"
+        named[every] = named[every] or None if every == "eval_steps" else named[every] or 500
+    return kind(
+        output_dir=str(folder / "checkpoints"),
+        use_cpu=device.type == "cpu",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        logging_nan_inf_filter=False,  # by default a NaN loss is logged as 0.0
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        **named,
+    )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint of a run folder, None without one; a half-written one is not taken."""
+    complete = [path for path in (folder / "checkpoints").glob("checkpoint-*") if (path / COMPLETE).exists()]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def train(trainer: Trainer, run: Run) -> None:
+    """Train from the last complete checkpoint, or from the start where there is none."""
+    trainer.accelerator.wait_for_everyone()  # the first process may just have moved an older run aside
+    checkpoint = last_checkpoint(run.folder)
+    if checkpoint:
+        run.forget_after(int(checkpoint.rsplit("-", 1)[1]))
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Checkpoints of a finished run are three times the model and of no more use."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def use_gradient_checkpointing(model: nn.Module) -> None:
+    """Compute activations again in the backward pass: about a third more time for a fraction of the memory."""
+    plain(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
