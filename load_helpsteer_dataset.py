@@ -1,6 +1,6 @@
 """Turn a preference dataset into checked, paired, split and tokenised rows.
 
-Reads  : a dataset of the hub, a mirror folder of one, or a local .parquet, .jsonl(.gz), .json or .csv file
+Reads  : a dataset of the hub, a folder of files, or one .parquet, .jsonl(.gz), .json or .csv file
 Writes : processed_helpsteer/ (train, validation and perhaps test, metadata.json, dropped.jsonl)
 
 python load_helpsteer_dataset.py                                            # nvidia/HelpSteer2 from the hub
@@ -127,7 +127,8 @@ def fingerprint(parts: dict[str, Dataset]) -> str:
     columns = ["prompt", "chosen_rating", "rejected_rating", "input_ids", "chosen_ids", "rejected_ids"]
     for name, part in sorted(parts.items()):
         digest.update(f"{name} {len(part)}".encode())
-        for batch in part.select_columns(columns).iter(1000):  # so many rows in memory at once
+        batches = part.select_columns(columns).iter(1000)  # so many rows in memory at once
+        for batch in tqdm(batches, f"hashing {name}", -(-len(part) // 1000), unit=" thousand"):
             digest.update(repr(batch).encode())
     return digest.hexdigest()
 

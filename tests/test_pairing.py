@@ -133,8 +133,8 @@ def test_prompts_that_differ_by_a_letter_are_two():
 
 @pytest.mark.parametrize("gap, kept", [(0.2, 3), (0.4, 2), (0.41, 1), (0.6, 1), (1.0, 0)])
 def test_small_gaps_are_compared_in_hundredths(gap, kept):
-    """(4 - 3.6), (3.4 - 3.2) and (2.6 - 2.0) are all off in binary fractions."""
-    sums = [(20, 18), (17, 16), (13, 10)]
+    """4 - 3.6, 2.4 - 2.2 and 2.6 - 2 are all off in binary fractions, and 100 * 2.4 - 100 * 2.2 is so too."""
+    sums = [(20, 18), (12, 11), (13, 10)]
     rows = []
     for i, (better, worse) in enumerate(sums):
         for total in (better, worse):
@@ -236,6 +236,7 @@ def test_rating_columns_full_of_nulls_are_none():
         (pair(rejected=" \n"), "empty_answer"),
         (pair(rejected=None), "empty_answer"),
         (pair(chosen=said("Q", " ")), "empty_answer"),
+        (pair(chosen=said("", " ")[1:]), "empty_answer"),
         (pair(chosen=said("Q"), rejected=said("Q")), "empty_answer"),
         (pair(chosen=[]), "empty_answer"),
         (pair(chosen=[{"from": "gpt", "value": "yes"}]), "bad_messages"),

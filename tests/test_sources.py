@@ -81,6 +81,12 @@ def test_folder_with_splits_and_shards(tmp_path, capsys):
     assert "not read: extra" in capsys.readouterr().out
 
 
+def test_one_split_in_two_formats_is_not_read_twice(tmp_path):
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    write_rows(tmp_path / "train.parquet", ROWS)
+    fails(tmp_path, "has its split 'train' twice: give .*train.jsonl or .*train.parquet")
+
+
 def test_a_single_file_in_a_folder_is_the_training_split(tmp_path):
     write_lines(tmp_path / "rows.jsonl", ROWS)
     source = open_source(str(tmp_path), "average")

@@ -8,7 +8,7 @@ import load_helpsteer_dataset
 from utils.pairing import checked_pairs
 from utils.rows import Ledger
 from utils.sources import ATTRIBUTES
-from utils.split import SIMILAR, near_duplicate_groups, shingles, similarity, split_indices, words_of
+from utils.split import SIMILAR, near_duplicate_groups, shingles, similar_in, similarity, split_indices, words_of
 
 LONG = "Please write a short story about a lighthouse keeper who finds a letter in a bottle on the shore one morning"
 
@@ -60,6 +60,14 @@ def test_near_duplicates_are_found_among_prompts_that_share_a_template():
     assert len(set(groups.tolist())) == 40
 
 
+def test_in_a_bucket_each_finds_its_own_kind():
+    """Two prompts that resemble each other, behind one that shares their bucket and resembles neither."""
+    sets = [
+        shingles(words_of(text)) for text in ("tax law of 1999 and later", LONG, "another thing", LONG + ", please")
+    ]
+    assert list(similar_in(np.array([7, 7, 8, 7], dtype=np.uint64), sets)) == [(1, 3)]
+
+
 def test_similarity_is_jaccards():
     one, other = shingles(["a", "b", "c", "d", "e"]), shingles(["b", "c", "d", "e", "f"])
     assert len(one) == 3 and similarity(one, other) == pytest.approx(2 / 4) and similarity(one, one) == 1
@@ -77,10 +85,11 @@ def test_groups_come_whole_to_one_side():
 
 
 @pytest.mark.parametrize(
-    "rows, share, wanted", [(8678, 0.2, 1736), (8678, 0.1, 868), (10, 0.3, 3), (10, 0.25, 3), (7, 0.0, 0), (1, 0.5, 0)]
+    "rows, share, wanted",
+    [(8678, 0.2, 1736), (8678, 0.1, 868), (100, 0.07, 7), (10, 0.25, 3), (7, 0.0, 0), (1, 0.5, 0)],
 )
 def test_share_is_exact(rows, share, wanted):
-    """0.3 of 10 rows is 3.0000000000000004 in binary fractions; of one row, training keeps it."""
+    """0.07 of 100 rows is 7.000000000000001 in binary fractions; of one row, training keeps it."""
     train, validation = split_indices(list(range(rows)), share, 42)
     assert (len(train), len(validation)) == (rows - wanted, wanted)
 
@@ -89,6 +98,7 @@ def test_seed_decides_and_nothing_else():
     prompts = [f"Question number {i} about subject {i * 7}" for i in range(100)]
     first = split(prompts, 0.2)
     assert first == split(prompts, 0.2) != split(prompts, 0.2, seed=43)
+    assert set(first[1]) != set(split(prompts, 0.2, seed=43)[1]), "the seed picks the rows, not only their order"
     assert first[0] != sorted(first[0], key=prompts.index), "rows come in random order"
 
 

@@ -95,6 +95,9 @@ def test_a_prompt_gives_way_only_as_far_as_needed(tokenizer):
     answer = max(len(pair.chosen_ids), len(pair.rejected_ids))
     assert pair.prompt_cut and not pair.chosen_cut and not pair.rejected_cut
     assert 200 - answer - 4 <= len(pair.prompt_ids) <= 200 - answer
+    for answers in (("yes", WORDS[0] * 40), (WORDS[0] * 40, "yes")):
+        pair = encode(tokenizer, said(LONG), *answers, 200)
+        assert not pair.chosen_cut and not pair.rejected_cut, "the longer side counts"
 
 
 @pytest.mark.parametrize("window", [64, 65, 100, 256])
@@ -156,6 +159,9 @@ def test_the_system_turn_is_kept(tokenizer):
     text = tokenizer.decode(encode(tokenizer, turns, LONG, "no", 120).prompt_ids)
     assert text.startswith("<|im_start|>system\nYou are a pirate.<|im_end|>\n<|im_start|>user\n")
     assert "Q1" not in text and "twelve29<|im_end|>" in text
+    turns = said("Q1 " + "old " * 60, "A1", "Q2", system="You are a pirate.")
+    pair = encode(tokenizer, turns, LONG, "no", 120)
+    assert tokenizer.decode(pair.prompt_ids) == render(tokenizer, [turns[0], turns[3]], ask=True)
 
 
 def test_a_cut_answer_has_no_end_of_turn(tokenizer):

@@ -31,6 +31,21 @@ def override_constants(script: dict, argv: list[str] | None = None) -> dict:
     that can be no option.
     """
     comments = top_constants(Path(script["__file__"]).read_text(encoding="utf-8"))
+    parser = parser_of(script, comments)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [f"--{name.lower()}" for name in comments]
+        guess = difflib.get_close_matches("--" + unknown[0].split("=")[0].lower().strip("-"), known, n=1)
+        parser.error(f"unknown option {unknown[0]}" + (f", did you mean {guess[0]}?" if guess else ""))
+    changed = {name: value for name, value in vars(values).items() if value != script[name]}
+    if changed and os.environ.get("RANK", "0") == "0":
+        print("changed for this run: " + ", ".join(f"{name} = {value!r}" for name, value in changed.items()))
+    script.update(vars(values))
+    return vars(values)
+
+
+def parser_of(script: dict, comments: dict[str, str]) -> OneLineParser:
+    """A parser with one option for each constant; comments: {name of the constant: its help}."""
     parser = OneLineParser(
         prog=command(script),
         description=script["__doc__"],
@@ -50,16 +65,7 @@ def override_constants(script: dict, argv: list[str] | None = None) -> dict:
             metavar=type(default).__name__,
             help=f"{comment} (now {default!r})".replace("%", "%%"),
         )
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [f"--{name.lower()}" for name in comments]
-        guess = difflib.get_close_matches("--" + unknown[0].split("=")[0].lower().strip("-"), known, n=1)
-        parser.error(f"unknown option {unknown[0]}" + (f", did you mean {guess[0]}?" if guess else ""))
-    changed = {name: value for name, value in vars(values).items() if value != script[name]}
-    if changed and os.environ.get("RANK", "0") == "0":
-        print("changed for this run: " + ", ".join(f"{name} = {value!r}" for name, value in changed.items()))
-    script.update(vars(values))
-    return vars(values)
+    return parser
 
 
 def command(script: dict) -> str:

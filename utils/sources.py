@@ -104,7 +104,11 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     files = {}
     for file in (file for folder in (path, path / "data") for file in sorted(folder.glob("*"))):
         if file.is_file() and suffix_of(file) and file.name not in NOT_ROWS:
-            files.setdefault(SHARD.sub("", file.name.removesuffix(suffix_of(file))), []).append(file)
+            name = SHARD.sub("", file.name.removesuffix(suffix_of(file)))
+            shards = files.setdefault(name, [])
+            if shards and (file.parent, suffix_of(file)) != (shards[0].parent, suffix_of(shards[0])):
+                stop(f"DATASET = '{path}' has its split {name!r} twice: give {shards[0]} or {file}")
+            shards.append(file)
     if not files:
         stop(f"DATASET = '{path}': no file in it that can be read, known: {', '.join(READERS)}")
     return files
@@ -166,12 +170,7 @@ def reader_of(files: list[Path]) -> Callable[[], Iterator[Record]]:
         for file in files:
             try:
                 yield from READERS[suffix_of(file)](file)
-            except (
-                OSError,
-                EOFError,
-                ValueError,
-                zlib.error,
-            ) as error:  # half a file, not UTF-8, not what it is called
+            except (OSError, EOFError, ValueError, zlib.error) as error:  # cut off, not UTF-8, of another format
                 stop(f"{file} cannot be read: {type(error).__name__} {str(error).partition(chr(10))[0][:160]}")
 
     return read

@@ -241,6 +241,7 @@ def tokenised(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
         batched=True,
         batch_size=ROWS_IN_MEMORY,
         features=features,
+        load_from_cache_file=False,  # a cache does not see that this file has changed
         desc="tokenising",
     )
 

@@ -1,0 +1,62 @@
+"""What the README says can be done: its commands exist with their options, and its quickstart really runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from utils.config import top_constants
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)( \w+)?\n(.*?)^```", README, re.S | re.M)
+MARKS = {"", " hub", " gpu", " hour"}  # what a block needs that a test has not: its script and options are checked
+LINES = [line.split("#")[0].strip() for kind, _, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+MADE_IN = Path(sys.prefix)  # the environment that the tests run in
+
+
+def test_blocks_are_marked_as_known():
+    assert len(LINES) > 10 and {mark for _, mark, _ in BLOCKS} <= MARKS
+    assert {"make quickstart", "make test"} <= set(LINES), "the two commands"
+
+
+@pytest.mark.parametrize("line", sorted(set(filter(None, LINES))))
+def test_command_exists_with_its_options(line):
+    words = shlex.split(line)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        return
+    if words[:3] == ["python", "-m", "pip"]:
+        assert all((ROOT / word).exists() for word in words if word.endswith(".txt"))
+        return
+    words = words[1:] if words[0] == "python" else words[2:]  # accelerate launch
+    assert "python" in line or line.startswith("accelerate launch ")
+    path = ROOT / (words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0])
+    options = {word[2:].split("=")[0].upper() for word in words if word.startswith("--")}
+    assert path.exists() and options <= set(top_constants(path.read_text())), options
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\b[\w/-]+\.(?:py|txt)\b", README))))
+def test_files_that_are_named_exist(name):
+    assert any((ROOT / folder / name).exists() for folder in ("", "utils", "extras", "benchmarks", "tests"))
+
+
+@pytest.mark.slow
+def test_quickstart_runs_and_its_python_examples_work(tmp_path):
+    """On a fresh clone, with the packages of this environment: make quickstart, then each python block."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        ["make", "quickstart", f"VENV={MADE_IN}"], cwd=clone, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert re.search(r"pair accuracy 0\.\d+ \[0\.\d+, [01]\.\d+\] on \d+ pairs; 'the longer answer wins'", done.stdout)
+    for kind, _, text in BLOCKS:
+        if kind == "python":
+            done = subprocess.run([sys.executable, "-c", text], cwd=clone, capture_output=True, text=True)
+            assert done.returncode == 0 and done.stdout.strip(), done.stderr
