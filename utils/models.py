@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from utils.runs import pick, say, stop
+from utils.runs import explain_missing, pick, say, stop
 
 logging.disable_progress_bar()  # of loading and writing weights, which take a second; downloads keep theirs
 
@@ -95,16 +95,6 @@ def load(kind: type, constant: str, name: str, **options: object) -> nn.Module:
         if "Unrecognized" not in str(error):
             raise
         stop(f"{constant} = {name!r} is not a {kind.__name__.removeprefix('AutoModelFor')} model")
-
-
-def explain_missing(constant: str, name: str, error: OSError) -> None:
-    """End the script with the reason why a model or tokenizer of that name cannot be had."""
-    if Path(name).is_dir():
-        stop(f"{constant} = {name!r}: this folder holds no complete model ({str(error).splitlines()[0][:160]})")
-    stop(
-        f"{constant} = {name!r} cannot be had: no such folder here, not in the cache, and the hub did not give it; "
-        "without a hub, `python -m extras.get_offline_model` makes models/SmolLM2-135M-Instruct"
-    )
 
 
 def add_lora(

@@ -51,6 +51,16 @@ def needs(path: str | Path, made_by: str) -> Path:
     return Path(path)
 
 
+def explain_missing(constant: str, name: str, error: OSError) -> NoReturn:
+    """End the script with the reason why a model or tokenizer of that name cannot be had."""
+    if Path(name).is_dir():
+        stop(f"{constant} = {name!r}: this folder holds no complete model ({str(error).splitlines()[0][:160]})")
+    stop(
+        f"{constant} = {name!r} cannot be had: no such folder here, not in the cache, and the hub did not give it; "
+        "without a hub, `python -m extras.get_offline_model` makes models/SmolLM2-135M-Instruct"
+    )
+
+
 def pick(options: dict, name: str, value: str):
     """options[value], or an end to the script that lists what the constant may be."""
     if value not in options:

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.rows import Message
-from utils.runs import stop
+from utils.runs import explain_missing, stop
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,8 +54,6 @@ def load_tokenizer(name: str, chat_template: str = "", constant: str = "TOKENIZE
 
     chat_template: "" = the tokenizer's own, "plain" = `User: ...` / `Assistant: ...`.
     """
-    from utils.models import explain_missing
-
     if chat_template not in ("", "plain"):
         stop(f'CHAT_TEMPLATE = {chat_template!r} is not known: "" (the tokenizer\'s own) or "plain"')
     try:
