@@ -6,7 +6,16 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification
 
-from utils.pairs import CHOSEN, REJECTED, LengthSampler, PairCollator, forward_pairs, load_pairs, pair_lengths
+from utils.pairs import (
+    CHOSEN,
+    REJECTED,
+    LengthSampler,
+    PairCollator,
+    forward_pairs,
+    load_pairs,
+    pair_lengths,
+    split_batch,
+)
 from utils.rewards import HEADS, RewardPairs, prepare
 
 
@@ -72,6 +81,17 @@ def test_rejected_does_not_see_chosen_nor_the_future(model_folder):
         before = module(**PairCollator(2, 8)(ROWS[:1]))["outputs"][0, :, 0]
         after = module(**PairCollator(2, 8)(changed))["outputs"][0, :, 0]
     assert before[1] == after[1] and before[0] != after[0]
+
+
+@pytest.mark.parametrize("tokens, rows", [(1, [1, 1, 1]), (24, [1, 1, 1]), (34, [2, 1]), (1000, [3])])
+def test_parts_of_a_batch_give_the_same_outputs_without_the_padding(model_folder, tokens, rows):
+    batch = PairCollator(2, 64)(ROWS)
+    parts = split_batch(batch, tokens, multiple=1)
+    assert [len(part["row"]) for part in parts] == rows and parts[0]["input_ids"].shape[1] in (12, 15)
+    module = RewardPairs(load(model_folder))
+    with torch.no_grad():
+        whole, split = module(**batch)["outputs"], torch.cat([module(**part)["outputs"] for part in parts])
+    torch.testing.assert_close(whole, split, atol=1e-5, rtol=0)
 
 
 def test_collator_positions_segments_ends_and_gap():

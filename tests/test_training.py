@@ -20,7 +20,7 @@ import train_reward_model
 from tests.conftest import ROOT, run_script
 from utils.losses import PAIR_LOSSES, bradley_terry
 from utils.models import load_classifier
-from utils.pairs import PairCollator, forward_pairs, whole_rows
+from utils.pairs import TOKENS_AT_ONCE, PairCollator, forward_pairs, whole_rows
 from utils.rewards import RewardPairs, pair_losses
 from utils.runs import Run
 from utils.training import PairTrainer, last_checkpoint, training_arguments
@@ -97,6 +97,19 @@ def test_four_at_once_equal_one_four_times(model_folder, tmp_path):
         weights.append({name: value.clone() for name, value in trainer.model.named_parameters()})
         logged = [json.loads(line) for line in (tmp_path / f"{batch}/metrics.jsonl").read_text().splitlines()]
         weights[-1]["logged"] = torch.tensor([[line["loss"], line["accuracy"]] for line in logged])
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-4)
+
+
+def test_a_batch_in_parts_equals_one_in_a_piece(model_folder, tmp_path, monkeypatch):
+    weights = []
+    for tokens in (1000, 20):
+        monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", tokens)
+        trainer = toy_trainer(
+            model_folder, tmp_path / f"{tokens}", toy_rows(22), batch=4, max_steps=6
+        )  # a short batch too
+        trainer.train()
+        weights.append({name: value.clone() for name, value in trainer.model.named_parameters()})
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-4)
 

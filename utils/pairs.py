@@ -21,6 +21,7 @@ from utils.models import plain
 from utils.runs import needs, read_json, say, stop
 from utils.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
 
+TOKENS_AT_ONCE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # positions in one pass: what keeps the device busy
 PADDING, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3  # what a position of a shared row belongs to
 
 
@@ -59,7 +60,7 @@ def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrai
 
 def row_multiple(device: torch.device) -> int:
     """Rows are padded to a multiple of this: GPUs want few shapes and round ones, a CPU pays for each token."""
-    return 8 if device.type == "cpu" else 64
+    return 1 if device.type == "cpu" else 64
 
 
 def pair_lengths(rows: Dataset) -> np.ndarray:
@@ -85,7 +86,7 @@ def whole_rows(rows: Dataset) -> Dataset:
 class PairCollator:
     """Rows of a processed folder to one batch of shared rows, right-padded to a multiple of `multiple`.
 
-    Returns int64 tensors: input_ids, segments (PADDING, PROMPT, CHOSEN or REJECTED) and position_ids [batch, length],
+    Returns int64 tensors: input_ids, segments (    PADDING, PROMPT, CHOSEN or REJECTED) and position_ids [batch, length],
     ends [batch, 2] (index of the last token of chosen and rejected), row [batch]; float32 gap [batch], the
     difference of the ratings, 0 where the source has none. A bounded set of shapes keeps kernels cached.
     """
@@ -119,6 +120,22 @@ class PairCollator:
             "row": torch.tensor([row["row"] for row in rows]),
             "gap": torch.tensor(gaps, dtype=torch.float32),
         }
+
+
+def split_batch(batch: dict[str, torch.Tensor], tokens: int, multiple: int) -> list[dict[str, torch.Tensor]]:
+    """The batch in parts of at most `tokens` positions (one row at least), padded to `multiple` as far as it needs.
+
+    The gradient of the whole is the sum over the parts, in the memory of one of them.
+    """
+    lengths = batch["ends"].amax(dim=1) + 1  # [batch]
+    parts, first = [], 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or (i + 1 - first) * int(lengths[first : i + 1].max()) > tokens:
+            longest = -(-int(lengths[first:i].max()) // multiple) * multiple
+            part = {name: value[first:i] for name, value in batch.items()}
+            parts.append(part | {name: part[name][:, :longest] for name in ("input_ids", "segments", "position_ids")})
+            first = i
+    return parts
 
 
 def shared_mask(segments: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """transformers.Trainer over shared-prompt batches: exact metrics, complete checkpoints, a stop at a bad loss."""
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from utils.models import plain
-from utils.pairs import LengthSampler, PairCollator, pair_lengths
+from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
 from utils.runs import Interrupt, Run, say
 
 COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
@@ -50,15 +51,26 @@ class PairTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthSampler:
         return self.sampler
 
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: object = None) -> torch.Tensor:
+        """Forward and backward of a batch in parts: the same gradient in the memory of a part."""
+        self.rows_in_batch = len(inputs["row"])
+        parts = split_batch(inputs, TOKENS_AT_ONCE[self.accelerator.device.type], self.data_collator.multiple)
+        losses = []
+        for part in parts:
+            last = part is parts[-1]
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: object = None
     ) -> torch.Tensor:
-        """The mean loss of a micro-batch; all that is logged stays on the device until a step is logged."""
+        """The part of these rows in the mean loss of their batch; what is logged stays on the device until it is."""
         losses, metrics = self.losses(model(**inputs), inputs)
         self.recent.append((inputs["row"], losses.detach()))
         for name, value in {"loss": losses, **metrics, "pairs": torch.ones_like(losses)}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float().sum()
-        return losses.mean()
+        return losses.sum() / self.rows_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Exact means over all pairs since the last log, on all processes, in place of means of batch means."""
@@ -146,6 +158,8 @@ class Steps(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.bar.update()
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps too, where LOG_EVERY_STEPS does not divide their number
         asked = torch.tensor(float(self.interrupt.asked), device=self.trainer.accelerator.device)
         if self.trainer.accelerator.reduce(asked, reduction="sum").item():
             control.should_save = control.should_training_stop = self.interrupt.asked = True
