@@ -86,7 +86,7 @@ def whole_rows(rows: Dataset) -> Dataset:
 class PairCollator:
     """Rows of a processed folder to one batch of shared rows, right-padded to a multiple of `multiple`.
 
-    Returns int64 tensors: input_ids, segments (    PADDING, PROMPT, CHOSEN or REJECTED) and position_ids [batch, length],
+    Returns int64 tensors: input_ids, segments (PADDING, PROMPT, CHOSEN or REJECTED) and position_ids [batch, length],
     ends [batch, 2] (index of the last token of chosen and rejected), row [batch]; float32 gap [batch], the
     difference of the ratings, 0 where the source has none. A bounded set of shapes keeps kernels cached.
     """
