@@ -118,6 +118,32 @@ def test_a_finished_run_is_moved_aside_and_nothing_is_lost(model_folder, sample_
     assert (aside / "run.json").read_text() == first and f"moved aside to {aside}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("engine", ["pairs", "trl"])
+def test_what_fails_after_training_does_not_cost_the_training(
+    model_folder, sample_folder, tmp_path, monkeypatch, engine
+):
+    options = SMALL | {
+        "DATA_DIR": sample_folder,
+        "MODEL": model_folder,
+        "OUTPUT_DIR": tmp_path / "run",
+        "ENGINE": engine,
+    }
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the disk is full"):
+        patch.setattr(
+            train_reward_model, "write_results", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        )
+        run_script(train_reward_model, **options)
+    steps_before = (tmp_path / "run/metrics.jsonl").read_text()
+    weights = load_file(tmp_path / "run/model.safetensors")
+    run_script(train_reward_model, **options)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == steps_before, "no step is trained again"
+    again = load_file(tmp_path / "run/model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert (
+        json.loads((tmp_path / "run/run.json").read_text())["finished"] and not (tmp_path / "run/checkpoints").exists()
+    )
+
+
 def test_a_save_that_does_not_reload_equal_is_an_error(model_folder, tokenizer, tmp_path):
     model = load_classifier(model_folder, 1)
 

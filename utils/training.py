@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from utils.models import plain
 from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
-from utils.runs import Interrupt, Run, say
+from utils.runs import Interrupt, Run, read_json, say
 
 COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
 
@@ -104,12 +104,6 @@ class PairTrainer(Trainer):
         assert set(state) == trained, f"checkpoint of another model: {sorted(set(state) ^ trained)[:3]}"
         self.model.load_state_dict(state, strict=False)
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes its own random state
-        if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
-
 
 def attach(trainer: Trainer, run: Run) -> None:
     """Our step callback in place of the printing ones; works for any Trainer, TRL's too."""
@@ -135,10 +129,9 @@ class Steps(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        sampler = getattr(self.trainer, "sampler", None)
-        if (
-            sampler is not None
-        ):  # accelerate does not reach a sampler behind skipped batches, so a resumed epoch would differ
+        sampler = getattr(self.trainer, "sampler", None)  # TRL's trainer has none
+        if sampler is not None:
+            # accelerate does not reach a sampler behind skipped batches, so a resumed epoch would differ
             sampler.set_epoch(int(state.epoch + 1e-6))
 
     def on_pre_optimizer_step(
@@ -163,6 +156,11 @@ class Steps(TrainerCallback):
         asked = torch.tensor(float(self.interrupt.asked), device=self.trainer.accelerator.device)
         if self.trainer.accelerator.reduce(asked, reduction="sum").item():
             control.should_save = control.should_training_stop = self.interrupt.asked = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: object
@@ -212,8 +210,12 @@ def train(trainer: Trainer, run: Run) -> None:
     """Train from the last complete checkpoint, or from the start where there is none."""
     trainer.accelerator.wait_for_everyone()  # the first process may just have moved an older run aside
     checkpoint = last_checkpoint(run.folder)
+    state = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
+    if checkpoint and state["global_step"] >= state["max_steps"]:
+        trainer._load_from_checkpoint(checkpoint)  # Trainer would take one step more than it was asked for
+        return
     if checkpoint:
-        run.forget_after(int(checkpoint.rsplit("-", 1)[1]))
+        run.forget_after(state["global_step"])
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
