@@ -216,7 +216,8 @@ def main(settings: dict) -> None:
         f"pair accuracy {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}] on "
         f"{result['pairs']} pairs; 'the longer answer wins' alone: {result['length_baseline']:.3f}"
     )
-    say(f"{result['verdict']}\nwritten: {run.folder}\nnext: python train_dpo.py or python train_reinforce.py")
+    say(f"{result['verdict']}\nwritten: {run.folder}")
+    say("next: score answers with it, as README.md shows under 'What lies between the steps'")
 
 
 if __name__ == "__main__":
