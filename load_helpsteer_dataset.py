@@ -23,7 +23,7 @@ from tqdm import tqdm
 from utils.config import override_constants
 from utils.pairing import checked_pairs, rating_columns
 from utils.rows import RATINGS, Ledger, finished_row
-from utils.runs import pick, say, script, stop, versions, write_json
+from utils.runs import at_least, pick, say, script, stop, versions, write_json
 from utils.sources import Source, head_of, open_source
 from utils.split import near_duplicate_groups, split_indices
 
@@ -216,21 +216,13 @@ def report(metadata: dict, folder: Path) -> None:
     say(f"written: {folder}\nnext: python dataset_summary.py")
 
 
-def check_numbers(share: float, gap: float, max_rows: int) -> None:
-    """End the script where a number can mean nothing."""
-    if not 0 <= share < 1:
-        stop(f"VALIDATION_SHARE = {share}: expected 0 or more, and less than 1")
-    if gap < 0:
-        stop(f"MIN_RATING_GAP = {gap}: expected 0 or more")
-    if max_rows < 0:
-        stop(f"MAX_ROWS = {max_rows}: expected 0 (all rows) or more")
-
-
 @script
 def main(settings: dict) -> None:
     # 1. check
     pick(RATINGS, "RATING", RATING)
-    check_numbers(VALIDATION_SHARE, MIN_RATING_GAP, MAX_ROWS)
+    at_least(0, MIN_RATING_GAP=MIN_RATING_GAP, MAX_ROWS=MAX_ROWS)
+    if not 0 <= VALIDATION_SHARE < 1:
+        stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
     from utils.tokens import check_window
 
     folder = Path(OUTPUT_DIR).resolve()  # through a link: the folder that it names is replaced, not the link

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Run, first_process, needs, pick, say, script, write_json, write_text
+from utils.runs import Run, at_least, first_process, needs, pick, say, script, write_json, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ LORA_RANK = 16  # of the adapters
 LORA_ALPHA = 32  # adapters count alpha / rank
 LORA_DROPOUT = 0.05  # on the input of the adapters
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers that get one
-GRADIENT_CHECKPOINTING = False  # a third slower, for long windows in little memory
+GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long windows in little memory
 # training
 PAIR_LOSS = "bradley_terry"  # see PAIR_LOSSES in utils/losses.py
 ENGINE = "pairs"  # pairs = shared-prompt batches | trl = trl.RewardTrainer on the same rows
@@ -145,6 +145,8 @@ def build_trainer(
 def main(settings: dict) -> None:
     # 1. check
     pick(ENGINES, "ENGINE", ENGINE)
+    at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
+    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, WARMUP_SHARE=WARMUP_SHARE)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import set_seed
 
@@ -152,6 +154,7 @@ def main(settings: dict) -> None:
     from utils.losses import PAIR_LOSSES
 
     pair_loss, head = pick(PAIR_LOSSES, "PAIR_LOSS", PAIR_LOSS), pick(rewards.HEADS, "HEAD", HEAD)
+    training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)

@@ -178,6 +178,10 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model
         ("ENGINE", "jax", "ENGINE = 'jax' is not known"),
         ("MODEL", "no/such-model", "MODEL = 'no/such-model' cannot be had"),
         ("DEVICE", "cuda:7", "DEVICE = 'cuda:7' is not known"),
+        ("BATCH_SIZE", 0, "BATCH_SIZE = 0: expected 1 or more"),
+        ("MAX_STEPS", -1, "MAX_STEPS = -1: expected 0 or more"),
+        ("REPORT_TO", "paper", "REPORT_TO = 'paper' is not known, choose one of: none, tensorboard, trackio, wandb"),
+        ("REPORT_TO", "wandb", "REPORT_TO = 'wandb' needs a package that is not here: run `pip install wandb`"),
         ("PRECISION", "fp16", "PRECISION = 'fp16' needs a GradScaler"),
     ],
 )
@@ -186,6 +190,22 @@ def test_mistakes_end_in_one_line(sample_folder, model_folder, tmp_path, constan
     with pytest.raises(SystemExit) as stop:
         run_script(train_reward_model, **options | {constant: value})
     assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_validation_pairs_is_named(model_folder, tokenizer_folder, tmp_path):
+    import load_helpsteer_dataset
+    from tests.conftest import SAMPLE
+
+    options = {
+        "DATASET": SAMPLE,
+        "TOKENIZER": tokenizer_folder,
+        "MAX_ROWS": 20,
+        "VALIDATION_SHARE": 0,
+        "MAX_LENGTH": 128,
+    }
+    run_script(load_helpsteer_dataset, **options, OUTPUT_DIR=tmp_path / "data")
+    with pytest.raises(SystemExit, match="validation has no pair to use"):
+        run_script(train_reward_model, DATA_DIR=tmp_path / "data", MODEL=model_folder, DEVICE="cpu")
 
 
 @pytest.mark.parametrize(

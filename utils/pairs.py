@@ -38,6 +38,8 @@ def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
     if len(different) < len(rows):
         say(f"{split}: {len(rows) - len(different)} of {len(rows)} pairs are equal in the window and are left out")
         rows = rows.select(different)
+    if not len(rows):
+        stop(f"{data_dir}/{split} has no pair to use: run load_helpsteer_dataset.py with a larger share or more rows")
     return rows
 
 

@@ -68,6 +68,13 @@ def pick(options: dict, name: str, value: str):
     return options[value]
 
 
+def at_least(least: float, **constants: float) -> None:
+    """End the script where a constant is smaller than it can be."""
+    for name, value in constants.items():
+        if value < least:
+            stop(f"{name} = {value}: expected {least} or more")
+
+
 def script(main: Callable) -> Callable:
     """Decorate main(): set the environment before torch is imported, and end in one line what a user can cause.
 

@@ -1,6 +1,7 @@
 """transformers.Trainer over shared-prompt batches: exact metrics, complete checkpoints, a stop at a bad loss."""
 
 import contextlib
+import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from utils.models import plain
 from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
-from utils.runs import Interrupt, Run, read_json, say
+from utils.runs import Interrupt, Run, pick, read_json, say, stop
 
 COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
 
@@ -176,6 +177,14 @@ class Steps(TrainerCallback):
         if self.interrupt.asked and state.global_step < state.max_steps:
             say(f"stopped and saved at step {state.global_step}: start the same command again to go on")
             sys.exit(130)
+
+
+def check_tracker(name: str) -> None:
+    """End the script where REPORT_TO names no tracker, or one whose package is not installed."""
+    packages = {"none": "", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+    package = pick(packages, "REPORT_TO", name)
+    if package and importlib.util.find_spec(package) is None:
+        stop(f"REPORT_TO = {name!r} needs a package that is not here: run `pip install {package}`")
 
 
 def training_arguments(
