@@ -4,7 +4,6 @@ import errno
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -168,13 +167,15 @@ class Run:
         if before and not before["finished"] and resume and same_work(before["settings"], settings):
             say(f"{self.folder} holds an unfinished run with the same settings: going on from its last checkpoint")
             self.record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            aside = self.folder.with_name(f"{self.folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-            shutil.move(self.folder, aside)
+        elif before:
+            aside = free_name(f"{self.folder.resolve()}-{time.strftime('%Y%m%d-%H%M%S')}")
+            os.rename(self.folder.resolve(), aside)
             say(f"{self.folder} held another run: moved aside to {aside}")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            stop(f"OUTPUT_DIR = '{self.folder}' holds files but no run of a script here: choose another name")
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "metrics.jsonl").touch()
         write_json(self.folder / "run.json", self.record)
+        (self.folder / "metrics.jsonl").touch()
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line of metrics.jsonl."""
@@ -198,6 +199,12 @@ class Run:
     def finish(self, **facts: object) -> None:
         """Close the run: a later start with the same folder moves it aside instead of going on."""
         self.note(**facts, finished=time.strftime("%F %T"))
+
+
+def free_name(name: str) -> Path:
+    """A path that is not there yet: two runs may be moved aside within a second."""
+    tries = (Path(name + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    return next(path for path in tries if not path.exists())
 
 
 def same_work(before: dict, now: dict) -> bool:
