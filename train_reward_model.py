@@ -1,11 +1,12 @@
-"""Train a reward model on the pairs of step 1, and say whether it has learned more than the length of an answer.
+"""Train a reward model on the pairs of step 1, and say whether it has learned more than a shortcut.
 
 Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py)
 Writes : outputs/reward_model/ (the model, eval.json, predictions.jsonl, metrics.jsonl, run.json, plots, README.md)
 
 python train_reward_model.py
+python train_reward_model.py --head distribution           # P(grade) for 1 to 10 in place of a number
 python train_reward_model.py --max_rows 32 --max_steps 4    # a quick look; any constant below, in lower case
-python train_reward_model.py --use_lora --learning_rate 2e-4
+python train_reward_model.py --seeds 1,2,3                  # three runs, mean and spread
 accelerate launch train_reward_model.py                    # on several GPUs
 """
 
@@ -13,24 +14,32 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Run, at_least, first_process, needs, pick, say, script, write_json, write_text
+from utils.runs import Run, at_least, first_process, needs, pick, say, script, stop
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer
 
+    from utils.heads import PairLoss, Reading
+    from utils.pairs import PairCollator
+
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
 MAX_ROWS = 0  # use the first so many rows of train and of validation only, 0 = all of them
+LENGTH_BALANCED = False  # repeat pairs until the longer answer is the chosen one as often as not
+ANSWERS_ONLY = False  # train without the prompts: a shortcut, for SHORTCUT_MODEL of another run
 # model
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
-HEAD = "scalar"  # what the model says of an answer, see HEADS in utils/rewards.py
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder, also that of an earlier reward model
+HEAD = "scalar"  # scalar = a number | distribution = P(grade) for 1 to 10 | attributes = the five ratings
+RATING = ""  # weighs the attributes in the reward, see RATINGS in utils/rows.py; "" = as the data were rated
+FREEZE_LAYERS = 0  # leave the embeddings and so many lower layers as they are, 0 = train all
 USE_LORA = False  # train low-rank adapters and the head instead of all weights
 LORA_RANK = 16  # of the adapters
 LORA_ALPHA = 32  # adapters count alpha / rank
@@ -38,9 +47,12 @@ LORA_DROPOUT = 0.05  # on the input of the adapters
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers that get one
 GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long windows in little memory
 # training
-PAIR_LOSS = "bradley_terry"  # see PAIR_LOSSES in utils/losses.py
+PAIR_LOSS = ""  # "" = the first for HEAD: bradley_terry | margin | scaled; win_probability | scaled; squared_error
+LABEL_SMOOTHING = 0.0  # share of the pairs whose label is taken for wrong
+CENTRING = 0.0  # weight of (reward of chosen + reward of rejected)^2, HEAD = scalar
+RATING_WEIGHT = 0.0  # share of the loss that ties the grades to the ratings, HEAD = distribution
 ENGINE = "pairs"  # pairs = shared-prompt batches | trl = trl.RewardTrainer on the same rows
-EPOCHS = 1  # passes over the training rows
+EPOCHS = 1  # passes over the training rows; of more than one, the best on validation is kept
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
 BATCH_SIZE = 4  # pairs in memory at once
 ACCUMULATION = 1  # batches a step
@@ -48,9 +60,14 @@ LEARNING_RATE = 5e-5  # at its highest
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
-SEED = 42  # of the head's start and of the order of rows
+SEED = 42  # of the adapters' start and of the order of rows
+SEEDS = ()  # such as 1,2,3: one run each in OUTPUT_DIR-seeds, then mean and spread
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
+# evaluation
+LENGTH_PENALTY = "0"  # taken off the reward for each 100 tokens of the answer; fit = fitted on training pairs
+CONTROL_PAIRS = 500  # pairs on which it is also tried untrained, without the prompts and with wrong ones, 0 = none
+SHORTCUT_MODEL = ""  # folder of a reward model that was trained with ANSWERS_ONLY, to compare with
 # output
 OUTPUT_DIR = "outputs/reward_model"  # the run folder
 LOG_EVERY_STEPS = 10  # a line of metrics.jsonl
@@ -61,67 +78,48 @@ REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.RewardTrainer"}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+FITTED_ON = 500  # training pairs on which LENGTH_PENALTY = fit is fitted, at most
 
 
-def evaluate(outputs: np.ndarray, rows: Dataset) -> tuple[dict, list[dict]]:
-    """(figures of eval.json, lines of predictions.jsonl) for head outputs [rows, 2, 1]."""
-    import numpy as np
+def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool, **options: float) -> None:
+    """End the script where the options of the loss do not go with the head, the engine or the rows."""
+    from utils.losses import NEED_RATINGS
 
-    from utils.evaluation import pair_report
-
-    lengths = np.array(
-        [[len(row["chosen"][-1]["content"]), len(row["rejected"][-1]["content"])] for row in rows], dtype=float
-    )
-    rewards = outputs[..., 0].astype(float)
-    predictions = [
-        {
-            "row": row["row"],
-            "prompt": row["prompt"][:200],
-            "chosen": pair[0],
-            "rejected": pair[1],
-            "chosen_rating": row["chosen_rating"],
-            "rejected_rating": row["rejected_rating"],
-            "chosen_characters": int(length[0]),
-            "rejected_characters": int(length[1]),
-        }
-        for row, pair, length in zip(rows, rewards.tolist(), lengths, strict=True)
-    ]
-    return pair_report(rewards[:, 0], rewards[:, 1], lengths), predictions
+    fits = {"LABEL_SMOOTHING": ("scalar", "distribution"), "CENTRING": ("scalar",), "RATING_WEIGHT": ("distribution",)}
+    for name, value in options.items():
+        if value and head not in fits[name]:
+            stop(f"{name} = {value} is for HEAD = {' or '.join(fits[name])}, not for {head}: set it to 0")
+        if not 0 <= value <= (0.5 if name == "LABEL_SMOOTHING" else 1):
+            stop(f"{name} = {value}: expected a share from 0 to {0.5 if name == 'LABEL_SMOOTHING' else 1}")
+    if (loss in NEED_RATINGS or options["RATING_WEIGHT"]) and not rated:
+        stop(f"these rows have no ratings, which PAIR_LOSS = {loss!r} or RATING_WEIGHT needs: use bradley_terry")
+    if head == "attributes" and not attributed:
+        stop("these rows have no attributes, which HEAD = attributes learns: load nvidia/HelpSteer2, or use scalar")
+    if engine == "trl" and (loss != "bradley_terry" or any(options.values())):
+        stop("ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS = bradley_terry and nothing more: use ENGINE = pairs")
 
 
-def write_results(folder: Path, result: dict, predictions: list[dict], record: dict) -> None:
-    """eval.json, predictions.jsonl, the curves and the model card."""
-    import json
+def build_model(
+    name: str, tokenizer: PreTrainedTokenizerBase, reading: Reading, rows: Dataset, collator: PairCollator, frozen: int
+) -> torch.nn.Module:
+    """The model at its start: its head, and the lower layers that are not trained."""
+    from utils import models, rewards
 
-    from utils.curves import training_curves
-
-    write_json(folder / "eval.json", result)
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
-    write_text(folder / "predictions.jsonl", lines)
-    baselines = {"loss": (0.6931, "a coin:"), "accuracy": (result["length_baseline"], "the longer answer wins:")}
-    title = f"Reward model: {result['accuracy']:.1%} of {result['pairs']} validation pairs are ranked right"
-    training_curves(folder, ("loss", "accuracy"), baselines, title)
-    settings = record["settings"]
-    write_text(
-        folder / "README.md",
-        f"# Reward model\n\n`{settings['MODEL']}` with a {settings['HEAD']} head, trained on "
-        f"{record['train_pairs']} pairs of `{record['dataset_name']}` ({settings['PAIR_LOSS']} loss, learning rate "
-        f"{settings['LEARNING_RATE']}, window {record['max_length']} tokens).\n\n"
-        f"Pair accuracy on {result['pairs']} validation pairs: **{result['accuracy']:.3f}** "
-        f"(95 % interval {result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}); "
-        f"'the longer answer wins' alone: {result['length_baseline']:.3f}. {result['verdict'].capitalize()}.\n\n"
-        "Load it with `AutoModelForSequenceClassification.from_pretrained` or `utils.rewards.RewardModel.load`.\n",
-    )
+    model = rewards.start_model(name, tokenizer, reading)
+    if reading.head == "attributes" and not model.score.weight.any():
+        rewards.start_at_means(model, rows, collator)
+    models.freeze_lower(model, frozen)
+    return model
 
 
 def build_trainer(
     engine: str,
     model: torch.nn.Module,
     rows: Dataset,
-    collator: object,
-    losses: object,
+    collator: PairCollator,
+    loss: PairLoss,
     run: Run,
-    evaluation: object,
+    evaluation: Callable,
     tokenizer: PreTrainedTokenizerBase,
     arguments: partial,
 ) -> Trainer:
@@ -138,39 +136,71 @@ def build_trainer(
         training.attach(trainer, run)
         return trainer
     module = rewards.RewardPairs(model)
-    return training.PairTrainer(module, arguments(TrainingArguments), rows, collator, losses, run, evaluation)
+    return training.PairTrainer(module, arguments(TrainingArguments), rows, collator, loss, run, evaluation)
 
 
 @script
 def main(settings: dict) -> None:
+    if SEEDS:
+        from utils.seeds import run_seeds
+
+        run_seeds(settings, SEEDS, OUTPUT_DIR, ("accuracy", "length_matched_accuracy", "length_correlation"))
+        return
     # 1. check
     pick(ENGINES, "ENGINE", ENGINE)
     at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
     at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, WARMUP_SHARE=WARMUP_SHARE)
+    at_least(0, FREEZE_LAYERS=FREEZE_LAYERS, CONTROL_PAIRS=CONTROL_PAIRS)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import set_seed
 
-    from utils import models, pairs, rewards, training
+    from utils import controls, heads, judging, models, pairs, quality, quality_plots, rewards, training
     from utils.losses import PAIR_LOSSES
+    from utils.rows import RATINGS
 
-    pair_loss, head = pick(PAIR_LOSSES, "PAIR_LOSS", PAIR_LOSS), pick(rewards.HEADS, "HEAD", HEAD)
+    named = PAIR_LOSSES[pick({head: head for head in heads.HEADS}, "HEAD", HEAD)]
+    pair_loss = PAIR_LOSS or next(iter(named))
+    pick(named, "PAIR_LOSS", pair_loss)
+    if RATING:
+        pick(RATINGS, "RATING", RATING)
+    judging.check_penalty(LENGTH_PENALTY)
+    if SHORTCUT_MODEL:
+        rewards.RewardModel.load(SHORTCUT_MODEL, DEVICE, constant="SHORTCUT_MODEL")
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
+    judged, measured_on = validation, "validation"
+    if EPOCHS > 1 and metadata["test_size"]:  # the epoch is chosen on validation, so it cannot measure too
+        judged, measured_on = pairs.load_pairs(DATA_DIR, "test", MAX_ROWS), "test"
+    ratings, attributed = pairs.ratings_of(rows)
+    reading = heads.reading_of(HEAD, RATING or metadata["rating"], ratings, attributed)
+    check_loss(
+        HEAD,
+        pair_loss,
+        ENGINE,
+        len(ratings) == 2 * len(rows),
+        attributed,
+        LABEL_SMOOTHING=LABEL_SMOOTHING,
+        CENTRING=CENTRING,
+        RATING_WEIGHT=RATING_WEIGHT,
+    )
+    if ANSWERS_ONLY:
+        rows, judged, validation = (controls.without_prompts(some, tokenizer) for some in (rows, judged, validation))
+    trained_on = controls.length_balanced(rows, SEED) if LENGTH_BALANCED else rows
+    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
     set_seed(SEED)
-    model = rewards.prepare(models.load_classifier(MODEL, head.outputs), tokenizer, head)
+    model = build_model(MODEL, tokenizer, reading, rows, collator, FREEZE_LAYERS)
     if USE_LORA:
         model = models.add_lora(model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, head="score")
     if GRADIENT_CHECKPOINTING:
         training.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
+    say(f"{MODEL}: {models.count_parameters(model)}, on {len(trained_on)} pairs, {len(validation)} for validation")
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
-    facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "precision": precision}
-    run = Run(OUTPUT_DIR, settings, RESUME, device=str(device), **facts)
-    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
+    facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "pair_loss": pair_loss}
+    run = Run(OUTPUT_DIR, settings, RESUME, device=str(device), precision=precision, **facts)
     arguments = partial(
         training.training_arguments,
         folder=run.folder,
@@ -192,35 +222,46 @@ def main(settings: dict) -> None:
         seed=SEED,
     )
 
-    def outputs_on_validation() -> np.ndarray:
-        module = trainer.model_wrapped if ENGINE == "pairs" else rewards.RewardPairs(model)
-        return pairs.forward_pairs(module, validation, collator, 2 * BATCH_SIZE, trainer.accelerator)["outputs"]
+    def outputs_of(some: Dataset, other: torch.nn.Module | None = None) -> np.ndarray:
+        module = rewards.RewardPairs(other or model) if other or ENGINE == "trl" else trainer.model_wrapped
+        return pairs.forward_pairs(module, some, collator, 2 * BATCH_SIZE, trainer.accelerator)["outputs"]
 
     def accuracy() -> dict[str, float]:
-        return {"accuracy": evaluate(outputs_on_validation(), validation)[0]["accuracy"]}
+        return {"accuracy": float(judging.pairs_right(outputs_of(validation), validation, reading).mean())}
 
-    losses = partial(rewards.pair_losses, pair_loss=pair_loss)
-    trainer = build_trainer(ENGINE, model, rows, collator, losses, run, accuracy, tokenizer, arguments)
+    loss = heads.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
+    trainer = build_trainer(ENGINE, model, trained_on, collator, loss, run, accuracy, tokenizer, arguments)
+    best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
     # 4. train
     began = time.monotonic()
     training.train(trainer, run)
     run.note(train_seconds=round(time.monotonic() - began, 2))
+    epochs = best.restore() if best else {}
     # 5. evaluate
-    result, predictions = evaluate(outputs_on_validation(), validation)
+    few = rows.select(range(min(FITTED_ON, len(rows))))
+    judging.set_reading(reading, LENGTH_PENALTY, few, outputs_of)
+    weights = judging.surface_weights(rows)
+    untrained = partial(rewards.untrained, MODEL, reading, device, SEED)
+    lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained, SHORTCUT_MODEL)
+    shared = bool(epochs) and measured_on == "validation"
+    result = quality.report(lines) | {"measured_on": measured_on, "epochs": epochs, "selection_shares_rows": shared}
     # 6. save
     if first_process():
-        rewards.save(model, tokenizer, run.folder, HEAD, metadata["max_length"], rows, collator)
-        write_results(run.folder, result, predictions, run.record)
+        facts = {
+            "max_length": metadata["max_length"],
+            "answers_only": ANSWERS_ONLY,
+            "surface_weights": weights.tolist(),
+        }
+        facts |= {name: result[name] for name in ("reward_mean", "reward_std")}
+        rewards.save(model, tokenizer, run.folder, reading, rows, collator, **facts)
+        quality_plots.write_results(run.folder, result, lines, run.record)
     trainer.accelerator.wait_for_everyone()
     training.remove_checkpoints(run.folder)
     run.finish()
     # 7. say where it is
-    say(
-        f"pair accuracy {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}] on "
-        f"{result['pairs']} pairs; 'the longer answer wins' alone: {result['length_baseline']:.3f}"
-    )
-    say(f"{result['verdict']}\nwritten: {run.folder}")
-    say("next: score answers with it, as README.md shows under 'What lies between the steps'")
+    say(quality.told(result))
+    say(f"written: {run.folder}")
+    say(f"next: python -m extras.make_report --runs {run.folder}    # the whole report as one page")
 
 
 if __name__ == "__main__":

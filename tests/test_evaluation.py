@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from utils.evaluation import interval, pair_report, paired_difference, wins
+from utils.evaluation import calibration, coverage, interval, paired_difference, share_right, verdict, wins
 
 
 def test_a_tie_is_half_a_win():
     assert wins(np.array([2.0, 1.0, 1.0]), np.array([1.0, 1.0, 2.0])).tolist() == [1.0, 0.5, 0.0]
-    report = pair_report(np.zeros(10), np.zeros(10), np.ones((10, 2)))
-    assert report["accuracy"] == 0.5 and report["ties"] == 10 and report["length_baseline"] == 0.5
+    assert share_right(wins(np.zeros(10), np.zeros(10)))["accuracy"] == 0.5
 
 
 def test_interval_covers_the_binomial_one():
@@ -20,25 +19,47 @@ def test_interval_covers_the_binomial_one():
     assert interval(np.array([1.0])) == (1.0, 1.0) and interval(np.ones(5)) == (1.0, 1.0)
 
 
-def test_a_reward_of_length_is_not_shown_to_be_better_than_length():
-    lengths = np.random.default_rng(0).integers(10, 2000, size=(200, 2)).astype(float)
-    report = pair_report(lengths[:, 0], lengths[:, 1], lengths)
-    assert report["accuracy"] == report["length_baseline"] and "not shown" in report["verdict"]
-    assert report["against_length"]["p_value"] == 1.0
-
-
-def test_a_true_signal_is_found_and_a_worse_one_named():
-    random = np.random.default_rng(0)
-    lengths = random.integers(10, 2000, size=(200, 2)).astype(float)
-    good = np.where(random.random(200) < 0.85, 1.0, -1.0)
-    report = pair_report(good, np.zeros(200), lengths)
-    assert report["verdict"].startswith("better than 'longer wins' by") and report["against_length"]["p_value"] < 0.01
-    assert report["accuracy_low"] < report["accuracy"] < report["accuracy_high"]
-    assert pair_report(-good, np.zeros(200), lengths)["verdict"].startswith("worse than")
-
-
 def test_p_value_of_a_fair_coin_is_not_small():
     random = np.random.default_rng(3)
     one, other = random.random(100), random.random(100)
     found = paired_difference(one, other)
     assert found["low"] < found["difference"] < found["high"] and 0.05 < found["p_value"] <= 1
+
+
+def test_verdict_is_one_sentence_and_needs_a_small_p():
+    true = {"difference": 0.04, "p_value": 0.01}
+    assert verdict(true, "'longer wins'") == "better than 'longer wins' by 0.040, p = 0.01"
+    assert verdict(true | {"difference": -0.04}, "x") == "worse than x by 0.040, p = 0.01"
+    assert verdict(true | {"p_value": 0.2}, "x").startswith("not shown to be better than x (difference +0.040")
+
+
+def test_calibration_equals_scikit_learn():
+    from sklearn.calibration import calibration_curve
+    from sklearn.metrics import brier_score_loss
+
+    random = np.random.default_rng(0)
+    sure = random.uniform(0.5, 1.0, size=500)
+    win = np.where(random.random(500) < sure**2, sure, 1 - sure)  # less often right than it says
+    found = calibration(win)
+    assert found["brier"] == pytest.approx(brier_score_loss(np.ones(500), win, pos_label=1))
+    confidence, right = np.maximum(win, 1 - win), win > 0.5
+    accuracies, confidences = calibration_curve(right, 2 * confidence - 1, n_bins=10)
+    assert [e["accuracy"] for e in found["reliability"]] == pytest.approx(accuracies)
+    assert [2 * e["confidence"] - 1 for e in found["reliability"]] == pytest.approx(confidences)
+    counts = np.histogram(confidence, bins=10, range=(0.5, 1.0))[0]
+    expected = (counts * np.abs(accuracies - (confidences + 1) / 2)).sum() / 500
+    assert found["ece"] == pytest.approx(expected) and found["ece"] > 0.05
+
+
+def test_a_coin_that_knows_it_is_calibrated():
+    found = calibration(np.full(10, 0.5))
+    assert found["ece"] == 0.0 and found["brier"] == 0.25
+    assert found["reliability"] == [{"confidence": 0.5, "accuracy": 0.5, "pairs": 10}]
+
+
+def test_coverage_keeps_the_surest():
+    right, sure = np.array([1.0, 0.0] * 10), np.array([2.0, 1.0] * 10)
+    curve = coverage(right, sure)
+    assert [entry["coverage"] for entry in curve] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert curve[4]["accuracy"] == 1.0 and curve[9]["accuracy"] == 0.5
+    assert coverage(np.array([1.0]), np.array([0.0]))[0]["accuracy"] == 1.0

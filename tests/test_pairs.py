@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification
 
+from utils.heads import Reading
 from utils.pairs import (
     CHOSEN,
     REJECTED,
@@ -16,7 +17,7 @@ from utils.pairs import (
     pair_lengths,
     split_batch,
 )
-from utils.rewards import HEADS, RewardPairs, prepare
+from utils.rewards import RewardPairs, prepare
 
 
 def load(model_folder, attention="sdpa"):
@@ -138,5 +139,5 @@ def test_pad_token_differs_from_the_end_of_turn(model_folder, tokenizer_folder):
 
     tokenizer = load_tokenizer(tokenizer_folder)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    model = prepare(load(model_folder), tokenizer, HEADS["scalar"])
+    model = prepare(load(model_folder), tokenizer, Reading("scalar"))
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0 != tokenizer.eos_token_id

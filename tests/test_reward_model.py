@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 import train_reward_model
 from tests.conftest import run_script
+from utils import quality_plots
 from utils.models import choose_precision, load_classifier, save_with_proof
 from utils.pairs import load_pairs
 from utils.rewards import RewardModel
@@ -129,9 +130,7 @@ def test_what_fails_after_training_does_not_cost_the_training(
         "ENGINE": engine,
     }
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the disk is full"):
-        patch.setattr(
-            train_reward_model, "write_results", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
-        )
+        patch.setattr(quality_plots, "write_results", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         run_script(train_reward_model, **options)
     steps_before = (tmp_path / "run/metrics.jsonl").read_text()
     weights = load_file(tmp_path / "run/model.safetensors")

@@ -10,7 +10,7 @@ from utils.tokens import (
     PLAIN_TEMPLATE,
     chat_template_sha256,
     check_window,
-    encode_pairs,
+    encode_answers,
     end_of_turn,
     load_tokenizer,
     render,
@@ -39,8 +39,8 @@ def said(*texts, system=""):
 
 
 def encode(tokenizer, prompt, chosen, rejected, window):
-    (pair,) = encode_pairs(tokenizer, [prompt], [(chosen, rejected)], window)
-    assert len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= window
+    (pair,) = encode_answers(tokenizer, [prompt], [(chosen, rejected)], window)
+    assert len(pair.prompt_ids) + max(len(pair.answer_ids[0]), len(pair.answer_ids[1])) <= window
     return pair
 
 
@@ -64,25 +64,25 @@ def other(tokenizer_folder):
 def test_ids_are_those_of_the_whole_conversation(other, template, prompt):
     tokenizer = other(template)
     pair = encode(tokenizer, prompt, "Four.", "It is five,\n\n1. of course", 512)
-    for ids, answer in ((pair.chosen_ids, "Four."), (pair.rejected_ids, "It is five,\n\n1. of course")):
+    for ids, answer in ((pair.answer_ids[0], "Four."), (pair.answer_ids[1], "It is five,\n\n1. of course")):
         whole = render(tokenizer, [*prompt, {"role": "assistant", "content": answer}], ask=False)
         assert pair.prompt_ids + ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(pair.prompt_ids) == render(tokenizer, prompt, ask=True)
         assert tokenizer.eos_token_id in ids[-2:]
-    assert not (pair.prompt_cut or pair.chosen_cut or pair.rejected_cut)
+    assert not (pair.prompt_cut or pair.answer_cut[0] or pair.answer_cut[1])
 
 
 def test_an_open_tag_of_the_generation_prompt_is_left_out(other):
     pair = encode(other(THINKING), said("Q"), "<b>yes</b>", "<b>no</b>", 256)
     tokenizer = other(THINKING)
     assert tokenizer.decode(pair.prompt_ids).endswith("<|im_start|>assistant\n")
-    assert tokenizer.decode(pair.chosen_ids) == "<b>yes</b><|im_end|>\n"
+    assert tokenizer.decode(pair.answer_ids[0]) == "<b>yes</b><|im_end|>\n"
 
 
 def test_a_batch_gives_what_each_pair_gives_alone(tokenizer):
     prompts = [said("Hi"), said(LONG), said("Q1", LONG, "Q2"), said("Hi", system="Be brief")]
     answers = [("a", "b"), (LONG, "no"), ("no", LONG), (LONG, LONG)]
-    together = encode_pairs(tokenizer, prompts, answers, 96)
+    together = encode_answers(tokenizer, prompts, answers, 96)
     assert together == [encode(tokenizer, prompt, *pair, 96) for prompt, pair in zip(prompts, answers, strict=True)]
 
 
@@ -92,27 +92,27 @@ def test_a_batch_gives_what_each_pair_gives_alone(tokenizer):
 def test_a_prompt_gives_way_only_as_far_as_needed(tokenizer):
     """A short answer leaves the prompt more than half of the window."""
     pair = encode(tokenizer, said(LONG), "yes", "no", 200)
-    answer = max(len(pair.chosen_ids), len(pair.rejected_ids))
-    assert pair.prompt_cut and not pair.chosen_cut and not pair.rejected_cut
+    answer = max(len(pair.answer_ids[0]), len(pair.answer_ids[1]))
+    assert pair.prompt_cut and not pair.answer_cut[0] and not pair.answer_cut[1]
     assert 200 - answer - 4 <= len(pair.prompt_ids) <= 200 - answer
     for answers in (("yes", WORDS[0] * 40), (WORDS[0] * 40, "yes")):
         pair = encode(tokenizer, said(LONG), *answers, 200)
-        assert not pair.chosen_cut and not pair.rejected_cut, "the longer side counts"
+        assert not pair.answer_cut[0] and not pair.answer_cut[1], "the longer side counts"
 
 
 @pytest.mark.parametrize("window", [64, 65, 100, 256])
 def test_a_prompt_gives_way_down_to_half_then_answers_are_cut(tokenizer, window):
     pair = encode(tokenizer, said(LONG), LONG, "no", window)
-    assert pair.prompt_cut and pair.chosen_cut and not pair.rejected_cut
+    assert pair.prompt_cut and pair.answer_cut[0] and not pair.answer_cut[1]
     assert window // 2 - 4 <= len(pair.prompt_ids) <= window // 2
-    assert len(pair.chosen_ids) == window - len(pair.prompt_ids)
+    assert len(pair.answer_ids[0]) == window - len(pair.prompt_ids)
 
 
 def test_a_short_prompt_is_not_touched_by_long_answers(tokenizer):
     pair = encode(tokenizer, said("Hi"), LONG, LONG + "!", 64)
-    assert not pair.prompt_cut and pair.chosen_cut and pair.rejected_cut
-    assert len(pair.chosen_ids) == len(pair.rejected_ids) == 64 - len(pair.prompt_ids)
-    assert pair.chosen_ids == pair.rejected_ids, "the difference lay behind the cut"
+    assert not pair.prompt_cut and pair.answer_cut[0] and pair.answer_cut[1]
+    assert len(pair.answer_ids[0]) == len(pair.answer_ids[1]) == 64 - len(pair.prompt_ids)
+    assert pair.answer_ids[0] == pair.answer_ids[1], "the difference lay behind the cut"
 
 
 def test_the_prompt_keeps_its_end_and_the_scaffold(tokenizer):
@@ -168,15 +168,15 @@ def test_a_cut_answer_has_no_end_of_turn(tokenizer):
     """Not even if only the line break behind it would not fit; the text itself is then whole."""
     text = WORDS[0] * 40
     whole = encode(tokenizer, said("Hi"), text, "no", 400)
-    full = len(whole.prompt_ids) + len(whole.chosen_ids)
+    full = len(whole.prompt_ids) + len(whole.answer_ids[0])
     closing = end_of_turn(tokenizer)
-    assert len(closing) == 2 and whole.chosen_ids[-2:] == closing
+    assert len(closing) == 2 and whole.answer_ids[0][-2:] == closing
     for missing in (1, 2, 3, 5):
         pair = encode(tokenizer, said("Hi"), text, "no", full - missing)
-        assert pair.chosen_cut and tokenizer.eos_token_id not in pair.chosen_ids
-        assert pair.chosen_ids == whole.chosen_ids[: -max(2, missing)]
-        assert pair.rejected_ids == whole.rejected_ids, "the other side is not touched"
-    assert not encode(tokenizer, said("Hi"), text, "no", full).chosen_cut
+        assert pair.answer_cut[0] and tokenizer.eos_token_id not in pair.answer_ids[0]
+        assert pair.answer_ids[0] == whole.answer_ids[0][: -max(2, missing)]
+        assert pair.answer_ids[1] == whole.answer_ids[1], "the other side is not touched"
+    assert not encode(tokenizer, said("Hi"), text, "no", full).answer_cut[0]
 
 
 def test_a_window_too_small_ends_in_one_line(tokenizer):
@@ -192,7 +192,7 @@ def test_a_window_too_small_ends_in_one_line(tokenizer):
 def test_the_smallest_window_that_passes_the_check_encodes_everything(tokenizer):
     window = next(n for n in range(1, 99) if fits(tokenizer, n))
     pair = encode(tokenizer, said(LONG), LONG, LONG, window)
-    assert pair.prompt_cut and len(pair.chosen_ids) >= window // 2
+    assert pair.prompt_cut and len(pair.answer_ids[0]) >= window // 2
 
 
 def fits(tokenizer, window):

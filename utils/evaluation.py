@@ -40,25 +40,10 @@ def paired_difference(one: np.ndarray, other: np.ndarray, seed: int = 0) -> dict
     return {"difference": float(differences.mean()), "low": low, "high": high, "p_value": float(p_value)}
 
 
-def pair_report(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray) -> dict[str, object]:
-    """The figures of eval.json for rewards [pairs] of chosen and rejected answers.
-
-    lengths [pairs, 2]: characters of both whole answers, before any window; "the longer one wins" is the baseline
-    that a reward model must beat to have learned more than length.
-    """
-    right, longer = wins(chosen, rejected), wins(lengths[:, 0], lengths[:, 1])
+def share_right(right: np.ndarray) -> dict[str, float]:
+    """pairs, accuracy and its interval (low, high) of right [pairs]: 1, at a tie 0.5, else 0."""
     low, high = interval(right)
-    against = paired_difference(right, longer)
-    return {
-        "pairs": len(right),
-        "ties": int((chosen == rejected).sum()),
-        "accuracy": float(right.mean()),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "length_baseline": float(longer.mean()),
-        "against_length": against,
-        "verdict": verdict(against, "'longer wins'"),
-    }
+    return {"pairs": len(right), "accuracy": float(right.mean()), "low": low, "high": high}
 
 
 def verdict(against: dict[str, float], name: str) -> str:
@@ -67,3 +52,32 @@ def verdict(against: dict[str, float], name: str) -> str:
         word, size = ("better" if against["difference"] > 0 else "worse"), abs(against["difference"])
         return f"{word} than {name} by {size:.3f}, p = {against['p_value']:.2g}"
     return f"not shown to be better than {name} (difference {against['difference']:+.3f}, p = {against['p_value']:.2g})"
+
+
+def calibration(win: np.ndarray, bins: int = 10) -> dict[str, object]:
+    """How far to trust P(chosen wins) [pairs]: ece, brier, and the reliability curve.
+
+    The winner that the model names is right with probability max(win, 1 - win), if it knows itself. The curve has one
+    entry a bin of that confidence, equally wide from 0.5 to 1, with pairs in it: confidence (its mean), accuracy (of
+    those pairs; a tie of 0.5 is half right) and pairs. ece: their mean distance, weighted by pairs. brier: mean of
+    (1 - win)^2; 0.25 for a coin.
+    """
+    confidence, right = np.maximum(win, 1 - win), wins(win, 1 - win)
+    place = np.minimum((confidence - 0.5) * 2 * bins, bins - 1).astype(int)
+    curve = [
+        {"confidence": float(confidence[here].mean()), "accuracy": float(right[here].mean()), "pairs": int(here.sum())}
+        for here in (place == i for i in range(bins))
+        if here.any()
+    ]
+    ece = sum(entry["pairs"] * abs(entry["confidence"] - entry["accuracy"]) for entry in curve) / len(win)
+    return {"ece": ece, "brier": float(((1 - win) ** 2).mean()), "reliability": curve}
+
+
+def coverage(right: np.ndarray, sure: np.ndarray) -> list[dict[str, float]]:
+    """Accuracy on the surest 10 %, 20 %, ... 100 % of the pairs: what abstaining on the others would bring.
+
+    right [pairs] as in share_right; sure [pairs], larger is surer, such as the margin or minus the spread.
+    """
+    ordered = right[np.argsort(-sure, kind="stable")]
+    counts = {share: max(1, round(share * len(right) / 100)) for share in range(10, 101, 10)}
+    return [{"coverage": share / 100, "accuracy": float(ordered[:n].mean())} for share, n in counts.items()]

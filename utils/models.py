@@ -70,6 +70,11 @@ def cpu_has_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context that computes in `precision`; with fp32 it changes nothing."""
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+
+
 def load_causal(name: str) -> nn.Module:
     """A causal language model with float32 weights; `name` is a hub name or a folder.
 
@@ -79,7 +84,7 @@ def load_causal(name: str) -> nn.Module:
 
 
 def load_classifier(name: str, labels: int, constant: str = "MODEL", **options: object) -> nn.Module:
-    """A model with a linear head of `labels` outputs, float32; a head that is not in the files starts small.
+    """A model with a linear head of `labels` outputs, float32; a head that is not in the files is random.
 
     Returns an AutoModelForSequenceClassification; its head is `model.score` [labels, hidden].
     """
@@ -95,6 +100,17 @@ def load(kind: type, constant: str, name: str, **options: object) -> nn.Module:
         if "Unrecognized" not in str(error):
             raise
         stop(f"{constant} = {name!r} is not a {kind.__name__.removeprefix('AutoModelFor')} model")
+
+
+def freeze_lower(model: nn.Module, layers: int) -> None:
+    """Leave the embeddings and the first `layers` layers as they are; 0 freezes nothing."""
+    body = getattr(model, model.base_model_prefix)
+    if not layers:
+        return
+    if layers > len(body.layers):
+        stop(f"FREEZE_LAYERS = {layers}: this model has {len(body.layers)}")
+    for part in (body.embed_tokens, *body.layers[:layers]):
+        part.requires_grad_(False)
 
 
 def add_lora(

@@ -131,7 +131,7 @@ def pairs_of_records(read: Callable[[], Iterator[Record]], layout: str, split: s
             ledger.drop(pair, split, [row], prompt)
         else:
             ledger.read(pair["prompt"])
-            yield {**pair, "rows": [row]}
+            yield {**pair, "rows": [row], "subset": str(record.get("subset") or "")}
 
 
 def pair_of_record(record: Record, rated: tuple[str, ...]) -> dict | str:

@@ -75,6 +75,17 @@ def pair_lengths(rows: Dataset) -> np.ndarray:
     return lengths
 
 
+def ratings_of(rows: Dataset) -> tuple[list[float], bool]:
+    """(all ratings that there are, whether all rows have attributes) of the answers."""
+    ratings = [rating for side in ("chosen", "rejected") for rating in rows[f"{side}_rating"] if rating is not None]
+    return ratings, all(row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"])
+
+
+def answer_tokens(rows: Dataset) -> np.ndarray:
+    """Tokens of the chosen and the rejected answer in the window [rows, 2]."""
+    return np.array([[len(ids) for ids in rows[f"{side}_ids"]] for side in ("chosen", "rejected")], dtype=float).T
+
+
 def whole_rows(rows: Dataset) -> Dataset:
     """The rows as TRL's trainers take them: chosen_ids and rejected_ids with the prompt in front, nothing else."""
 
@@ -89,8 +100,9 @@ class PairCollator:
     """Rows of a processed folder to one batch of shared rows, right-padded to a multiple of `multiple`.
 
     Returns int64 tensors: input_ids, segments (PADDING, PROMPT, CHOSEN or REJECTED) and position_ids [batch, length],
-    ends [batch, 2] (index of the last token of chosen and rejected), row [batch]; float32 gap [batch], the
-    difference of the ratings, 0 where the source has none. A bounded set of shapes keeps kernels cached.
+    ends [batch, 2] (index of the last token of chosen and rejected), row [batch]; float32 ratings [batch, 2] and
+    attributes [batch, 2, 5], NaN where the source has none, and gap [batch], the difference of the ratings or 0.
+    A bounded set of shapes keeps kernels cached.
     """
 
     def __init__(self, pad_id: int, multiple: int = 64):
@@ -113,15 +125,26 @@ class PairCollator:
             position_ids[i, :c] = torch.arange(c)
             position_ids[i, c:r] = torch.arange(p, p + len(rejected))
             ends[i] = torch.tensor([c - 1, r - 1])
-        gaps = [(row["chosen_rating"] or 0.0) - (row["rejected_rating"] or 0.0) for row in rows]
+        sides = ("chosen", "rejected")
+        ratings = [[missing(row[f"{side}_rating"]) for side in sides] for row in rows]
+        attributes = [[row.get(f"{side}_attributes") or [None] * 5 for side in sides] for row in rows]
+        attributes = [[[missing(value) for value in side] for side in both] for both in attributes]
+        ratings = torch.tensor(ratings, dtype=torch.float32)
         return {
             "input_ids": input_ids,
             "segments": segments,
             "position_ids": position_ids,
             "ends": ends,
             "row": torch.tensor([row["row"] for row in rows]),
-            "gap": torch.tensor(gaps, dtype=torch.float32),
+            "ratings": ratings,
+            "gap": ratings[:, 0].nan_to_num() - ratings[:, 1].nan_to_num(),
+            "attributes": torch.tensor(attributes, dtype=torch.float32),
         }
+
+
+def missing(value: float | None) -> float:
+    """NaN in place of None."""
+    return float("nan") if value is None else value
 
 
 def split_batch(batch: dict[str, torch.Tensor], tokens: int, multiple: int) -> list[dict[str, torch.Tensor]]:

@@ -1,34 +1,27 @@
-"""Reward heads and the one scorer: from pairs of ids in training, from conversations everywhere else."""
+"""Reward models: started, saved, and loaded as the one scorer of conversations."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from utils.models import PROOF_ROWS, choose_device, load_classifier, plain, save_with_proof
+from utils.controls import without_prompts
+from utils.heads import HEADS, Reading
+from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, plain, save_with_proof
 from utils.pairs import PairCollator, hidden_states
 from utils.rows import Message
-from utils.runs import needs, read_json, stop, write_json
-from utils.tokens import chat_template_sha256, encode_pairs, load_tokenizer
+from utils.runs import read_json, say, stop, write_json
+from utils.tokens import chat_template_sha256, encode_answers, load_tokenizer
 
-PairLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # rewards [pairs] of both sides to losses [pairs]
 CONFIG_FILE = "reward_config.json"
-
-
-@dataclass(frozen=True)
-class Head:
-    """A kind of reward head: how many outputs it has, and what they are called in the model's config."""
-
-    outputs: int
-    names: tuple[str, ...]
-
-
-HEADS = {"scalar": Head(1, ("reward",))}  # what HEAD may name
+HUB_WINDOW = 4096  # most tokens of prompt and answer that a reward model of the hub is given
+START_ROWS = 16  # pairs from which the attributes' head learns where to start
 
 
 class RewardPairs(nn.Module):
@@ -42,11 +35,14 @@ class RewardPairs(nn.Module):
     def config(self) -> object:
         return self.model.config
 
-    def forward(self, ends: torch.Tensor, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{"outputs": [batch, 2, head outputs]} float32, chosen first; taken at the last real token of each answer."""
+    def last_hidden(self, ends: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        """Hidden states [batch, 2, hidden] at the last real token of each answer."""
         hidden = hidden_states(self.model, batch)
-        last = hidden.gather(1, ends[:, :, None].expand(-1, -1, hidden.shape[-1]))  # [batch, 2, hidden]
-        return {"outputs": apply_head(self.model, last)}
+        return hidden.gather(1, ends[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{"outputs": [batch, 2, head outputs]} float32, chosen first."""
+        return {"outputs": apply_head(self.model, self.last_hidden(**batch))}
 
 
 def apply_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -55,86 +51,167 @@ def apply_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return plain(model).score(hidden.float())
 
 
-def pair_losses(outputs: dict, batch: dict, pair_loss: PairLoss) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of each pair [pairs], and what is logged of it, from the outputs of RewardPairs."""
-    chosen, rejected = outputs["outputs"][..., 0].unbind(1)
-    right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-    logged = {"accuracy": right, "margin": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
-    return pair_loss(chosen, rejected), logged
+def start_model(name: str, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> nn.Module:
+    """A model with the head of `reading`, from a language model or an earlier reward model.
+
+    A new head starts at zero: the loss is then that of equal rewards, and the first steps are not spent on undoing a
+    random one. A trained head of the same kind goes on as it is; that of the attributes becomes a scalar one by its
+    weights (the warm start of https://arxiv.org/abs/2410.01257).
+    """
+    head, old = HEADS[reading.head], read_json(Path(name) / CONFIG_FILE)
+    before = HEADS[old["head"]] if old else head
+    model, info = load_classifier(name, before.outputs, output_loading_info=True, ignore_mismatched_sizes=True)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        stop(f"MODEL = {name!r} is no decoder with a linear head called `score`, which a reward model needs here")
+    new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    if before != head:
+        trained = model.score.weight.data
+        model.score = nn.Linear(trained.shape[1], head.outputs, bias=False)
+        nn.init.zeros_(model.score.weight)
+        if (old["head"], reading.head) == ("attributes", "scalar"):
+            model.score.weight.data = torch.tensor([old["weights"]]) @ trained
+    elif "score.weight" in new:
+        nn.init.zeros_(model.score.weight)
+    return prepare(model, tokenizer, reading)
 
 
-def prepare(model: nn.Module, tokenizer: PreTrainedTokenizerBase, head: Head) -> nn.Module:
+def prepare(model: nn.Module, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> nn.Module:
     """The model with names for its outputs, and a pad token that is not the end of turn, where there is one.
 
     transformers pools a classification model at the last token that is not padding: with pad = end of turn it would
-    read the token before the end of turn. "regression" keeps its pipeline from putting a sigmoid on top.
+    read the token before the end of turn.
     """
+    head = HEADS[reading.head]
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and tokenizer.unk_token is not None:
         tokenizer.pad_token = tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.problem_type = "regression"
+    model.config.problem_type = head.problem_type
     model.config.id2label = dict(enumerate(head.names))
     model.config.label2id = {name: i for i, name in enumerate(head.names)}
     return model
+
+
+def untrained(name: str, reading: Reading, device: torch.device, seed: int) -> nn.Module:
+    """The model as it was, with a random head: what the form of the answers alone happens to be worth to it."""
+    before = HEADS[read_json(Path(name) / CONFIG_FILE).get("head", reading.head)]
+    model = load_classifier(name, before.outputs, ignore_mismatched_sizes=True)
+    torch.manual_seed(seed)
+    model.score = nn.Linear(model.score.weight.shape[1], HEADS[reading.head].outputs, bias=False)
+    nn.init.normal_(model.score.weight, std=model.config.initializer_range)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def start_at_means(model: nn.Module, rows: Dataset, collator: PairCollator) -> None:
+    """Let a new head of attributes begin at their means over the rows; it has no bias that could learn them.
+
+    The weights become mean / |h| along h, the mean hidden state of some answers.
+    """
+    some = collator([rows[i] for i in range(min(START_ROWS, len(rows)))])
+    hidden = RewardPairs(model.eval()).last_hidden(**some).float().mean(dim=(0, 1))  # [hidden]
+    given = [row for side in ("chosen_attributes", "rejected_attributes") for row in rows[side] if row]
+    means = torch.tensor(given, dtype=torch.float32).nanmean(dim=0)  # [5]
+    model.score.weight.data = means[:, None] * hidden / hidden.dot(hidden)
 
 
 def save(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    head: str,
-    max_length: int,
+    reading: Reading,
     rows: Dataset,
     collator: PairCollator,
+    **facts: object,
 ) -> None:
-    """The reward model as a plain folder with reward_config.json, proved on the first rows."""
+    """The reward model as a plain folder with reward_config.json (the reading and `facts`), proved on the first rows.
+
+    facts: max_length at least, which RewardModel needs.
+    """
     few = collator([rows[i] for i in range(min(PROOF_ROWS, len(rows)))])
 
     def score(model: nn.Module) -> torch.Tensor:
         batch = {name: value.to(model.device) for name, value in few.items()}
         return RewardPairs(model)(**batch)["outputs"].cpu()
 
-    save_with_proof(
-        model, tokenizer, folder, partial(load_classifier, labels=HEADS[head].outputs, constant="OUTPUT_DIR"), score
-    )
-    config = {"head": head, "chat_template_sha256": chat_template_sha256(tokenizer), "max_length": max_length}
+    reload = partial(load_classifier, labels=HEADS[reading.head].outputs, constant="OUTPUT_DIR")
+    save_with_proof(model, tokenizer, folder, reload, score)
+    config = reading.as_json() | {"chat_template_sha256": chat_template_sha256(tokenizer)} | facts
     write_json(folder / CONFIG_FILE, config)
 
 
+@dataclass
 class RewardModel:
-    """A trained reward model that scores conversations."""
+    """A trained reward model that scores conversations, each of which ends in the answer to be scored."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int):
-        self.model, self.tokenizer, self.max_length = model.eval(), tokenizer, max_length
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    reading: Reading
+    max_length: int
+    precision: str = "fp32"
+    config: dict = field(default_factory=dict)  # content of reward_config.json, {} for a model of the hub
 
     @classmethod
-    def load(cls, folder: str, device: str = "") -> "RewardModel":
-        """The reward model in a run folder of train_reward_model.py; ends the script with one line if it is none."""
-        config = read_json(needs(Path(folder) / CONFIG_FILE, made_by="train_reward_model.py"))
-        tokenizer = load_tokenizer(folder, constant="REWARD_MODEL")
-        if chat_template_sha256(tokenizer) != config["chat_template_sha256"]:
-            stop(f"REWARD_MODEL = {folder!r}: its chat template is not the one it was trained with")
-        model = load_classifier(folder, HEADS[config["head"]].outputs, "REWARD_MODEL").to(choose_device(device))
-        return cls(model, tokenizer, config["max_length"])
+    def load(cls, name: str, device: str = "", precision: str = "fp32", constant: str = "REWARD_MODEL"):
+        """A run folder of train_reward_model.py, or any classification model with one output, of the hub or a folder.
+
+        precision: fp32, which gives what transformers gives, or what the device does fast (see choose_precision).
+        Ends the script with one line if there is none, or if the template is not the one it was trained with.
+        """
+        config = read_json(Path(name) / CONFIG_FILE)
+        if config:
+            tokenizer = load_tokenizer(str(name), constant=constant)
+            if chat_template_sha256(tokenizer) != config["chat_template_sha256"]:
+                stop(f"{constant} = {str(name)!r}: its chat template is not the one it was trained with")
+            reading, window = Reading.of_json(config), config["max_length"]
+        else:
+            tokenizer, reading, window = foreign(str(name), constant)
+        model = load_classifier(str(name), HEADS[reading.head].outputs, constant).to(choose_device(device)).eval()
+        return cls(model, tokenizer, reading, window, precision, config)
+
+    def score(self, conversations: list[list[Message]], batch_size: int = 8) -> torch.Tensor:
+        """Rewards [conversations], float32 on the CPU, in the window of the training.
+
+        Batches are made of conversations of like length; neither padding nor batch mates change a score.
+        """
+        prompts = [messages[:-1] for messages in conversations]
+        outputs, tokens = self.read(prompts, answers_of([conversations]), batch_size)
+        return self.reading.rewards(outputs[:, 0], tokens[:, 0])
+
+    def read(
+        self, prompts: list[list[Message]], answers: list[tuple[str, ...]], batch_size: int = 8
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(outputs [prompts, answers, n], tokens [prompts, answers] of each answer in the window), float32, CPU.
+
+        The answers to a prompt, as many to each, share one window, as those of a pair do in training. What the
+        outputs mean is in `reading`: rewards, probabilities, spread, entropy, P(one beats the other).
+        """
+        if self.config.get("answers_only"):
+            prompts = [[{"role": "user", "content": ""}]] * len(prompts)
+        encoded = encode_answers(self.tokenizer, prompts, answers, self.max_length)
+        ids = [pair.prompt_ids + answer for pair in encoded for answer in pair.answer_ids]
+        tokens = torch.tensor([[len(answer) for answer in pair.answer_ids] for pair in encoded], dtype=torch.float32)
+        return self.outputs_of_ids(ids, batch_size).view(*tokens.shape, -1), tokens
+
+    def pair_outputs(self, rows: Dataset, batch_size: int = 8) -> np.ndarray:
+        """The head's outputs [pairs, 2, n] for rows with token columns, chosen first."""
+        if self.config.get("answers_only"):
+            rows = without_prompts(rows, self.tokenizer)
+        prompts = [row["input_ids"][: sum(row["attention_mask"])] for row in rows]
+        sides = zip(prompts, rows["chosen_ids"], rows["rejected_ids"], strict=True)
+        ids = [prompt + answer for prompt, *answers in sides for answer in answers]
+        return self.outputs_of_ids(ids, batch_size).view(len(rows), 2, -1).numpy()
+
+    def outputs_of_ids(self, ids: list[list[int]], batch_size: int) -> torch.Tensor:
+        """The head's outputs [rows, n] on the CPU, computed in batches of rows of like length, the longest first."""
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        outputs = torch.zeros(len(ids), HEADS[self.reading.head].outputs)
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="scoring", leave=False, disable=None if len(order) > 4 * batch_size else True):
+            mine = order[start : start + batch_size]
+            outputs[mine] = self.outputs([ids[i] for i in mine]).cpu()
+        return outputs
 
     @torch.no_grad()
-    def score(self, conversations: list[list[Message]], batch_size: int = 8) -> torch.Tensor:
-        """Rewards [conversations], float32 on the CPU; each conversation ends in the answer to be scored.
-
-        The window is that of the training. Batches are made of conversations of like length; neither padding nor
-        batch mates change a score.
-        """
-        answers = [(messages[-1]["content"],) * 2 for messages in conversations]
-        prompts = [messages[:-1] for messages in conversations]
-        encoded = encode_pairs(self.tokenizer, prompts, answers, self.max_length)
-        ids = [pair.prompt_ids + pair.chosen_ids for pair in encoded]
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        rewards = torch.zeros(len(ids))
-        for start in range(0, len(order), batch_size):
-            mine = order[start : start + batch_size]
-            rewards[mine] = self.outputs([ids[i] for i in mine])[:, 0].cpu()
-        return rewards
-
     def outputs(self, rows: list[list[int]]) -> torch.Tensor:
         """The head's outputs [rows, outputs] for rows of ids, right-padded; pooled by length, not by pad ids."""
         device = self.model.device
@@ -142,7 +219,48 @@ class RewardModel:
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-        body = getattr(self.model, self.model.base_model_prefix)
-        hidden = body(ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(rows), device=device), mask.sum(1).to(device) - 1]  # [rows, hidden]
+        ids, mask = ids.to(device), mask.to(device)
+        with autocast(device, self.precision):
+            if not hasattr(self.model, "score"):  # an encoder of the hub, which pools in its own way
+                return self.model(ids, attention_mask=mask).logits.float()
+            body = getattr(self.model, self.model.base_model_prefix)
+            hidden = body(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(rows), device=device), mask.sum(1) - 1]  # [rows, hidden]
         return apply_head(self.model, last)
+
+
+def answers_of(sides: list[list[list[Message]]]) -> list[tuple[str, ...]]:
+    """The last messages of conversations, side by side: one tuple for each prompt."""
+    return [tuple(messages[-1]["content"] for messages in same) for same in zip(*sides, strict=True)]
+
+
+def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading, int]:
+    """(tokenizer, reading, window) of a reward model that was not trained here; one line where it is none."""
+    made = "a run folder of train_reward_model.py or a reward model of the hub with one output"
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        stop(f"{constant} = {name!r} is not there: run `python train_reward_model.py` first, or name {made}")
+    kinds = getattr(config, "architectures", None) or []
+    if config.num_labels != 1 or not any("SequenceClassification" in kind for kind in kinds):
+        stop(f"{constant} = {name!r} is no reward model with one output: name {made}")
+    tokenizer = load_tokenizer(name, constant=constant)
+    window = min(HUB_WINDOW, getattr(config, "max_position_embeddings", HUB_WINDOW), tokenizer.model_max_length)
+    return tokenizer, Reading("scalar"), window
+
+
+def require_worth(folder: str) -> None:
+    """The floor for policies: refuse a reward model that is worse than a coin, warn where it beats no shortcut."""
+    result = read_json(Path(folder) / "eval.json")
+    if not result:
+        say(f"WARNING: {folder} has no eval.json, so nobody knows whether it is better than a coin")
+    elif result["accuracy_high"] < 0.5:
+        stop(
+            f"REWARD_MODEL = {folder!r} is worse than a coin: {result['accuracy']:.3f} of its {result['pairs']} "
+            f"pairs, 95 % interval up to {result['accuracy_high']:.3f}. A policy trained on it would get worse"
+        )
+    elif not result["verdict"].startswith("better"):
+        say(
+            f"WARNING: {folder} is {result['verdict']}.\nWARNING: a policy that is trained on it may learn that "
+            "shortcut and nothing else: look at length and at samples, not at the reward alone"
+        )

@@ -39,14 +39,12 @@ LETTERS_PER_TOKEN = 16  # of a text that is cut at its start, so many letters ar
 
 @dataclass
 class Encoded:
-    """A pair in the window. Lists of token ids; the *_cut flags say what did not fit."""
+    """A prompt and its answers in the window. Lists of token ids; the *_cut flags say what did not fit."""
 
     prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    answer_ids: list[list[int]]
     prompt_cut: bool
-    chosen_cut: bool
-    rejected_cut: bool
+    answer_cut: list[bool]
 
 
 def load_tokenizer(name: str, chat_template: str = "", constant: str = "TOKENIZER") -> PreTrainedTokenizerBase:
@@ -148,40 +146,31 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids_of(tokenizer, [written.rpartition("Yes")[2]])[0]
 
 
-def encode_pairs(
+def encode_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[Message]],
-    answers: list[tuple[str, str]],
+    answers: list[tuple[str, ...]],
     max_length: int,
 ) -> list[Encoded]:
-    """Pairs of (chosen, rejected) answers to prompts, as ids that fit `max_length` together with the prompt.
+    """Prompts with their answers (a pair has two) as ids: the prompt fits `max_length` with each of its answers.
 
-    If a pair does not fit, the prompt gives way first, down to half of the window: the oldest turns go, then the
+    If the longest does not fit, the prompt gives way first, down to half of the window: the oldest turns go, then the
     start of the text of the first one left; the template's scaffold stays whole. Then the ends of the answers are
     cut, and a cut answer has no end of turn: it would teach the model to stop in mid-sentence.
     """
-    texts = [answer_texts(tokenizer, prompt, list(pair)) for prompt, pair in zip(prompts, answers, strict=True)]
+    texts = [answer_texts(tokenizer, prompt, list(some)) for prompt, some in zip(prompts, answers, strict=True)]
     prompt_ids = ids_of(tokenizer, [prompt for prompt, _ in texts])
-    chosen_ids = ids_of(tokenizer, [written[0] for _, written in texts])
-    rejected_ids = ids_of(tokenizer, [written[1] for _, written in texts])
     closing = len(end_of_turn(tokenizer))
     encoded = []
-    for messages, prompt, chosen, rejected in zip(prompts, prompt_ids, chosen_ids, rejected_ids, strict=True):
-        limit = max(max_length - max(len(chosen), len(rejected)), max_length // 2)
+    for messages, prompt, (_, written) in zip(prompts, prompt_ids, texts, strict=True):
+        ids = ids_of(tokenizer, written)
+        limit = max(max_length - max(map(len, ids)), max_length // 2)
         prompt_cut = len(prompt) > limit
         if prompt_cut:
             prompt = fit_prompt(tokenizer, messages, prompt, limit)
         room = max_length - len(prompt)
-        encoded.append(
-            Encoded(
-                prompt_ids=prompt,
-                chosen_ids=cut_answer(chosen, room, closing),
-                rejected_ids=cut_answer(rejected, room, closing),
-                prompt_cut=prompt_cut,
-                chosen_cut=len(chosen) > room,
-                rejected_cut=len(rejected) > room,
-            )
-        )
+        kept = [cut_answer(answer, room, closing) for answer in ids]
+        encoded.append(Encoded(prompt, kept, prompt_cut, [len(answer) > room for answer in ids]))
     return encoded
 
 
@@ -250,19 +239,19 @@ def token_columns(batch: dict, tokenizer: PreTrainedTokenizerBase, max_length: i
         (chosen[-1]["content"], rejected[-1]["content"])
         for chosen, rejected in zip(batch["chosen"], batch["rejected"], strict=True)
     ]
-    encoded = encode_pairs(tokenizer, [chosen[:-1] for chosen in batch["chosen"]], answers, max_length)
+    encoded = encode_answers(tokenizer, [chosen[:-1] for chosen in batch["chosen"]], answers, max_length)
     padding = [max_length - len(pair.prompt_ids) for pair in encoded]
     return {
         "input_ids": [
             pair.prompt_ids + [tokenizer.pad_token_id] * pad for pair, pad in zip(encoded, padding, strict=True)
         ],
         "attention_mask": [[1] * (max_length - pad) + [0] * pad for pad in padding],
-        "chosen_ids": [pair.chosen_ids for pair in encoded],
-        "rejected_ids": [pair.rejected_ids for pair in encoded],
+        "chosen_ids": [pair.answer_ids[0] for pair in encoded],
+        "rejected_ids": [pair.answer_ids[1] for pair in encoded],
         "prompt_cut": [pair.prompt_cut for pair in encoded],
-        "chosen_cut": [pair.chosen_cut for pair in encoded],
-        "rejected_cut": [pair.rejected_cut for pair in encoded],
-        "equal_after_cut": [pair.chosen_ids == pair.rejected_ids for pair in encoded],
+        "chosen_cut": [pair.answer_cut[0] for pair in encoded],
+        "rejected_cut": [pair.answer_cut[1] for pair in encoded],
+        "equal_after_cut": [pair.answer_ids[0] == pair.answer_ids[1] for pair in encoded],
     }
 
 

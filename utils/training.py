@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from utils.models import plain
 from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
-from utils.runs import Interrupt, Run, pick, read_json, say, stop
+from utils.runs import Interrupt, Run, pick, read_json, say, stop, write_json
 
 COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
 
@@ -95,15 +96,19 @@ class PairTrainer(Trainer):
         """Only what is trained goes into a checkpoint: adapters alone are a hundredth of the model."""
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
-            state = {name: value for name, value in (state_dict or self.model.state_dict()).items() if name in trained}
-            torch.save(state, Path(output_dir) / "trained_weights.pt")
+            torch.save(trained_state(self.model, state_dict), Path(output_dir) / "trained_weights.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = torch.load(Path(resume_from_checkpoint) / "trained_weights.pt", weights_only=True, map_location="cpu")
-        trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
+        trained = set(trained_state(self.model))
         assert set(state) == trained, f"checkpoint of another model: {sorted(set(state) ^ trained)[:3]}"
         self.model.load_state_dict(state, strict=False)
+
+
+def trained_state(model: nn.Module, state: dict | None = None) -> dict[str, torch.Tensor]:
+    """The part of a model's state that is trained."""
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    return {name: value for name, value in (state or model.state_dict()).items() if name in trained}
 
 
 def attach(trainer: Trainer, run: Run) -> None:
@@ -177,6 +182,38 @@ class Steps(TrainerCallback):
         if self.interrupt.asked and state.global_step < state.max_steps:
             say(f"stopped and saved at step {state.global_step}: start the same command again to go on")
             sys.exit(130)
+
+
+class BestEpoch(TrainerCallback):
+    """Keeps the weights of the epoch with the best accuracy on validation, in the folder of the checkpoints."""
+
+    def __init__(self, trainer: Trainer, folder: Path, evaluation: Callable[[], dict[str, float]]):
+        self.trainer, self.evaluation = trainer, evaluation
+        self.file = folder / "checkpoints" / "best.json"
+        trainer.add_callback(self)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        found = read_json(self.file) or {"accuracies": {}, "best": ""}
+        epoch = str(math.ceil(state.epoch - 1e-6))
+        stopped = control.should_training_stop and state.global_step < state.max_steps  # by Ctrl-C
+        if stopped or epoch in found["accuracies"]:
+            return
+        accuracy = self.evaluation()["accuracy"]
+        self.trainer.log({"eval_accuracy": accuracy})
+        if state.is_world_process_zero:
+            if accuracy > max(found["accuracies"].values(), default=-1.0):
+                found["best"] = epoch
+                torch.save(trained_state(self.trainer.model), self.file.with_suffix(".pt"))
+            found["accuracies"][epoch] = accuracy
+            write_json(self.file, found)
+
+    def restore(self) -> dict:
+        """Put the best epoch's weights into the model; {"best": epoch, "accuracies": {epoch: on validation}}."""
+        self.on_epoch_end(self.trainer.args, self.trainer.state, self.trainer.control)  # if it was killed before that
+        self.trainer.accelerator.wait_for_everyone()
+        state = torch.load(self.file.with_suffix(".pt"), weights_only=True, map_location="cpu")
+        self.trainer.model.load_state_dict(state, strict=False)
+        return read_json(self.file)
 
 
 def check_tracker(name: str) -> None:

@@ -1,0 +1,88 @@
+"""One page that needs nothing else: every run's verdict, figures, mistakes, settings, from the files of its folder.
+
+Reads  : run folders (run.json, eval.json, metrics.jsonl, predictions.jsonl, samples.jsonl, PNG files)
+Writes : outputs/report.html
+
+python -m extras.make_report
+python -m extras.make_report --runs outputs/reward_model,outputs/evaluation --output outputs/reward.html
+"""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+from utils.config import override_constants
+from utils.runs import needs, read_json, say, script, stop, write_text
+
+RUNS = ()  # run folders such as outputs/reward_model, () = all that lie under LOOK_IN
+LOOK_IN = ("outputs", "model_output")  # where run folders are looked for
+OUTPUT = "outputs/report.html"  # the page
+
+FIGURES = {  # file in a run folder: what it shows
+    "accuracy.png": "Pair accuracy of the model, of shortcuts, and on parts of the pairs",
+    "rewards.png": "Rewards of chosen and rejected answers",
+    "reliability.png": "How sure it is against how often it is right",
+    "coverage.png": "Accuracy when it abstains",
+    "training_curves.png": "Curves of the training",
+}
+
+
+def find_runs(named: tuple[str, ...], places: tuple[str, ...]) -> list[Path]:
+    """The folders named, or all with a run.json under the places; an end to the script where one or all are missing."""
+    if named:
+        return [needs(Path(name) / "run.json", made_by="train_reward_model.py").parent for name in named]
+    found = sorted(path.parent for place in places for path in Path(place).glob("**/run.json"))
+    if not found:
+        stop(f"no run.json under {' or '.join(places)}: run `python train_reward_model.py` first, or name RUNS")
+    return found
+
+
+def picture(path: Path) -> str:
+    """A PNG file as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def read_run(folder: Path) -> dict:
+    """What the template needs of a run folder: name, record (run.json), result (eval.json), figures."""
+    figures = [(text, picture(folder / name)) for name, text in FIGURES.items() if (folder / name).exists()]
+    record, result = read_json(folder / "run.json"), read_json(folder / "eval.json")
+    kind = "reward" if "shortcuts" in result else "other"
+    return {"name": str(folder), "record": record, "result": result, "figures": figures, "kind": kind}
+
+
+def read_seeds(places: tuple[str, ...]) -> list[dict]:
+    """The summaries of several seeds under the places."""
+    return [{"name": str(path), **read_json(path)} for place in places for path in Path(place).glob("**/seeds.json")]
+
+
+def page(runs: list[dict], seeds: list[dict]) -> str:
+    """The report as HTML; texts of the rows are escaped by the template engine."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from utils.quality import NAMES
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(runs=runs, seeds=seeds, names=NAMES)
+
+
+@script
+def main(settings: dict) -> None:
+    folders = find_runs(RUNS, LOOK_IN)
+    runs = [read_run(folder) for folder in folders]
+    Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(OUTPUT), page(runs, read_seeds(LOOK_IN)))
+    unfinished = [run["name"] for run in runs if not run["result"]]
+    if unfinished:
+        say(f"not finished yet, so without figures: {', '.join(unfinished)}")
+    say(f"written: {OUTPUT}, {len(runs)} runs, {Path(OUTPUT).stat().st_size / 1e6:.1f} MB: open it in a browser")
+
+
+if __name__ == "__main__":
+    main(override_constants(globals()))

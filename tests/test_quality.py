@@ -1,0 +1,172 @@
+"""The report tells a reward of length from one of content; it is computed from predictions.jsonl alone."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from utils.controls import length_balanced, shuffled_prompts, without_prompts
+from utils.heads import Reading
+from utils.judging import lines_of, set_reading, shortcuts_right, surface_weights
+from utils.quality import ITSELF, NAMES, report, told
+from utils.shortcuts import SURFACE, fit_logistic, surface
+
+
+def planted_rows(count: int, longer_wins: float, seed: int = 0) -> Dataset:
+    """Pairs with answers of random length, in which the longer one is chosen with a probability; good ones say so."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        sizes = sorted(random.integers(20, 400, size=2) + np.array([0, 1]))
+        texts = ["word " * int(size) for size in sizes]  # shorter, longer
+        row = {"row": i, "prompt": f"Question {i}?", "input_ids": [5, 6, 2, 2], "attention_mask": [1, 1, 0, 0]}
+        row |= {"chosen_rating": 3.0, "rejected_rating": 2.0 + 0.2 * (i % 3)}
+        order = reversed(texts) if random.random() < longer_wins else texts
+        for side, text in zip(("chosen", "rejected"), order, strict=True):
+            row[side] = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": text}]
+            row[f"{side}_ids"] = [7] * len(text.split())
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def outputs_for(rows: Dataset, content: float, length: float, seed: int = 1) -> np.ndarray:
+    """Rewards [pairs, 2, 1]: content * (1 for chosen) + length * log tokens + noise."""
+    random = np.random.default_rng(seed)
+    sizes = np.log([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows])
+    good = np.array([1.0, 0.0])
+    return (content * good + length * sizes + 0.3 * random.normal(size=sizes.shape))[..., None].astype(np.float32)
+
+
+def report_of(rows: Dataset, outputs: np.ndarray) -> tuple[dict, list[dict]]:
+    lines = lines_of(rows, outputs, Reading("scalar"), shortcuts_right(rows, surface_weights(rows)))
+    return report(lines), lines
+
+
+def test_a_reward_of_length_is_exposed():
+    rows = planted_rows(400, longer_wins=0.7)
+    found, _ = report_of(rows, outputs_for(rows, content=0.0, length=5.0))
+    assert found["accuracy"] > 0.65, "it looks good"
+    assert not found["verdict"].startswith("better")
+    assert found["length_correlation"] > 0.9
+    assert abs(found["accuracy"] - found["length_baseline"]) < 0.05
+    bands = found["by_length_difference"]
+    assert bands["chosen much longer"]["accuracy"] > 0.95 and bands["rejected much longer"]["accuracy"] < 0.05
+
+
+def test_content_is_found_where_length_says_nothing_and_where_it_does():
+    for longer_wins in (0.5, 0.6):
+        rows = planted_rows(400, longer_wins)
+        found, _ = report_of(rows, outputs_for(rows, content=1.0, length=0.0))
+        assert found["verdict"].startswith("better than") and found["length_matched_accuracy"] > 0.9
+        assert abs(found["length_correlation"]) < 0.25 and found["accuracy_low"] > 0.9
+        assert found["shortcuts"][found["best_shortcut"]]["p_value"] < 0.01
+
+
+def test_the_report_is_a_function_of_the_lines_and_the_lines_are_json(tmp_path):
+    rows = planted_rows(60, 0.5)
+    found, lines = report_of(rows, outputs_for(rows, 1.0, 0.0))
+    again = report([json.loads(json.dumps(line)) for line in lines])
+    assert again == found
+    right = [1.0 if line["chosen"] > line["rejected"] else 0.0 for line in lines]
+    assert found["accuracy"] == pytest.approx(np.mean(right)) and found["pairs"] == 60
+    gaps = {name: part["pairs"] for name, part in found["by_gap"].items()}
+    assert gaps == {"0.5-1.0": 40, ">=1.0": 20}
+    assert sum(part["pairs"] for part in found["by_length_difference"].values()) == 60
+    margins = [line["chosen"] - line["rejected"] for line in found["worst_mistakes"]]
+    assert margins == sorted(margins) and all(margin < 0 for margin in margins)
+    assert told(found).splitlines()[-1] == found["verdict"]
+    assert set(found["shortcuts"]) <= set(NAMES) and set(ITSELF) <= set(NAMES)
+
+
+def test_nothing_divides_by_zero_on_equal_rewards_and_missing_ratings():
+    rows = planted_rows(6, 0.5).remove_columns(["chosen_rating", "rejected_rating"])
+    rows = rows.add_column("chosen_rating", [None] * 6).add_column("rejected_rating", [None] * 6)
+    found, _ = report_of(rows, np.zeros((6, 2, 1), np.float32))
+    assert found["accuracy"] == 0.5 and found["ties"] == 6 and found["by_gap"] == {}
+    assert found["length_correlation"] is None and found["brier"] == 0.25 and found["worst_mistakes"] == []
+    json.dumps(found, allow_nan=False)
+
+
+def test_subsets_are_reported_apart():
+    rows = planted_rows(40, 0.5).add_column("subset", ["easy", "hard"] * 20)
+    outputs = outputs_for(rows, 9.0, 0.0)
+    outputs[1::2] *= -1  # the hard ones are all wrong
+    parts = report_of(rows, outputs)[0]["by_subset"]
+    assert parts["easy"]["accuracy"] == 1.0 and parts["hard"]["accuracy"] == 0.0 and parts["hard"]["pairs"] == 20
+
+
+def test_a_shortcut_measured_on_some_pairs_is_compared_on_those():
+    rows = planted_rows(40, 0.5)
+    partly = np.where(np.arange(40) < 10, 1.0, np.nan)
+    right = {"longer": np.zeros(40), "untrained_head": partly}
+    lines = lines_of(rows, outputs_for(rows, 9.0, 0.0), Reading("scalar"), right)
+    found = report(lines)["shortcuts"]["untrained_head"]
+    assert found["pairs"] == 10 and found["accuracy"] == 1.0 and found["difference"] == 0.0
+
+
+# shortcuts
+
+
+def test_nine_surface_measures():
+    answer = "I'm sorry, **no**.\n\n- one\n- two\n\n```\ncode\n```\nWhy? Why?"
+    found = dict(zip(SURFACE, surface("Why is the code red?", answer), strict=True))
+    assert found["log_length"] == pytest.approx(np.log1p(len(answer))) and found["apology"] == 1.0
+    counts = {"line_breaks": 8, "list_items": 2, "code_fences": 2, "bold_marks": 2, "question_marks": 2}
+    assert {name: found[name] for name in counts} == pytest.approx({n: np.log1p(c) for n, c in counts.items()})
+    assert found["words_of_the_prompt"] == pytest.approx(2 / 5) and 0.5 < found["distinct_words"] < 1
+    assert surface("", "") == [0.0] * 9
+    assert surface("x", "I cannot say, can't I?")[7] == 1.0 and surface("x", "A candid can of paint")[7] == 0.0
+
+
+def test_logistic_regression_equals_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 3)) * np.array([1.0, 5.0, 0.0])
+    x = np.where((random.random(200) < 1 / (1 + np.exp(-x @ [1.0, -0.3, 0.0])))[:, None], x, -x)
+    scale = np.where(x.any(0), np.sqrt((x**2).mean(0)), 1.0)
+    both, label = np.concatenate([x, -x]) / scale, np.repeat([1, 0], 200)
+    theirs = LogisticRegression(fit_intercept=False, C=0.5, tol=1e-8).fit(both, label).coef_[0] / scale  # rows twice
+    assert fit_logistic(x, ridge=1.0) == pytest.approx(theirs, abs=1e-4)
+    assert fit_logistic(x)[0] > 0.5 and fit_logistic(x)[1] < -0.1 and fit_logistic(x)[2] == 0.0
+
+
+# the same pairs in another way
+
+
+def test_prompts_are_taken_away_or_exchanged_and_answers_stay(sample_folder, tokenizer):
+    from utils.pairs import load_pairs
+
+    rows = load_pairs(sample_folder, "train", 30)
+    empty, shuffled = without_prompts(rows, tokenizer), shuffled_prompts(rows)
+    prompts = [row["input_ids"][: sum(row["attention_mask"])] for row in empty]
+    assert tokenizer.decode(prompts[0]) == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    assert all(prompt == prompts[0] for prompt in prompts)
+    assert all(ids != other for ids, other in zip(rows["input_ids"], shuffled["input_ids"], strict=True))
+    assert sorted(map(tuple, rows["input_ids"])) == sorted(map(tuple, shuffled["input_ids"]))
+    for changed in (empty, shuffled):
+        assert list(changed["chosen_ids"]) == list(rows["chosen_ids"]) and list(changed["row"]) == list(rows["row"])
+
+
+def test_balanced_rows_have_no_direction_and_lose_none():
+    rows = planted_rows(200, longer_wins=0.75)
+    balanced = length_balanced(rows, seed=0)
+    assert set(balanced["row"]) == set(range(200))
+    difference = np.array([len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in balanced])
+    assert (difference > 0).sum() == (difference < 0).sum() and len(balanced) > 250
+    assert list(balanced["row"]) == list(length_balanced(rows, seed=0)["row"])
+
+
+def test_a_fitted_length_penalty_takes_off_what_people_do_not_reward():
+    rows = planted_rows(300, longer_wins=0.5)
+    outputs = outputs_for(rows, content=0.5, length=2.0)
+    before = report_of(rows, outputs)[0]
+    reading = Reading("scalar")
+    set_reading(reading, "fit", rows, lambda _: outputs)
+    assert reading.length_penalty > 0.2 and reading.win_scale == 1.0
+    after = report(lines_of(rows, outputs, reading, {"longer": np.zeros(300)}))
+    assert after["accuracy"] > before["accuracy"] + 0.1
+    assert abs(after["length_correlation"]) < before["length_correlation"]
+    set_reading(reading, "0.25", rows, lambda _: outputs)
+    assert reading.length_penalty == 0.25

@@ -1,0 +1,339 @@
+"""Every head from end to end: what is saved, how others load it, the warm start, seeds, epochs, the page."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import train_reward_model
+from extras import evaluate, make_report
+from tests.conftest import ROOT, run_script
+from utils import judging, training
+from utils.heads import HEADS, reading_of
+from utils.pairs import PairCollator, load_pairs
+from utils.rewards import RewardModel, RewardPairs, require_worth, start_at_means, start_model
+from utils.tokens import render
+from utils.training import last_checkpoint
+
+SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
+SMALL |= {"LEARNING_RATE": 1e-3, "CONTROL_PAIRS": 6}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folders(model_folder, sample_folder, tmp_path_factory):
+    """{head: its run folder}; the distribution is trained with LoRA."""
+    root = tmp_path_factory.mktemp("heads")
+    for head in HEADS:
+        options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": root / head, "HEAD": head}
+        options |= {"USE_LORA": "true", "RATING_WEIGHT": 0.3} if head == "distribution" else {}
+        run_script(train_reward_model, **options)
+    return {head: root / head for head in HEADS}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_scorer_equals_plain_transformers(folders, sample_folder, head):
+    """On short and long, alone and in a batch: our scores, AutoModel and the pipeline come from the same numbers."""
+    conversations = [row["chosen"] for row in load_pairs(sample_folder, "validation", 5)]
+    conversations.append([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
+    ours = RewardModel.load(str(folders[head]), device="cpu")
+    ours.max_length = 480  # nothing is cut, as in the pipeline
+    scores = ours.score(conversations, batch_size=4)
+    model = AutoModelForSequenceClassification.from_pretrained(folders[head])
+    assert model.config.id2label == dict(enumerate(HEADS[head].names))
+    weights = torch.tensor(ours.reading.weights)
+    texts = [render(ours.tokenizer, messages, ask=False) for messages in conversations]
+    pipe = pipeline("text-classification", model=str(folders[head]), device="cpu", top_k=None)
+    for text, score, found in zip(texts, scores, pipe(texts, batch_size=3), strict=True):
+        batch = ours.tokenizer([text, text + " and more"], return_tensors="pt", padding=True, add_special_tokens=False)
+        logits = model(**batch).logits[0]
+        values = torch.softmax(logits, -1) if head == "distribution" else logits
+        assert (values @ weights).item() == pytest.approx(score.item(), abs=1e-4)
+        piped = {entry["label"]: entry["score"] for entry in found}
+        assert [piped[name] for name in HEADS[head].names] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_the_folder_says_how_it_is_read(folders):
+    config = read(folders["distribution"] / "reward_config.json")
+    assert config["head"] == "distribution" and config["grades"] == list(range(1, 11)) and config["max_length"] == 128
+    assert (config["lowest_rating"], config["highest_rating"]) == (0.0, 4.0) and len(config["surface_weights"]) == 9
+    lines = lines_of(folders["distribution"])
+    rewards = [line[side] for line in lines for side in ("chosen", "rejected")]
+    assert config["reward_mean"] == pytest.approx(np.mean(rewards)) and config["reward_std"] == pytest.approx(
+        np.std(rewards)
+    )
+    assert all(1 <= reward <= 10 for reward in rewards) and all(line["chosen_spread"] > 0 for line in lines)
+    assert read(folders["attributes"] / "reward_config.json")["weights"] == pytest.approx([0.2] * 5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_evaluate_gives_the_figures_of_the_training_again(folders, sample_folder, tmp_path, head):
+    options = {"DATA_DIR": sample_folder, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu", "CONTROL_PAIRS": 6}
+    run_script(evaluate, **options, REWARD_MODEL=folders[head], OUTPUT_DIR=tmp_path / "out")
+    before, after = read(folders[head] / "eval.json"), read(tmp_path / "out/eval.json")
+    for name in ("pairs", "accuracy", "accuracy_low", "verdict", "best_shortcut", "ece", "brier", "length_correlation"):
+        assert (
+            after[name] == pytest.approx(before[name], abs=1e-5) if name != "verdict" else after[name] == before[name]
+        )
+    assert set(after["shortcuts"]) == set(before["shortcuts"]) >= {"surface", "without_prompt", "untrained_head"}
+    for name, part in before["shortcuts"].items():
+        assert after["shortcuts"][name]["accuracy"] == part["accuracy"], name
+    for one, other in zip(lines_of(folders[head]), lines_of(tmp_path / "out"), strict=True):
+        assert one["win"] == pytest.approx(other["win"], abs=1e-4)
+        assert one["chosen"] == pytest.approx(other["chosen"], abs=1e-4)
+
+
+def test_evaluate_takes_pairs_of_another_origin_with_subsets(folders, tmp_path, capsys):
+    rows = [
+        {"prompt": f"Say {i}", "chosen": f"{i} {i}", "rejected": "no <b>" * (i + 1), "subset": "ab"[i % 2]}
+        for i in range(9)
+    ]
+    rows.append({"prompt": "Say x", "chosen": "same", "rejected": "same", "subset": "a"})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {"DATASET": tmp_path / "pairs.jsonl", "REWARD_MODEL": folders["scalar"], "OUTPUT_DIR": tmp_path / "out"}
+    run_script(evaluate, **options, DEVICE="cpu")
+    result, out = read(tmp_path / "out/eval.json"), capsys.readouterr().out
+    assert result["pairs"] == 9 and {name: part["pairs"] for name, part in result["by_subset"].items()} == {
+        "a": 5,
+        "b": 4,
+    }
+    assert "left out: 1 equal_answers" in out and "a: " in out
+
+
+def test_the_page_needs_nothing_else_and_escapes_what_rows_say(folders, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(folders["scalar"], folder)
+    result = read(folder / "eval.json")
+    assert result["worst_mistakes"], "a tiny model makes some"
+    result["worst_mistakes"][0]["chosen_text"] = "<script>alert(1)</script>"
+    (folder / "eval.json").write_text(json.dumps(result), encoding="utf-8")
+    run_script(make_report, RUNS=f"{folder},{folders['distribution']}", OUTPUT=tmp_path / "page.html", LOOK_IN=tmp_path)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert result["verdict"].replace("'", "&#39;") in text and text.count("data:image/png;base64,") == 10
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert "http://" not in text and "https://" not in text
+    with pytest.raises(SystemExit, match=r"nothing/run.json is not there yet"):
+        run_script(make_report, RUNS=tmp_path / "nothing", OUTPUT=tmp_path / "page.html")
+
+
+# where a head starts
+
+
+def test_a_new_head_starts_at_equal_rewards_and_attributes_at_their_means(model_folder, sample_folder, tokenizer):
+    rows, collator = load_pairs(sample_folder, "train", 16), PairCollator(0, 8)
+    batch = collator(list(rows))
+    for head in HEADS:
+        model = start_model(model_folder, tokenizer, reading_of(head, "average", [], True)).eval()
+        outputs = RewardPairs(model)(**batch)["outputs"]
+        assert not outputs.any() and outputs.shape[-1] == HEADS[head].outputs
+    start_at_means(model, rows, collator)
+    means = np.array([row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"]]).mean(axis=0)
+    found = RewardPairs(model)(**batch)["outputs"].mean(dim=(0, 1))
+    assert found.tolist() == pytest.approx(means, abs=1e-4)
+
+
+def test_the_warm_start_from_attributes_ranks_as_they_did(folders, sample_folder, tokenizer):
+    """Two commands: regression on the attributes, then a scalar loss from there."""
+    rows = load_pairs(sample_folder, "validation", 20)
+    old = RewardModel.load(str(folders["attributes"]), device="cpu")
+    expected = old.reading.rewards(torch.tensor(old.pair_outputs(rows)))
+    scalar = start_model(str(folders["attributes"]), old.tokenizer, reading_of("scalar", "", [], True)).eval()
+    batch = PairCollator(0, 8)(list(rows))
+    with torch.no_grad():
+        torch.testing.assert_close(RewardPairs(scalar)(**batch)["outputs"][..., 0], expected, atol=1e-4, rtol=0)
+        again = start_model(str(folders["scalar"]), old.tokenizer, reading_of("scalar", "", [], True))
+        assert again.score.weight.any(), "a trained head of the same kind goes on"
+        other = start_model(str(folders["scalar"]), old.tokenizer, reading_of("distribution", "", [], True))
+        assert not other.score.weight.any() and other.score.weight.shape[0] == 10
+
+
+def test_frozen_layers_do_not_move(model_folder, sample_folder, tmp_path):
+    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
+    run_script(train_reward_model, **options, FREEZE_LAYERS=1)
+    before, after = load_file(f"{model_folder}/model.safetensors"), load_file(tmp_path / "run/model.safetensors")
+    moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
+    assert moved and all("layers.1." in name or name == "model.norm.weight" for name in moved)
+
+
+# the scorer
+
+
+def test_answers_to_one_prompt_share_a_window_and_neighbours_change_nothing(folders, sample_folder):
+    rows = load_pairs(sample_folder, "validation", 12)
+    model = RewardModel.load(str(folders["distribution"]), device="cpu")
+    prompts = [row["chosen"][:-1] for row in rows]
+    answers = [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in rows]
+    outputs, tokens = model.read(prompts, answers, batch_size=5)
+    np.testing.assert_allclose(outputs.numpy(), model.pair_outputs(rows), atol=1e-5)
+    assert tokens.tolist() == [[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows]
+    alone, _ = model.read(prompts[:1], answers[:1])
+    torch.testing.assert_close(alone, outputs[:1], atol=1e-5, rtol=0)
+
+
+def test_a_model_of_answers_alone_does_not_see_the_prompt(model_folder, sample_folder, folders, tmp_path):
+    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "answers"}
+    run_script(train_reward_model, **options, ANSWERS_ONLY="true")
+    model = RewardModel.load(str(tmp_path / "answers"), device="cpu")
+    answer = {"role": "assistant", "content": "It is Paris."}
+    asked = [[{"role": "user", "content": text}, answer] for text in ("What is the capital of France?", "Hi")]
+    scores = model.score(asked)
+    assert scores[0] == scores[1]
+    other = RewardModel.load(str(folders["scalar"]), device="cpu").score(asked)
+    assert other[0] != other[1]
+    evaluated = {"REWARD_MODEL": folders["scalar"], "SHORTCUT_MODEL": tmp_path / "answers", "DEVICE": "cpu"}
+    run_script(evaluate, **evaluated, DATA_DIR=sample_folder, OUTPUT_DIR=tmp_path / "out", MAX_ROWS=40)
+    assert read(tmp_path / "out/eval.json")["shortcuts"]["answers_only"]["pairs"] > 5
+
+
+def test_any_model_with_one_output_is_a_reward_model(folders, tmp_path, model_folder):
+    shutil.copytree(folders["scalar"], tmp_path / "hub")
+    (tmp_path / "hub/reward_config.json").unlink()
+    conversation = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]]
+    ours, foreign = (RewardModel.load(str(path), device="cpu") for path in (folders["scalar"], tmp_path / "hub"))
+    assert foreign.score(conversation).item() == pytest.approx(ours.score(conversation).item(), abs=1e-6)
+    for name in (model_folder, str(folders["scalar"] / "plots"), "outputs/not_there"):
+        with pytest.raises(SystemExit) as stop:
+            RewardModel.load(name)
+        assert "REWARD_MODEL" in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_another_template_than_that_of_the_training_is_refused(folders, tmp_path):
+    shutil.copytree(folders["scalar"], tmp_path / "run")
+    template = tmp_path / "run/chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    with pytest.raises(SystemExit, match="its chat template is not the one it was trained with"):
+        RewardModel.load(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "high, verdict, outcome",
+    [
+        (0.45, "worse than x", "stop"),
+        (0.62, "not shown to be better than x", "WARNING"),
+        (0.8, "better than x by 0.1", ""),
+    ],
+)
+def test_the_floor_for_policies(tmp_path, capsys, high, verdict, outcome):
+    result = {"accuracy": high - 0.05, "accuracy_high": high, "pairs": 100, "verdict": verdict}
+    (tmp_path / "eval.json").write_text(json.dumps(result))
+    if outcome == "stop":
+        with pytest.raises(SystemExit, match="is worse than a coin"):
+            require_worth(str(tmp_path))
+    else:
+        require_worth(str(tmp_path))
+    assert ("WARNING" in capsys.readouterr().out) == (outcome == "WARNING")
+
+
+# epochs and seeds
+
+
+def data_with_test(sample_folder, folder):
+    """The sample rows with a split that the source itself holds out."""
+    shutil.copytree(sample_folder, folder)
+    load_from_disk(str(folder / "train")).select(range(12)).save_to_disk(folder / "test")
+    (folder / "metadata.json").write_text(json.dumps(read(folder / "metadata.json") | {"test_size": 12}))
+    return folder
+
+
+def test_the_best_epoch_is_kept_and_measured_on_test_rows(model_folder, sample_folder, tmp_path, monkeypatch):
+    accuracies = iter([0.4, 0.9, 0.6])
+    real = judging.pairs_right
+
+    def planned(outputs, rows, reading):
+        right = real(outputs, rows, reading)
+        return right * 0 + next(accuracies, 0.0)
+
+    monkeypatch.setattr(judging, "pairs_right", planned)
+    monkeypatch.setattr(training, "remove_checkpoints", lambda folder: None)
+    options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 3, "MODEL": model_folder, "CONTROL_PAIRS": 0, "SAVE_EVERY_STEPS": 10}
+    data, run = data_with_test(sample_folder, tmp_path / "data"), tmp_path / "run"
+    run_script(train_reward_model, **options, DATA_DIR=data, OUTPUT_DIR=run)
+    result = read(run / "eval.json")
+    assert result["epochs"] == {"accuracies": {"1": 0.4, "2": 0.9, "3": 0.6}, "best": "2"}
+    assert result["measured_on"] == "test" and result["pairs"] == 12 and not result["selection_shares_rows"]
+    best, saved = torch.load(run / "checkpoints/best.pt", weights_only=True), load_file(run / "model.safetensors")
+    last = torch.load(last_checkpoint(run) + "/trained_weights.pt", weights_only=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(saved[name], best[f"model.{name}"]) and not torch.equal(saved[name], last[f"model.{name}"])
+
+
+def test_an_epoch_chosen_on_the_measured_rows_is_said(model_folder, sample_folder, tmp_path):
+    options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 2, "DATA_DIR": sample_folder, "MODEL": model_folder}
+    run_script(train_reward_model, **options, OUTPUT_DIR=tmp_path / "run")
+    result = read(tmp_path / "run/eval.json")
+    assert result["measured_on"] == "validation" and result["selection_shares_rows"]
+    assert max(result["epochs"]["accuracies"].values()) == pytest.approx(result["accuracy"])
+    assert "The epoch was chosen on the same rows" in (tmp_path / "run/README.md").read_text()
+
+
+def test_several_seeds_give_mean_and_spread(model_folder, sample_folder, tmp_path):
+    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "SEEDS": "3,4"}
+    words = [f"--{name.lower()}={value}" for name, value in options.items()]
+    command = [sys.executable, "train_reward_model.py", *words]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    found = read(tmp_path / "run-seeds/seeds.json")
+    values = [read(tmp_path / f"run-seeds/{seed}/eval.json")["accuracy"] for seed in (3, 4)]
+    assert found["accuracy"]["values"] == values and found["accuracy"]["mean"] == pytest.approx(np.mean(values))
+    assert found["accuracy"]["std"] == pytest.approx(np.std(values, ddof=1))
+    orders = [read(tmp_path / f"run-seeds/{seed}/run.json")["settings"]["SEED"] for seed in (3, 4)]
+    assert orders == [3, 4] and not (tmp_path / "run").exists()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "seed 3: " in again.stdout and "is there" in again.stdout and "training" not in again.stdout
+
+
+@pytest.mark.parametrize(
+    "constants, message",
+    [
+        ({"HEAD": "vector"}, "HEAD = 'vector' is not known, choose one of: scalar, distribution, attributes"),
+        ({"HEAD": "distribution", "PAIR_LOSS": "margin"}, "choose one of: win_probability, scaled"),
+        ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 is for HEAD = distribution, not for scalar"),
+        ({"HEAD": "distribution", "CENTRING": 0.1}, "CENTRING = 0.1 is for HEAD = scalar"),
+        ({"LABEL_SMOOTHING": 0.7}, "LABEL_SMOOTHING = 0.7: expected a share from 0 to 0.5"),
+        ({"ENGINE": "trl", "PAIR_LOSS": "scaled"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
+        ({"ENGINE": "trl", "HEAD": "distribution"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
+        ({"LENGTH_PENALTY": "much"}, "LENGTH_PENALTY = 'much': expected a number such as 0.1, or fit"),
+        ({"FREEZE_LAYERS": 3}, "FREEZE_LAYERS = 3: this model has 2"),
+        ({"RATING": "taste"}, "RATING = 'taste' is not known"),
+        ({"SEEDS": "one,two"}, "SEEDS = one,two: expected whole numbers such as 1,2,3"),
+        ({"SHORTCUT_MODEL": "nowhere"}, "SHORTCUT_MODEL = 'nowhere' is not there"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_the_training(
+    sample_folder, model_folder, tmp_path, constants, message
+):
+    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_reward_model, **options | constants)
+    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+def test_losses_of_ratings_need_ratings(model_folder, tokenizer_folder, tmp_path):
+    import load_helpsteer_dataset
+
+    rows = [{"prompt": f"Say {i}", "chosen": f"{i} " * (i + 1), "rejected": "no"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = {"DATASET": tmp_path / "pairs.jsonl", "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 64}
+    run_script(load_helpsteer_dataset, **source, OUTPUT_DIR=tmp_path / "data")
+    options = SMALL | {"DATA_DIR": tmp_path / "data", "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
+    for constants in ({"PAIR_LOSS": "scaled"}, {"HEAD": "distribution", "RATING_WEIGHT": 0.5}):
+        with pytest.raises(SystemExit, match="these rows have no ratings"):
+            run_script(train_reward_model, **options | constants)
+    with pytest.raises(SystemExit, match="these rows have no attributes"):
+        run_script(train_reward_model, **options, HEAD="attributes")
+    run_script(train_reward_model, **options, HEAD="distribution")
+    assert read(tmp_path / "run/eval.json")["by_gap"] == {}

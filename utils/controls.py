@@ -1,0 +1,63 @@
+"""The same pairs in another way: without their prompts, with each other's prompts, or with length in balance."""
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from utils.tokens import prompt_ids
+
+LENGTH_BINS = 4  # quarters of the pairs by how much their answers differ in length
+
+
+def without_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows with an empty user turn for a prompt: what can be told from the answers alone."""
+    window = len(rows[0]["input_ids"])
+    empty = prompt_ids(tokenizer, [{"role": "user", "content": ""}])
+    ids, mask = padded(empty, window, tokenizer.pad_token_id)
+    return with_prompts(rows, [ids] * len(rows), [mask] * len(rows))
+
+
+def shuffled_prompts(rows: Dataset, seed: int = 0) -> Dataset:
+    """The rows with the prompt of another row each; a single row keeps its own."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)  # one round through all rows: none gets its own
+    prompts = rows.select(other).select_columns(["input_ids", "attention_mask"])
+    return with_prompts(rows, list(prompts["input_ids"]), list(prompts["attention_mask"]))
+
+
+def padded(ids: list[int], length: int, pad_id: int) -> tuple[list[int], list[int]]:
+    """(ids, mask) right-padded to `length`."""
+    rest = length - len(ids)
+    return ids + [pad_id] * rest, [1] * len(ids) + [0] * rest
+
+
+def with_prompts(rows: Dataset, ids: list[list[int]], masks: list[list[int]]) -> Dataset:
+    columns = {"input_ids": ids, "attention_mask": masks}
+    kinds = {name: rows.features[name] for name in columns}
+    rows = rows.remove_columns(list(columns))
+    for name, values in columns.items():
+        rows = rows.add_column(name, values, feature=kinds[name])
+    return rows
+
+
+def length_balanced(rows: Dataset, seed: int) -> Dataset:
+    """Rows in which the longer answer is the chosen one as often as not, at every size of the difference.
+
+    Rows of the rarer direction are repeated at random, in LENGTH_BINS bins of |log ratio| of the answers' tokens in
+    the window; rows of equal length stay as they are. Nothing is left out. A bin without one of the directions cannot
+    be balanced and stays too.
+    """
+    lengths = np.array([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows], dtype=float)
+    ratio = np.log(np.maximum(lengths[:, 0], 1) / np.maximum(lengths[:, 1], 1))
+    unequal = np.flatnonzero(ratio)
+    unequal = unequal[np.argsort(np.abs(ratio[unequal]), kind="stable")]
+    random, extra = np.random.default_rng(seed), []
+    for part in np.array_split(unequal, LENGTH_BINS):
+        longer, shorter = part[ratio[part] > 0], part[ratio[part] < 0]
+        rarer = min(longer, shorter, key=len)
+        if len(rarer):
+            missing = abs(len(longer) - len(shorter))
+            repeats = np.concatenate([random.permutation(rarer) for _ in range(missing // len(rarer) + 1)])
+            extra.append(repeats[:missing])
+    return rows.select(np.concatenate([np.arange(len(rows)), *extra]).astype(int))

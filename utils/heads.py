@@ -1,0 +1,156 @@
+"""What the outputs of a reward model mean: heads, how they are read, and the loss of a pair.
+
+A head has one output (a scalar), ten (logits over the grades 1 to 10) or five (the attributes of HelpSteer2). All are
+read in one way: reward = outputs . weights, where the outputs of a distribution go through a softmax first and its
+weights are the grades, so that its reward is the expected grade.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+from torch.nn import functional
+
+from utils.losses import PAIR_LOSSES, centring, grade_cross_entropy, log_tie, log_win, masked_squared_error
+from utils.rows import RATINGS
+
+GRADES = 10
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+HIGHEST_ATTRIBUTE = 4  # people gave whole numbers from 0 to this
+
+
+@dataclass(frozen=True)
+class Head:
+    """A kind of head: names of its outputs in the model's config, and what transformers' pipeline does to them."""
+
+    names: tuple[str, ...]
+    problem_type: str  # "regression": the pipeline leaves the outputs alone; "single_label_classification": softmax
+
+    @property
+    def outputs(self) -> int:
+        return len(self.names)
+
+
+HEADS = {  # what HEAD may name
+    "scalar": Head(("reward",), "regression"),
+    "distribution": Head(tuple(str(grade) for grade in range(1, GRADES + 1)), "single_label_classification"),
+    "attributes": Head(ATTRIBUTES, "regression"),
+}
+
+
+@dataclass
+class Reading:
+    """How the outputs of one model are read; saved with it in reward_config.json.
+
+    weights: of the outputs in the reward (of the grades' probabilities, for a distribution).
+    lowest_rating, highest_rating: the ratings that grade 1 and grade 10 stand for, a straight line between them.
+    win_scale: P(a beats b) = sigma(win_scale * (reward a - reward b)), for heads that are no distribution.
+    length_penalty: taken off the reward for each 100 tokens of the answer, as far as it lies in the window.
+    """
+
+    head: str
+    weights: list[float] = field(default_factory=lambda: [1.0])
+    lowest_rating: float = 0.0
+    highest_rating: float = 1.0
+    win_scale: float = 1.0
+    length_penalty: float = 0.0
+
+    def as_json(self) -> dict:
+        """The fields for reward_config.json; a distribution's weights are also there as `grades`."""
+        return asdict(self) | {"grades": [int(w) for w in self.weights] if self.head == "distribution" else None}
+
+    @classmethod
+    def of_json(cls, config: dict) -> "Reading":
+        """The reading in the content of a reward_config.json, other entries left aside."""
+        return cls(**{entry.name: config[entry.name] for entry in fields(cls) if entry.name in config})
+
+    def probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
+        """P(grade) [..., 10] of the outputs of a distribution head."""
+        assert self.head == "distribution", self.head
+        return functional.softmax(outputs.float(), dim=-1)
+
+    def rewards(self, outputs: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Rewards [...] of outputs [..., n]; tokens [...]: lengths of the answers, for the length penalty."""
+        read = self.probabilities(outputs) if self.head == "distribution" else outputs.float()
+        rewards = read @ torch.tensor(self.weights, device=outputs.device)
+        if self.length_penalty and tokens is not None:
+            rewards = rewards - self.length_penalty * tokens / 100
+        return rewards
+
+    def spread(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Standard deviation of the grade [...] under a distribution."""
+        p, grades = self.probabilities(outputs), torch.tensor(self.weights, device=outputs.device)
+        expected = (p @ grades)[..., None]
+        return (p * (grades - expected) ** 2).sum(dim=-1).sqrt()
+
+    def entropy(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Entropy of the grade [...] in nats; ln 10 at uniform."""
+        return torch.special.entr(self.probabilities(outputs)).sum(dim=-1)
+
+    def win(self, one: torch.Tensor, other: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """P(one beats other) [...] of two outputs [..., n], a tie of grades counted half to each.
+
+        tokens [..., 2]: lengths of both answers; the length penalty acts on the rewards, not on a distribution.
+        """
+        if self.head == "distribution":
+            one, other = one.float(), other.float()
+            return log_win(one, other).exp() + 0.5 * log_tie(one, other).exp()
+        ours, theirs = tokens.unbind(-1) if tokens is not None else (None, None)
+        return torch.sigmoid(self.win_scale * (self.rewards(one, ours) - self.rewards(other, theirs)))
+
+    def grade(self, rating: torch.Tensor) -> torch.Tensor:
+        """The grade from 1 to 10 that a rating means: the one place of this map."""
+        share = (rating - self.lowest_rating) / (self.highest_rating - self.lowest_rating)
+        return 1 + (GRADES - 1) * share.clamp(0, 1)
+
+
+def reading_of(head: str, rating: str, ratings: list[float], by_attributes: bool) -> Reading:
+    """The reading that a new head starts with.
+
+    rating: a name of RATINGS, which weighs the attributes. ratings: those of the training rows, [] without ratings.
+    by_attributes: whether the ratings are made of attributes; grades 1 to 10 then stand for their possible range,
+    else for the range of `ratings`.
+    """
+    weights, divisor = RATINGS.get(rating, RATINGS["average"])
+    shares = [weight / divisor for weight in weights]
+    lowest, highest = (HIGHEST_ATTRIBUTE * sum(w for w in shares if sign * w > 0) for sign in (-1, 1))
+    if not by_attributes:
+        lowest, highest = min(ratings, default=0.0), max(ratings, default=1.0)
+    highest = max(highest, lowest + 1e-6)  # all alike: any line will do
+    read = {"scalar": [1.0], "distribution": [float(g) for g in range(1, GRADES + 1)], "attributes": shares}[head]
+    return Reading(head, read, lowest_rating=lowest, highest_rating=highest)
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """The loss of a pair from the outputs of RewardPairs, as the trainer calls it.
+
+    name: one of PAIR_LOSSES for the head. smoothing: share of the labels taken for wrong. centre: weight of
+    (r_w + r_l)^2. rating_weight: share of the cross-entropy to the ratings' soft labels in the loss of a distribution.
+    """
+
+    reading: Reading
+    name: str
+    smoothing: float = 0.0
+    centre: float = 0.0
+    rating_weight: float = 0.0
+
+    def __call__(self, outputs: dict, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(loss of each pair [pairs], what is logged of each); outputs["outputs"] [pairs, 2, n], chosen first."""
+        both, reading = outputs["outputs"], self.reading
+        function: Callable = PAIR_LOSSES[reading.head][self.name]
+        chosen, rejected = reading.rewards(both).unbind(1)
+        if reading.head == "attributes":
+            losses = masked_squared_error(both, batch["attributes"]).mean(dim=1)
+        elif reading.head == "distribution":
+            losses = function(both[:, 0], both[:, 1], batch["gap"], self.smoothing)
+            if self.rating_weight:
+                anchor = grade_cross_entropy(both, reading.grade(batch["ratings"])).mean(dim=1)
+                losses = (1 - self.rating_weight) * losses + self.rating_weight * anchor
+        else:
+            losses = function(chosen, rejected, batch["gap"], self.smoothing)
+        if self.centre:
+            losses = losses + self.centre * centring(chosen, rejected)
+        right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+        names = ("accuracy", "margin", "rewards/chosen", "rewards/rejected")
+        return losses, dict(zip(names, (right, chosen - rejected, chosen, rejected), strict=True))

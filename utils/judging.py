@@ -1,0 +1,154 @@
+"""What a reward model says of pairs, and what shortcuts say of the same pairs: the lines of predictions.jsonl."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from utils.controls import shuffled_prompts, without_prompts
+from utils.evaluation import wins
+from utils.heads import Reading
+from utils.pairs import answer_tokens
+from utils.rewards import RewardModel
+from utils.rows import real_number
+from utils.runs import say, stop
+from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
+
+SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters of them in predictions.jsonl
+
+Outputs = Callable[..., np.ndarray]  # from rows (and a model, by default the trained one) to [pairs, 2, n]
+
+
+def judged(
+    outputs_of: Outputs,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading,
+    surface_weights: np.ndarray | None,
+    control_pairs: int,
+    untrained: Callable | None,
+    shortcut_model: str,
+) -> list[dict]:
+    """The lines of predictions.jsonl for rows with token columns.
+
+    surface_weights [9]: see `surface_weights`, None to leave that shortcut out. control_pairs: so many pairs are tried
+    without their prompts, with those of others, and by a model with a random head (untrained: () to it, or None).
+    shortcut_model: folder of a reward model that was trained on answers alone, or "".
+    """
+    right = shortcuts_right(rows, surface_weights)
+    right |= controls_right(outputs_of, untrained, rows, tokenizer, reading, control_pairs)
+    if shortcut_model:
+        other = RewardModel.load(shortcut_model, constant="SHORTCUT_MODEL")
+        right["answers_only"] = pairs_right(other.pair_outputs(rows), rows, other.reading)
+    return lines_of(rows, outputs_of(rows), reading, right)
+
+
+def pairs_right(outputs: np.ndarray, rows: Dataset, reading: Reading) -> np.ndarray:
+    """1 where the chosen answer has the higher reward, 0.5 at a tie, else 0 [pairs], of outputs [pairs, 2, n]."""
+    return wins(*reading.rewards(torch.tensor(outputs), torch.tensor(answer_tokens(rows))).numpy().T)
+
+
+def texts_of(rows: Dataset) -> tuple[list[str], list[str], list[str]]:
+    """(prompts, chosen answers, rejected answers) of rows of a processed folder."""
+    return rows["prompt"], *([side[-1]["content"] for side in rows[name]] for name in ("chosen", "rejected"))
+
+
+def shortcuts_right(rows: Dataset, surface_weights: np.ndarray | None) -> dict[str, np.ndarray]:
+    """For each shortcut that needs no model, whether it is right on each pair [pairs]: 1, 0.5 (tie) or 0."""
+    prompts, chosen, rejected = texts_of(rows)
+    found = {
+        name: wins(*(np.array([measure(text) for text in side]) for side in (chosen, rejected)))
+        for name, measure in SHORTCUTS.items()
+    }
+    found["longer_in_window"] = wins(*answer_tokens(rows).T)
+    if surface_weights is not None:
+        scores = surface_differences(prompts, chosen, rejected) @ surface_weights
+        found["surface"] = wins(scores, np.zeros_like(scores))
+    return found
+
+
+def controls_right(
+    outputs_of: Outputs,
+    untrained: Callable | None,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading,
+    count: int,
+) -> dict[str, np.ndarray]:
+    """Right or wrong [pairs] on at most `count` pairs, spread over the rows: untrained, and with other prompts."""
+    some = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
+    if not len(some):
+        return {}
+    few = rows.select(some)
+    outputs = {
+        "without_prompt": lambda: outputs_of(without_prompts(few, tokenizer)),
+        "shuffled_prompt": lambda: outputs_of(shuffled_prompts(few)),
+    }
+    if untrained:
+        outputs["untrained_head"] = lambda: outputs_of(few, untrained())
+    found = {}
+    for name, compute in outputs.items():
+        found[name] = np.full(len(rows), np.nan)
+        found[name][some] = pairs_right(compute(), few, reading)
+    return found
+
+
+def lines_of(rows: Dataset, outputs: np.ndarray, reading: Reading, right: dict[str, np.ndarray]) -> list[dict]:
+    """One line of predictions.jsonl for each pair.
+
+    outputs [pairs, 2, n], chosen first; right: for each shortcut [pairs], NaN where it was not measured.
+    """
+    both, tokens = torch.tensor(outputs), torch.tensor(answer_tokens(rows))
+    rewards, win = reading.rewards(both, tokens).tolist(), reading.win(both[:, 0], both[:, 1], tokens).tolist()
+    spread = reading.spread(both).tolist() if reading.head == "distribution" else None
+    lines = []
+    for i, row in enumerate(rows):
+        line = {"row": row.get("row", i), "subset": row.get("subset", ""), "prompt": row["prompt"][:SHOWN_PROMPT]}
+        line["win"] = win[i]
+        for j, side in enumerate(("chosen", "rejected")):
+            text = row[side][-1]["content"]
+            line |= {side: rewards[i][j], f"{side}_rating": row[f"{side}_rating"], f"{side}_characters": len(text)}
+            line |= {f"{side}_tokens": int(tokens[i, j]), f"{side}_text": text[:SHOWN_ANSWER]}
+            if spread:
+                line[f"{side}_spread"] = spread[i][j]
+        line["shortcuts"] = {name: float(values[i]) for name, values in right.items() if not np.isnan(values[i])}
+        lines.append(line)
+    return lines
+
+
+def surface_weights(rows: Dataset) -> np.ndarray:
+    """Weights of the nine surface measures [9], fitted on these pairs."""
+    return fit_logistic(surface_differences(*texts_of(rows)))
+
+
+def check_penalty(penalty: str) -> None:
+    """End the script where LENGTH_PENALTY is neither a number nor `fit`."""
+    if penalty != "fit" and real_number(penalty) is None:
+        stop(f"LENGTH_PENALTY = {penalty!r}: expected a number such as 0.1, or fit")
+
+
+def set_reading(reading: Reading, penalty: str, few: Dataset, outputs_of: Outputs) -> None:
+    """Set length_penalty to LENGTH_PENALTY, and win_scale where no loss of pairs has taught the size of a difference.
+
+    What is not given is fitted on a few training pairs, by a logistic regression of people's choice on the differences
+    of reward and, for the penalty, of length (100 tokens) together: sigma(a dr + b dl). A reward minus c = -b / a for
+    100 tokens keeps the part of length that people reward, and no more.
+    """
+    reading.length_penalty = 0.0 if penalty == "fit" else float(penalty)
+    if penalty != "fit" and reading.head != "attributes":
+        return
+    rewards, tokens = reading.rewards(torch.tensor(outputs_of(few))).numpy(), answer_tokens(few)
+    columns = [rewards[:, 0] - rewards[:, 1]]
+    if penalty == "fit":
+        columns.append((tokens[:, 0] - tokens[:, 1]) / 100)
+    weights = fit_logistic(np.stack(columns, axis=1))
+    if weights[0] <= 0:
+        say("the reward does not tell the chosen answers of the training pairs: nothing is fitted to it")
+        return
+    if reading.head == "attributes":
+        reading.win_scale = float(weights[0])
+    if penalty == "fit":
+        reading.length_penalty = float(-weights[1] / weights[0])
+        say(f"length penalty fitted on {len(few)} training pairs: {reading.length_penalty:.3f} for 100 tokens")

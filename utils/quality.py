@@ -1,0 +1,119 @@
+"""Is a reward model any good? The report, computed from the lines of its predictions.jsonl and from nothing else."""
+
+import numpy as np
+
+from utils.evaluation import calibration, coverage, interval, paired_difference, share_right, verdict, wins
+from utils.rows import hundredths
+from utils.shortcuts import bands_of
+
+MATCHED = 0.1  # answers are of equal length where they differ by less than this share of the longer one
+WORST = 10  # mistakes in eval.json
+NAMES = {  # key in eval.json: in words
+    "longer": "'longer wins'",
+    "longer_in_window": "'longer inside the window wins'",
+    "more_list_items": "'more list items win'",
+    "surface": "nine surface measures",
+    "untrained_head": "an untrained head",
+    "answers_only": "a model that sees answers alone",
+    "without_prompt": "itself without the prompts",
+    "shuffled_prompt": "itself with the prompts of other pairs",
+}
+ITSELF = ("without_prompt", "shuffled_prompt")  # say what the model reads, and are no rivals
+LENGTH_BANDS = {  # (chosen - rejected) / the longer one, in characters: from, up to
+    "rejected much longer": (-1.01, -0.5),
+    "rejected longer": (-0.5, -MATCHED),
+    "equal within 10 %": (-MATCHED, MATCHED),
+    "chosen longer": (MATCHED, 0.5),
+    "chosen much longer": (0.5, 1.01),
+}
+
+
+def report(lines: list[dict]) -> dict[str, object]:
+    """The content of eval.json: everything that can be said of these predictions, from them alone."""
+    both = {name: pair_of(lines, name) for name in ("", "_characters", "_tokens", "_rating")}
+    right = wins(*both[""].T)
+    accuracy = share_right(right)
+    found = {
+        "pairs": accuracy["pairs"],
+        "ties": int((right == 0.5).sum()),
+        "accuracy": accuracy["accuracy"],
+        "accuracy_low": accuracy["low"],
+        "accuracy_high": accuracy["high"],
+        "length_baseline": float(wins(*both["_characters"].T).mean()),
+    }
+    shortcuts = against_shortcuts(lines, right)
+    rivals = {name: entry for name, entry in shortcuts.items() if name not in ITSELF}
+    best = max(rivals, key=lambda name: rivals[name]["accuracy"])
+    found |= {"verdict": verdict(rivals[best], NAMES[best]), "best_shortcut": best, "shortcuts": shortcuts}
+    if "without_prompt" in shortcuts:
+        found["prompt_verdict"] = verdict(shortcuts["without_prompt"], NAMES["without_prompt"])
+    size = both["_characters"]
+    difference = (size[:, 0] - size[:, 1]) / np.maximum(size.max(axis=1), 1)
+    matched = np.abs(difference) < MATCHED
+    gaps = np.vectorize(hundredths)(both["_rating"]) if not np.isnan(both["_rating"]).any() else None
+    margin = both[""][:, 0] - both[""][:, 1]
+    found |= {
+        "by_gap": shares(right, bands_of(gaps[:, 0] - gaps[:, 1])) if gaps is not None else {},
+        "by_length_difference": shares(
+            right, {name: (low <= difference) & (difference < high) for name, (low, high) in LENGTH_BANDS.items()}
+        ),
+        "length_matched_accuracy": float(right[matched].mean()) if matched.any() else None,
+        "length_matched_interval": interval(right[matched]) if matched.any() else None,
+        "length_matched_pairs": int(matched.sum()),
+        "length_correlation": correlation(both[""], np.log(np.maximum(size, 1))),
+        "length_correlation_in_window": correlation(both[""], np.log(np.maximum(both["_tokens"], 1))),
+        **calibration(np.array([line["win"] for line in lines])),
+        "coverage_by_margin": coverage(right, np.abs(margin)),
+        "margin": float(margin.mean()),
+        "reward_mean": float(both[""].mean()),
+        "reward_std": float(both[""].std()),
+    }
+    if "chosen_spread" in lines[0]:
+        found["coverage_by_spread"] = coverage(right, -pair_of(lines, "_spread").sum(axis=1))
+    subsets = {line["subset"] for line in lines} - {""}
+    of = np.array([line["subset"] for line in lines])
+    found["by_subset"] = shares(right, {name: of == name for name in sorted(subsets)})
+    found["worst_mistakes"] = [lines[i] for i in np.argsort(margin)[:WORST] if margin[i] < 0]
+    return found
+
+
+def pair_of(lines: list[dict], name: str) -> np.ndarray:
+    """Values of both sides [pairs, 2], chosen first; NaN where they are null."""
+    return np.array([[line[f"{side}{name}"] for side in ("chosen", "rejected")] for line in lines], dtype=float)
+
+
+def against_shortcuts(lines: list[dict], right: np.ndarray) -> dict[str, dict]:
+    """For each shortcut: pairs, accuracy, and the paired difference of the model on the same pairs."""
+    found = {}
+    for name in NAMES:
+        here = np.array([name in line["shortcuts"] for line in lines])
+        if here.any():
+            theirs = np.array([line["shortcuts"][name] for line in lines if name in line["shortcuts"]])
+            share = {"pairs": int(here.sum()), "accuracy": float(theirs.mean())}
+            found[name] = share | paired_difference(right[here], theirs)
+    return found
+
+
+def shares(right: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, dict]:
+    """pairs, accuracy and interval within each mask that has pairs."""
+    return {name: share_right(right[mask]) for name, mask in masks.items() if mask.any()}
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Pearson's r of all values, None where one of them does not vary."""
+    if not one.std() or not other.std():
+        return None
+    return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
+
+
+def told(result: dict) -> str:
+    """The report in three lines."""
+    best, matched = result["best_shortcut"], result["length_matched_accuracy"]
+    lines = [
+        f"pair accuracy {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}] on "
+        f"{result['pairs']} pairs; 'the longer answer wins' alone: {result['length_baseline']:.3f}; "
+        f"best shortcut, {NAMES[best]}: {result['shortcuts'][best]['accuracy']:.3f}"
+    ]
+    if matched is not None:
+        lines.append(f"on {result['length_matched_pairs']} pairs of equal length (within 10 %): {matched:.3f}")
+    return "\n".join([*lines, result["verdict"]])

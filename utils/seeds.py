@@ -1,0 +1,49 @@
+"""The same run with several seeds: an interval over test pairs says nothing about the chance in the training."""
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from utils.runs import first_process, read_json, same_work, say, stop, write_json
+
+
+def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str, ...]) -> dict:
+    """Start this script once for each of SEEDS, and write mean and spread of some figures of eval.json.
+
+    Each run is a process of its own, in OUTPUT_DIR-seeds/SEED, and goes on where it was stopped. Returns what is
+    written to OUTPUT_DIR-seeds/seeds.json: seeds, and for each figure values, mean, and std (of a sample; 0 for one).
+    Ends the script with the exit code of a run that fails.
+    """
+    folder = Path(f"{output_dir}-seeds")
+    if not all(str(seed).isdigit() for seed in seeds):
+        stop(f"SEEDS = {','.join(map(str, seeds))}: expected whole numbers such as 1,2,3")
+    seeds = [int(seed) for seed in seeds]
+    for seed in seeds:
+        mine = settings | {"SEED": seed, "SEEDS": (), "OUTPUT_DIR": str(folder / str(seed))}
+        before = read_json(folder / str(seed) / "run.json")
+        if before.get("finished") and same_work(before["settings"], mine):
+            say(f"seed {seed}: {folder / str(seed)} is there")
+            continue
+        say(f"seed {seed}:")
+        options = [f"--{name.lower()}={as_option(value)}" for name, value in mine.items()]
+        code = subprocess.run([sys.executable, sys.argv[0], *options]).returncode
+        if code:
+            sys.exit(code)
+    results = [read_json(folder / str(seed) / "eval.json") for seed in seeds]
+    summary = {"seeds": seeds}
+    for name in figures:
+        values = [result[name] for result in results]
+        if None not in values:  # a figure of pairs that these rows do not have
+            std = statistics.stdev(values) if len(values) > 1 else 0.0
+            summary[name] = {"values": values, "mean": statistics.fmean(values), "std": std}
+            say(f"{name}: {summary[name]['mean']:.3f} +- {std:.3f} over {len(seeds)} seeds")
+    if first_process():
+        write_json(folder / "seeds.json", summary)
+    say(f"written: {folder}/seeds.json")
+    return summary
+
+
+def as_option(value: object) -> str:
+    """A constant's value as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
