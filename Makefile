@@ -15,6 +15,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python load_helpsteer_dataset.py --dataset sample_data/helpsteer_sample.jsonl --tokenizer $(MODEL) --output_dir $(QUICK)/data
 	$(BIN)/python dataset_summary.py --data_dir $(QUICK)/data --output_dir $(QUICK)/summary
 	$(BIN)/python train_reward_model.py --data_dir $(QUICK)/data --model $(MODEL) --output_dir $(QUICK)/reward_model --max_rows 160
+	$(BIN)/python -m extras.make_report --look_in $(QUICK) --output $(QUICK)/report.html
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

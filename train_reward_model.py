@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer
 
-    from utils.heads import PairLoss, Reading
+    from utils.heads import PairLoss
     from utils.pairs import PairCollator
 
 # data
@@ -99,19 +99,6 @@ def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool,
         stop("ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS = bradley_terry and nothing more: use ENGINE = pairs")
 
 
-def build_model(
-    name: str, tokenizer: PreTrainedTokenizerBase, reading: Reading, rows: Dataset, collator: PairCollator, frozen: int
-) -> torch.nn.Module:
-    """The model at its start: its head, and the lower layers that are not trained."""
-    from utils import models, rewards
-
-    model = rewards.start_model(name, tokenizer, reading)
-    if reading.head == "attributes" and not model.score.weight.any():
-        rewards.start_at_means(model, rows, collator)
-    models.freeze_lower(model, frozen)
-    return model
-
-
 def build_trainer(
     engine: str,
     model: torch.nn.Module,
@@ -174,14 +161,14 @@ def main(settings: dict) -> None:
     judged, measured_on = validation, "validation"
     if EPOCHS > 1 and metadata["test_size"]:  # the epoch is chosen on validation, so it cannot measure too
         judged, measured_on = pairs.load_pairs(DATA_DIR, "test", MAX_ROWS), "test"
-    ratings, attributed = pairs.ratings_of(rows)
-    reading = heads.reading_of(HEAD, RATING or metadata["rating"], ratings, attributed)
+    ratings, means = pairs.ratings_of(rows)
+    reading = heads.reading_of(HEAD, RATING or metadata["rating"], ratings, means)
     check_loss(
         HEAD,
         pair_loss,
         ENGINE,
         len(ratings) == 2 * len(rows),
-        attributed,
+        means is not None,
         LABEL_SMOOTHING=LABEL_SMOOTHING,
         CENTRING=CENTRING,
         RATING_WEIGHT=RATING_WEIGHT,
@@ -191,7 +178,8 @@ def main(settings: dict) -> None:
     trained_on = controls.length_balanced(rows, SEED) if LENGTH_BALANCED else rows
     collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
     set_seed(SEED)
-    model = build_model(MODEL, tokenizer, reading, rows, collator, FREEZE_LAYERS)
+    model = rewards.start_model(MODEL, tokenizer, reading)
+    models.freeze_lower(model, FREEZE_LAYERS)
     if USE_LORA:
         model = models.add_lora(model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, head="score")
     if GRADIENT_CHECKPOINTING:

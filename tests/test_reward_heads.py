@@ -16,12 +16,13 @@ import train_reward_model
 from extras import evaluate, make_report
 from tests.conftest import ROOT, run_script
 from utils import judging, training
-from utils.heads import HEADS, reading_of
-from utils.pairs import PairCollator, load_pairs
-from utils.rewards import RewardModel, RewardPairs, require_worth, start_at_means, start_model
+from utils.heads import HEADS, PairLoss, reading_of
+from utils.pairs import PairCollator, load_pairs, ratings_of
+from utils.rewards import RewardModel, RewardPairs, require_worth, start_model
 from utils.tokens import render
 from utils.training import last_checkpoint
 
+MEANS = [3.0, 3.0, 3.5, 2.0, 2.0]  # of the attributes
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
 SMALL |= {"LEARNING_RATE": 1e-3, "CONTROL_PAIRS": 6}
 
@@ -62,7 +63,8 @@ def test_the_scorer_equals_plain_transformers(folders, sample_folder, head):
         batch = ours.tokenizer([text, text + " and more"], return_tensors="pt", padding=True, add_special_tokens=False)
         logits = model(**batch).logits[0]
         values = torch.softmax(logits, -1) if head == "distribution" else logits
-        assert (values @ weights).item() == pytest.approx(score.item(), abs=1e-4)
+        means = torch.tensor(ours.reading.means or 0.0)  # a regression on attributes is about their means
+        assert ((values + means) @ weights).item() == pytest.approx(score.item(), abs=1e-4)
         piped = {entry["label"]: entry["score"] for entry in found}
         assert [piped[name] for name in HEADS[head].names] == pytest.approx(values.tolist(), abs=1e-4)
 
@@ -137,13 +139,16 @@ def test_a_new_head_starts_at_equal_rewards_and_attributes_at_their_means(model_
     rows, collator = load_pairs(sample_folder, "train", 16), PairCollator(0, 8)
     batch = collator(list(rows))
     for head in HEADS:
-        model = start_model(model_folder, tokenizer, reading_of(head, "average", [], True)).eval()
+        model = start_model(model_folder, tokenizer, reading_of(head, "average", [], MEANS)).eval()
         outputs = RewardPairs(model)(**batch)["outputs"]
         assert not outputs.any() and outputs.shape[-1] == HEADS[head].outputs
-    start_at_means(model, rows, collator)
-    means = np.array([row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"]]).mean(axis=0)
-    found = RewardPairs(model)(**batch)["outputs"].mean(dim=(0, 1))
-    assert found.tolist() == pytest.approx(means, abs=1e-4)
+    _, means = ratings_of(rows)
+    given = np.array([row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"]])
+    assert means == pytest.approx(given.mean(axis=0))
+    reading = reading_of("attributes", "average", [], means)
+    assert reading.rewards(outputs).mean().item() == pytest.approx(np.mean(means), abs=1e-5)
+    variance = PairLoss(reading, "squared_error")({"outputs": outputs}, batch)[0].mean().item()
+    assert variance == pytest.approx(given.var(axis=0).mean(), abs=1e-4), "the loss of knowing the means only"
 
 
 def test_the_warm_start_from_attributes_ranks_as_they_did(folders, sample_folder, tokenizer):
@@ -151,13 +156,14 @@ def test_the_warm_start_from_attributes_ranks_as_they_did(folders, sample_folder
     rows = load_pairs(sample_folder, "validation", 20)
     old = RewardModel.load(str(folders["attributes"]), device="cpu")
     expected = old.reading.rewards(torch.tensor(old.pair_outputs(rows)))
-    scalar = start_model(str(folders["attributes"]), old.tokenizer, reading_of("scalar", "", [], True)).eval()
+    scalar = start_model(str(folders["attributes"]), old.tokenizer, reading_of("scalar", "", [], MEANS)).eval()
     batch = PairCollator(0, 8)(list(rows))
     with torch.no_grad():
-        torch.testing.assert_close(RewardPairs(scalar)(**batch)["outputs"][..., 0], expected, atol=1e-4, rtol=0)
-        again = start_model(str(folders["scalar"]), old.tokenizer, reading_of("scalar", "", [], True))
+        found = RewardPairs(scalar)(**batch)["outputs"][..., 0]
+        torch.testing.assert_close(found - found.mean(), expected - expected.mean(), atol=1e-4, rtol=0)
+        again = start_model(str(folders["scalar"]), old.tokenizer, reading_of("scalar", "", [], MEANS))
         assert again.score.weight.any(), "a trained head of the same kind goes on"
-        other = start_model(str(folders["scalar"]), old.tokenizer, reading_of("distribution", "", [], True))
+        other = start_model(str(folders["scalar"]), old.tokenizer, reading_of("distribution", "", [], MEANS))
         assert not other.score.weight.any() and other.score.weight.shape[0] == 10
 
 

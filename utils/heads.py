@@ -43,6 +43,7 @@ class Reading:
     """How the outputs of one model are read; saved with it in reward_config.json.
 
     weights: of the outputs in the reward (of the grades' probabilities, for a distribution).
+    means: of the attributes in the training rows; the outputs of that head are what an answer lies above them.
     lowest_rating, highest_rating: the ratings that grade 1 and grade 10 stand for, a straight line between them.
     win_scale: P(a beats b) = sigma(win_scale * (reward a - reward b)), for heads that are no distribution.
     length_penalty: taken off the reward for each 100 tokens of the answer, as far as it lies in the window.
@@ -50,6 +51,7 @@ class Reading:
 
     head: str
     weights: list[float] = field(default_factory=lambda: [1.0])
+    means: list[float] | None = None
     lowest_rating: float = 0.0
     highest_rating: float = 1.0
     win_scale: float = 1.0
@@ -72,6 +74,7 @@ class Reading:
     def rewards(self, outputs: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Rewards [...] of outputs [..., n]; tokens [...]: lengths of the answers, for the length penalty."""
         read = self.probabilities(outputs) if self.head == "distribution" else outputs.float()
+        read = read + torch.tensor(self.means, device=outputs.device) if self.means else read
         rewards = read @ torch.tensor(self.weights, device=outputs.device)
         if self.length_penalty and tokens is not None:
             rewards = rewards - self.length_penalty * tokens / 100
@@ -104,21 +107,21 @@ class Reading:
         return 1 + (GRADES - 1) * share.clamp(0, 1)
 
 
-def reading_of(head: str, rating: str, ratings: list[float], by_attributes: bool) -> Reading:
+def reading_of(head: str, rating: str, ratings: list[float], means: list[float] | None) -> Reading:
     """The reading that a new head starts with.
 
     rating: a name of RATINGS, which weighs the attributes. ratings: those of the training rows, [] without ratings.
-    by_attributes: whether the ratings are made of attributes; grades 1 to 10 then stand for their possible range,
-    else for the range of `ratings`.
+    means: of the training rows' attributes, None without: grades 1 to 10 stand for the possible range of a rating
+    that is made of attributes, else for the range of `ratings`.
     """
     weights, divisor = RATINGS.get(rating, RATINGS["average"])
     shares = [weight / divisor for weight in weights]
     lowest, highest = (HIGHEST_ATTRIBUTE * sum(w for w in shares if sign * w > 0) for sign in (-1, 1))
-    if not by_attributes:
+    if means is None:
         lowest, highest = min(ratings, default=0.0), max(ratings, default=1.0)
     highest = max(highest, lowest + 1e-6)  # all alike: any line will do
     read = {"scalar": [1.0], "distribution": [float(g) for g in range(1, GRADES + 1)], "attributes": shares}[head]
-    return Reading(head, read, lowest_rating=lowest, highest_rating=highest)
+    return Reading(head, read, means if head == "attributes" else None, lowest, highest)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ class PairLoss:
         function: Callable = PAIR_LOSSES[reading.head][self.name]
         chosen, rejected = reading.rewards(both).unbind(1)
         if reading.head == "attributes":
-            losses = masked_squared_error(both, batch["attributes"]).mean(dim=1)
+            targets = batch["attributes"] - torch.tensor(reading.means, device=both.device)
+            losses = masked_squared_error(both, targets).mean(dim=1)
         elif reading.head == "distribution":
             losses = function(both[:, 0], both[:, 1], batch["gap"], self.smoothing)
             if self.rating_weight:

@@ -75,10 +75,12 @@ def pair_lengths(rows: Dataset) -> np.ndarray:
     return lengths
 
 
-def ratings_of(rows: Dataset) -> tuple[list[float], bool]:
-    """(all ratings that there are, whether all rows have attributes) of the answers."""
-    ratings = [rating for side in ("chosen", "rejected") for rating in rows[f"{side}_rating"] if rating is not None]
-    return ratings, all(row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"])
+def ratings_of(rows: Dataset) -> tuple[list[float], list[float] | None]:
+    """(all ratings of the answers that there are, means of the five attributes or None where a row has none)."""
+    sides = ("chosen", "rejected")
+    ratings = [rating for side in sides for rating in rows[f"{side}_rating"] if rating is not None]
+    attributes = [given for side in sides for given in rows[f"{side}_attributes"]]
+    return ratings, np.mean(attributes, axis=0).tolist() if all(attributes) else None
 
 
 def answer_tokens(rows: Dataset) -> np.ndarray:

@@ -21,7 +21,6 @@ from utils.tokens import chat_template_sha256, encode_answers, load_tokenizer
 
 CONFIG_FILE = "reward_config.json"
 HUB_WINDOW = 4096  # most tokens of prompt and answer that a reward model of the hub is given
-START_ROWS = 16  # pairs from which the attributes' head learns where to start
 
 
 class RewardPairs(nn.Module):
@@ -99,19 +98,6 @@ def untrained(name: str, reading: Reading, device: torch.device, seed: int) -> n
     model.score = nn.Linear(model.score.weight.shape[1], HEADS[reading.head].outputs, bias=False)
     nn.init.normal_(model.score.weight, std=model.config.initializer_range)
     return model.to(device).eval()
-
-
-@torch.no_grad()
-def start_at_means(model: nn.Module, rows: Dataset, collator: PairCollator) -> None:
-    """Let a new head of attributes begin at their means over the rows; it has no bias that could learn them.
-
-    The weights become mean / |h| along h, the mean hidden state of some answers.
-    """
-    some = collator([rows[i] for i in range(min(START_ROWS, len(rows)))])
-    hidden = RewardPairs(model.eval()).last_hidden(**some).float().mean(dim=(0, 1))  # [hidden]
-    given = [row for side in ("chosen_attributes", "rejected_attributes") for row in rows[side] if row]
-    means = torch.tensor(given, dtype=torch.float32).nanmean(dim=0)  # [5]
-    model.score.weight.data = means[:, None] * hidden / hidden.dot(hidden)
 
 
 def save(
