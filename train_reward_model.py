@@ -20,15 +20,10 @@ from utils.config import override_constants
 from utils.runs import Run, at_least, first_process, needs, pick, say, script, stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, Trainer
 
-    from utils.heads import PairLoss
-    from utils.pairs import PairCollator
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
@@ -77,7 +72,6 @@ RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.RewardTrainer"}
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 FITTED_ON = 500  # training pairs on which LENGTH_PENALTY = fit is fitted, at most
 
 
@@ -99,33 +93,6 @@ def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool,
         stop("ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS = bradley_terry and nothing more: use ENGINE = pairs")
 
 
-def build_trainer(
-    engine: str,
-    model: torch.nn.Module,
-    rows: Dataset,
-    collator: PairCollator,
-    loss: PairLoss,
-    run: Run,
-    evaluation: Callable,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: partial,
-) -> Trainer:
-    """The trainer of the chosen engine; both train `model` on the same rows and leave the same records."""
-    from transformers import TrainingArguments
-    from trl import RewardConfig, RewardTrainer
-
-    from utils import pairs, rewards, training
-
-    if engine == "trl":
-        args = arguments(RewardConfig, max_length=None, disable_dropout=False, gradient_checkpointing=False)
-        whole = pairs.whole_rows(rows)
-        trainer = RewardTrainer(model=model, args=args, train_dataset=whole, processing_class=tokenizer)
-        training.attach(trainer, run)
-        return trainer
-    module = rewards.RewardPairs(model)
-    return training.PairTrainer(module, arguments(TrainingArguments), rows, collator, loss, run, evaluation)
-
-
 @script
 def main(settings: dict) -> None:
     if SEEDS:
@@ -139,9 +106,9 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, WARMUP_SHARE=WARMUP_SHARE)
     at_least(0, FREEZE_LAYERS=FREEZE_LAYERS, CONTROL_PAIRS=CONTROL_PAIRS)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-    from transformers import set_seed
+    from transformers import TrainingArguments, set_seed
 
-    from utils import controls, heads, judging, models, pairs, quality, quality_plots, rewards, training
+    from utils import controls, heads, judging, models, pairs, quality, quality_plots, rewards, training, trl_engine
     from utils.losses import PAIR_LOSSES
     from utils.rows import RATINGS
 
@@ -199,7 +166,7 @@ def main(settings: dict) -> None:
         per_device_train_batch_size=BATCH_SIZE,
         gradient_accumulation_steps=ACCUMULATION,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type=pick(SCHEDULES, "SCHEDULE", SCHEDULE),
+        lr_scheduler_type=pick(training.SCHEDULES, "SCHEDULE", SCHEDULE),
         warmup_steps=WARMUP_SHARE,
         weight_decay=WEIGHT_DECAY,
         logging_steps=LOG_EVERY_STEPS,
@@ -218,7 +185,11 @@ def main(settings: dict) -> None:
         return {"accuracy": float(judging.pairs_right(outputs_of(validation), validation, reading).mean())}
 
     loss = heads.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
-    trainer = build_trainer(ENGINE, model, trained_on, collator, loss, run, accuracy, tokenizer, arguments)
+    if ENGINE == "trl":
+        trainer = trl_engine.reward_trainer(model, trained_on, tokenizer, run, arguments)
+    else:
+        module, args = rewards.RewardPairs(model), arguments(TrainingArguments)
+        trainer = training.PairTrainer(module, args, trained_on, collator, loss, run, accuracy)
     best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
     # 4. train
     began = time.monotonic()

@@ -7,9 +7,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification
 
 from utils.heads import Reading
+from utils.hidden import CHOSEN, REJECTED
 from utils.pairs import (
-    CHOSEN,
-    REJECTED,
     LengthSampler,
     PairCollator,
     forward_pairs,

@@ -6,49 +6,25 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 import train_reward_model
+from tests import toys
 from tests.conftest import ROOT, run_script
+from tests.toys import toy_rows
 from utils.heads import PairLoss, Reading
 from utils.losses import bradley_terry
 from utils.models import load_classifier
 from utils.pairs import TOKENS_AT_ONCE, PairCollator, forward_pairs, whole_rows
 from utils.rewards import RewardPairs
-from utils.runs import Run
-from utils.training import PairTrainer, last_checkpoint, training_arguments
+from utils.training import last_checkpoint
 
 LOSSES = PairLoss(Reading("scalar"), "bradley_terry")
-
-
-def toy_rows(count: int, seed: int = 0) -> Dataset:
-    """Pairs that one token decides: 99 stands somewhere in the chosen answer, 98 in the rejected one."""
-    random = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        prompt = random.integers(10, 90, size=random.integers(3, 9)).tolist()
-        answers = [random.integers(10, 90, size=random.integers(2, 9)).tolist() for _ in range(2)]
-        for answer, token in zip(answers, (99, 98), strict=True):
-            answer[random.integers(len(answer))] = token
-        rows.append(
-            {
-                "row": i,
-                "input_ids": prompt + [2] * (16 - len(prompt)),
-                "attention_mask": [1] * len(prompt) + [0] * (16 - len(prompt)),
-                "chosen_ids": answers[0],
-                "rejected_ids": answers[1],
-                "chosen_rating": None,
-                "rejected_rating": None,
-            }
-        )
-    return Dataset.from_list(rows)
 
 
 def toy_trainer(model_folder, folder, rows, batch=4, accumulation=1, losses=LOSSES, lora=False, **options):
@@ -58,20 +34,7 @@ def toy_trainer(model_folder, folder, rows, batch=4, accumulation=1, losses=LOSS
         from utils.models import add_lora
 
         model = add_lora(model, "SEQ_CLS", 4, 8, 0.0, ("q_proj", "v_proj"), head="score")
-    options = {"max_steps": 5, "learning_rate": 3e-3, "save_steps": 0, "eval_steps": 0, "logging_steps": 1} | options
-    args = training_arguments(
-        TrainingArguments,
-        Path(folder),
-        torch.device("cpu"),
-        "fp32",
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        report_to="none",
-        seed=0,
-        **options,
-    )
-    run = Run(folder, {"SEED": 0})
-    return PairTrainer(RewardPairs(model), args, rows, PairCollator(2, 8), losses, run, dict)
+    return toys.toy_trainer(RewardPairs(model), losses, rows, folder, batch=batch, accumulation=accumulation, **options)
 
 
 @pytest.mark.parametrize("lora", [False, True])

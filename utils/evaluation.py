@@ -81,3 +81,39 @@ def coverage(right: np.ndarray, sure: np.ndarray) -> list[dict[str, float]]:
     ordered = right[np.argsort(-sure, kind="stable")]
     counts = {share: max(1, round(share * len(right) / 100)) for share in range(10, 101, 10)}
     return [{"coverage": share / 100, "accuracy": float(ordered[:n].mean())} for share, n in counts.items()]
+
+
+def comparison(
+    before: np.ndarray, after: np.ndarray, lengths: tuple[np.ndarray, np.ndarray], kl: np.ndarray
+) -> dict[str, object]:
+    """Did the reward grow? Two policies on the same prompts.
+
+    before, after [prompts]: rewards of their answers. lengths: tokens of those answers, before and after. kl [prompts]:
+    log pi(answer) - log ref(answer) of the answers after, whose mean is the KL to the policy before in nats an answer.
+    Returns the fields of a comparison in eval.json; verdict is grew, fell or not shown.
+    """
+    against, won = paired_difference(after, before), wins(after, before)
+    low, high = interval(won)
+    shown = against["p_value"] < 1 - LEVEL and against["difference"] != 0
+    return {
+        "prompts": len(before),
+        "mean_reward_before": float(before.mean()),
+        "mean_reward_after": float(after.mean()),
+        "difference": against["difference"],
+        "difference_low": against["low"],
+        "difference_high": against["high"],
+        "p_value": against["p_value"],
+        "win_rate": float(won.mean()),
+        "win_rate_low": low,
+        "win_rate_high": high,
+        **mean_kl(kl),
+        "length_before": float(lengths[0].mean()),
+        "length_after": float(lengths[1].mean()),
+        "verdict": ("grew" if against["difference"] > 0 else "fell") if shown else "not shown",
+    }
+
+
+def mean_kl(kl: np.ndarray) -> dict[str, float]:
+    """kl, its mean [nats an answer], and kl_error, the standard error of it."""
+    error = float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else 0.0
+    return {"kl": float(kl.mean()), "kl_error": error}

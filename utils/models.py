@@ -75,12 +75,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def load_causal(name: str) -> nn.Module:
-    """A causal language model with float32 weights; `name` is a hub name or a folder.
+def load_causal(name: str, constant: str = "MODEL") -> nn.Module:
+    """A causal language model with float32 weights; `name` is a hub name, a folder, or a folder with an adapter.
 
     Attention is sdpa, which takes the 4-D masks of shared-prompt rows on every device.
     """
-    return load(AutoModelForCausalLM, "MODEL", name)
+    if (Path(name) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        return load(AutoPeftModelForCausalLM, constant, name).merge_and_unload().requires_grad_(True)
+    return load(AutoModelForCausalLM, constant, name)
 
 
 def load_classifier(name: str, labels: int, constant: str = "MODEL", **options: object) -> nn.Module:
@@ -100,6 +104,17 @@ def load(kind: type, constant: str, name: str, **options: object) -> nn.Module:
         if "Unrecognized" not in str(error):
             raise
         stop(f"{constant} = {name!r} is not a {kind.__name__.removeprefix('AutoModelFor')} model")
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with its own dropout off: a policy and its reference are to be the same function at the start."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)
+    return model
 
 
 def freeze_lower(model: nn.Module, layers: int) -> None:
@@ -171,6 +186,7 @@ def save_with_proof(
         merged = hasattr(model, "merge_and_unload")
         if merged:
             model.save_pretrained(folder / "adapter")
+            tokenizer.save_pretrained(folder / "adapter")
             model = model.merge_and_unload()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -17,12 +17,11 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.models import plain
+from utils.hidden import CHOSEN, PADDING, PROMPT, REJECTED
 from utils.runs import needs, read_json, say, stop
 from utils.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
 
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # positions in one pass: what keeps the device busy
-PADDING, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3  # what a position of a shared row belongs to
 
 
 def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
@@ -102,18 +101,39 @@ class PairCollator:
     """Rows of a processed folder to one batch of shared rows, right-padded to a multiple of `multiple`.
 
     Returns int64 tensors: input_ids, segments (PADDING, PROMPT, CHOSEN or REJECTED) and position_ids [batch, length],
-    ends [batch, 2] (index of the last token of chosen and rejected), row [batch]; float32 ratings [batch, 2] and
-    attributes [batch, 2, 5], NaN where the source has none, and gap [batch], the difference of the ratings or 0.
-    A bounded set of shapes keeps kernels cached.
+    ends [batch, 2] (index of the last token of chosen and rejected), vectors_at [batch] (where vectors take the place
+    of embeddings, -1 = nowhere), row [batch]; float32 ratings [batch, 2] and attributes [batch, 2, 5], NaN where the
+    source has none, and gap [batch], the difference of the ratings or 0. Rows with a second prompt (`guided_ids`) also
+    give the first five under guided_*, rows with `reference` columns those. A bounded set of shapes keeps kernels
+    cached.
     """
 
     def __init__(self, pad_id: int, multiple: int = 64):
         self.pad_id, self.multiple = pad_id, multiple
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        parts = [
-            (row["input_ids"][: sum(row["attention_mask"])], row["chosen_ids"], row["rejected_ids"]) for row in rows
-        ]
+        prompts = [row["input_ids"][: sum(row["attention_mask"])] for row in rows]
+        batch = self.shared_rows(prompts, rows, "vectors_at")
+        if "guided_ids" in rows[0]:
+            guided = self.shared_rows([row["guided_ids"] for row in rows], rows, "guided_at")
+            batch |= {f"guided_{name}": value for name, value in guided.items()}
+        for name in ("reference", "guided_reference"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        sides = ("chosen", "rejected")
+        ratings = torch.tensor([[missing(row[f"{side}_rating"]) for side in sides] for row in rows])
+        attributes = [[row.get(f"{side}_attributes") or [None] * 5 for side in sides] for row in rows]
+        attributes = [[[missing(value) for value in side] for side in both] for both in attributes]
+        return batch | {
+            "row": torch.tensor([row["row"] for row in rows]),
+            "ratings": ratings.float(),
+            "gap": (ratings[:, 0].nan_to_num() - ratings[:, 1].nan_to_num()).float(),
+            "attributes": torch.tensor(attributes, dtype=torch.float32),
+        }
+
+    def shared_rows(self, prompts: list[list[int]], rows: list[dict], at: str) -> dict[str, torch.Tensor]:
+        """The tensors of one prompt a row with both of its answers; at: the column for vectors_at."""
+        parts = [(prompt, row["chosen_ids"], row["rejected_ids"]) for prompt, row in zip(prompts, rows, strict=True)]
         longest = max(sum(map(len, part)) for part in parts)
         length = -(-longest // self.multiple) * self.multiple
         input_ids = torch.full((len(rows), length), self.pad_id)
@@ -127,21 +147,8 @@ class PairCollator:
             position_ids[i, :c] = torch.arange(c)
             position_ids[i, c:r] = torch.arange(p, p + len(rejected))
             ends[i] = torch.tensor([c - 1, r - 1])
-        sides = ("chosen", "rejected")
-        ratings = [[missing(row[f"{side}_rating"]) for side in sides] for row in rows]
-        attributes = [[row.get(f"{side}_attributes") or [None] * 5 for side in sides] for row in rows]
-        attributes = [[[missing(value) for value in side] for side in both] for both in attributes]
-        ratings = torch.tensor(ratings, dtype=torch.float32)
-        return {
-            "input_ids": input_ids,
-            "segments": segments,
-            "position_ids": position_ids,
-            "ends": ends,
-            "row": torch.tensor([row["row"] for row in rows]),
-            "ratings": ratings,
-            "gap": ratings[:, 0].nan_to_num() - ratings[:, 1].nan_to_num(),
-            "attributes": torch.tensor(attributes, dtype=torch.float32),
-        }
+        named = {"input_ids": input_ids, "segments": segments, "position_ids": position_ids, "ends": ends}
+        return named | {"vectors_at": torch.tensor([row.get(at, -1) for row in rows])}
 
 
 def missing(value: float | None) -> float:
@@ -154,42 +161,21 @@ def split_batch(batch: dict[str, torch.Tensor], tokens: int, multiple: int) -> l
 
     The gradient of the whole is the sum over the parts, in the memory of one of them.
     """
-    lengths = batch["ends"].amax(dim=1) + 1  # [batch]
+    lengths = {name: batch[name].amax(dim=1) + 1 for name in ("ends", "guided_ends") if name in batch}  # [batch] each
     parts, first = [], 0
-    for i in range(1, len(lengths) + 1):
-        if i == len(lengths) or (i + 1 - first) * int(lengths[first : i + 1].max()) > tokens:
-            longest = -(-int(lengths[first:i].max()) // multiple) * multiple
-            part = {name: value[first:i] for name, value in batch.items()}
-            parts.append(part | {name: part[name][:, :longest] for name in ("input_ids", "segments", "position_ids")})
-            first = i
+    count = len(batch["row"])
+    for i in range(1, count + 1):
+        if i < count and (i + 1 - first) * sum(int(part[first : i + 1].max()) for part in lengths.values()) <= tokens:
+            continue
+        part = {name: value[first:i] for name, value in batch.items()}
+        for name, those in lengths.items():
+            longest = -(-int(those[first:i].max()) // multiple) * multiple
+            for column in ("input_ids", "segments", "position_ids"):
+                column = name.replace("ends", column)
+                part[column] = part[column][:, :longest]
+        parts.append(part)
+        first = i
     return parts
-
-
-def shared_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Who sees whom [batch, 1, length, length], bool, of segments [batch, length].
-
-    Each position sees the prompt and its own segment up to itself; padding sees itself, since a row that sees
-    nothing is NaN after the softmax.
-    """
-    index = torch.arange(segments.shape[1], device=segments.device)
-    query, key = segments[:, :, None], segments[:, None, :]
-    seen = (index[:, None] >= index[None, :]) & ((key == PROMPT) | (key == query)) & (key != PADDING)
-    return (seen | (index[:, None] == index[None, :]))[:, None]
-
-
-def hidden_states(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Last hidden states [batch, length, hidden] of shared rows, from a causal or classification model."""
-    model = plain(model)
-    body = getattr(model, model.base_model_prefix)
-    mask = shared_mask(batch["segments"])
-    if model.config._attn_implementation == "eager":  # it adds the mask to the scores, sdpa takes booleans
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-    return body(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=batch["position_ids"],
-        use_cache=False,
-    ).last_hidden_state
 
 
 class LengthSampler(Sampler[int]):
@@ -230,7 +216,12 @@ class LengthSampler(Sampler[int]):
 
 @torch.no_grad()
 def forward_pairs(
-    model: nn.Module, rows: Dataset, collator: PairCollator, batch_size: int, accelerator: object
+    model: nn.Module,
+    rows: Dataset,
+    collator: PairCollator,
+    batch_size: int,
+    accelerator: object,
+    progress: str = "scoring pairs",
 ) -> dict[str, np.ndarray]:
     """What the model says of every row, in the order of the rows, each exactly once on any number of processes.
 
@@ -243,7 +234,7 @@ def forward_pairs(
     found = []
     was_training = model.training
     model.eval()
-    for first in tqdm(range(0, len(batches), world), desc="scoring pairs", disable=me != 0 or None, leave=False):
+    for first in tqdm(range(0, len(batches), world), desc=progress, disable=me != 0 or None, leave=False):
         mine = min(first + me, len(batches) - 1)  # all processes take part in each round: sharded models need it
         batch = collator([rows[int(i)] for i in batches[mine]])
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}

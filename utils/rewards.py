@@ -13,8 +13,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from utils.controls import without_prompts
 from utils.heads import HEADS, Reading
+from utils.hidden import hidden_states
 from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, plain, save_with_proof
-from utils.pairs import PairCollator, hidden_states
+from utils.pairs import PairCollator
 from utils.rows import Message
 from utils.runs import read_json, say, stop, write_json
 from utils.tokens import chat_template_sha256, encode_answers, load_tokenizer

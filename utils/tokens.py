@@ -212,6 +212,12 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prom
         first += len(prompt) - limit  # at the new start letters may merge in another way, into more ids
 
 
+def fitted_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], max_length: int) -> list[int]:
+    """Ids of a prompt with its generation prompt; one that is too long gives way as in a pair."""
+    ids = prompt_ids(tokenizer, messages)
+    return ids if len(ids) <= max_length else fit_prompt(tokenizer, messages, ids, max_length)
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
     return ids_of(tokenizer, [answer_texts(tokenizer, messages, ["Yes"])[0]])[0]
 

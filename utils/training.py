@@ -19,6 +19,7 @@ from utils.models import plain
 from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
 from utils.runs import Interrupt, Run, pick, read_json, say, stop, write_json
 
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # what SCHEDULE may name
 COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
 
 Losses = Callable[[dict, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -29,6 +30,7 @@ class PairTrainer(Trainer):
 
     losses: (outputs of the module, batch) -> (loss of each pair [pairs], {metric: value of each pair [pairs]}).
     evaluation: () -> metrics; called every EVAL_EVERY_STEPS on all processes.
+    rates: {name of a parameter: its learning rate}, where it is another one than that of the rest.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class PairTrainer(Trainer):
         losses: Losses,
         run: Run,
         evaluation: Callable[[], dict[str, float]],
+        rates: dict[str, float] | None = None,
     ):
-        self.losses, self.evaluation = losses, evaluation
+        self.losses, self.evaluation, self.rates = losses, evaluation, rates or {}
         rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.sampler = LengthSampler(pair_lengths(rows), rows_per_step, args.seed)
         self.sums: dict[str, torch.Tensor] = {}
@@ -52,6 +55,18 @@ class PairTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthSampler:
         return self.sampler
+
+    def create_optimizer(self, *arguments: object) -> torch.optim.Optimizer:
+        """Trainer's optimizer, in which the parameters of `rates` are groups of their own."""
+        optimizer = super().create_optimizer(*arguments)
+        for name, rate in self.rates.items():
+            found = [value for other, value in self.model.named_parameters() if other == name and value.requires_grad]
+            for group in optimizer.param_groups:
+                group["params"] = [value for value in group["params"] if not any(value is one for one in found)]
+            if found:
+                optimizer.add_param_group({"params": found, "lr": rate, "weight_decay": 0.0})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: object = None) -> torch.Tensor:
         """Forward and backward of a batch in parts: the same gradient in the memory of a part."""

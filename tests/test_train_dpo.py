@@ -1,0 +1,280 @@
+"""train_dpo.py from end to end: names, folders, caches, guidance, two processes, mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_dpo
+from tests.conftest import ROOT, run_script
+from utils import references
+from utils.names import run_names, short_dataset, short_model
+
+SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 30, "PRECISION": "fp32", "DEVICE": "cpu"}
+SMALL |= {"LEARNING_RATE": 1e-3, "SAMPLE_PROMPTS": 3, "MAX_NEW_TOKENS": 8}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def options(model_folder, sample_folder, tmp_path):
+    where = {"DATA_DIR": sample_folder, "MODEL": model_folder, "REFERENCE_CACHE": tmp_path / "cache"}
+    return SMALL | where | {"OUTPUT_DIR": tmp_path / "run"}
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen2.5-1.5B"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Qwen1.5B"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M"),
+        ("models/SmolLM2-135M-Instruct/", "SmolLM2-135M"),
+    ],
+)
+def test_short_names_of_models(name, short):
+    assert short_model(name) == short
+
+
+def test_names_of_runs():
+    found = run_names("nvidia/HelpSteer2", "Text", "Qwen2.5-1.5B", "new_pref_po", 0.05, 0.1)
+    assert found == ("HelpSteer_new_pref_po_Text", "HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.05-alpha0.1")
+    names = ("esfrankel17/HelpSteer2_binarized", "HuggingFaceH4/ultrafeedback_binarized", "OpenAssistant/oasst1", "x")
+    assert [short_dataset(name) for name in names] == ["HelpSteer", "UFB", "OASST", "Custom"]
+
+
+def test_the_run_folder_is_complete_and_a_plain_model(options, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_script(train_dpo, **options | {"OUTPUT_DIR": "", "MODEL_SHORT_NAME": "Tiny"})
+    folder = tmp_path / "model_output/HelpSteer_dpo_Plain/HelpSteer-Plain-Tiny-dpo-beta0.1-alpha0.1"
+    result = read(folder / "eval.json")
+    assert result["pairs"] > 5 and result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"]
+    assert {"margin", "loss", "kl", "kl_error", "logps_chosen", "logps_chosen_before"} <= set(result)
+    samples = lines_of(folder / "samples.jsonl")
+    assert len(samples) == 3 and all({"prompt", "before", "after"} <= set(sample) for sample in samples)
+    first = lines_of(folder / "metrics.jsonl")[0]
+    names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"}
+    assert names <= set(first) and first["loss"] == pytest.approx(0.693, abs=0.05)
+    assert (folder / "training_curves.png").exists() and "Tiny" in (folder / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=2).shape[1] > 2
+    before, after = load_file(f"{model_folder}/model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_second_run_reads_the_reference_from_the_cache_and_ends_the_same(options, tmp_path, monkeypatch):
+    forwards = []
+    real = references.forward_pairs
+    monkeypatch.setattr(references, "forward_pairs", lambda *a: forwards.append(1) or real(*a))
+    run_script(train_dpo, **options)
+    assert len(forwards) == 2, "train and validation"
+    run_script(train_dpo, **options | {"OUTPUT_DIR": tmp_path / "again"})
+    assert len(forwards) == 2, "nothing is computed again"
+    run_script(train_dpo, **options | {"OUTPUT_DIR": tmp_path / "fly", "REFERENCE_CACHE": ""})
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "again", "fly")]
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name])
+        torch.testing.assert_close(weights[0][name], weights[2][name], atol=1e-4, rtol=1e-3)
+    results = [read(tmp_path / name / "eval.json") for name in ("run", "fly")]
+    assert results[0]["margin"] == pytest.approx(results[1]["margin"], abs=1e-3)
+
+
+def test_the_cache_is_never_stale(options, model_folder, tokenizer_folder, tmp_path, monkeypatch):
+    """Another window, other weights, another precision, guidance: computed anew. Sums serve every loss."""
+    import load_helpsteer_dataset
+    from tests.conftest import SAMPLE
+
+    forwards = []
+    real = references.forward_pairs
+    monkeypatch.setattr(references, "forward_pairs", lambda *a: forwards.append(1) or real(*a))
+    options = options | {"SAMPLE_PROMPTS": 0, "MAX_STEPS": 2}
+
+    def computed(**changes):
+        forwards.clear()
+        run_script(train_dpo, **options | changes | {"OUTPUT_DIR": tmp_path / f"run{len(list(tmp_path.iterdir()))}"})
+        return len(forwards)
+
+    assert computed() == 2 and computed() == 0
+    source = {"DATASET": SAMPLE, "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 96, "MAX_ROWS": 160}
+    run_script(load_helpsteer_dataset, **source, OUTPUT_DIR=tmp_path / "narrow")
+    assert computed(DATA_DIR=tmp_path / "narrow") == 2
+    shutil.copytree(model_folder, tmp_path / "other")
+    state = load_file(tmp_path / "other/model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"] * 1.01
+    from safetensors.torch import save_file
+
+    save_file(state, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    assert computed(MODEL=tmp_path / "other") == 2
+    assert computed(PRECISION="bf16") == 2
+    assert computed(GUIDANCE="text") == 2
+    assert computed(GUIDANCE="embedding") == 2 and computed(GUIDANCE="embedding", PROMPT_EMBEDDING_TOKENS=3) == 2
+    assert computed(LOSS="ipo") == 0, "sums and numbers of tokens give the means"
+    reference = read(sorted(tmp_path.glob("run*"), key=os.path.getmtime)[-1] / "eval.json")
+    assert reference["logps_chosen_before"] < -20, "sums, whatever the loss divides them by"
+
+
+@pytest.mark.parametrize("loss", ["dpo", "new_pref_po"])
+def test_trained_vectors_serve_another_run(options, tmp_path, loss):
+    guided = {"LOSS": loss, "GUIDANCE": "embedding", "PROMPT_EMBEDDING_TOKENS": 4, "TRAIN_POLICY": "false"}
+    run_script(train_dpo, **options | guided)
+    vectors = load_file(tmp_path / "run/prompt_embedding.safetensors")["prompt_embeddings"]
+    assert vectors.shape == (4, 32)
+    path = tmp_path / "run/prompt_embedding.safetensors"
+    again = {"LOSS": loss, "GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": path, "OUTPUT_DIR": tmp_path / "again"}
+    run_script(train_dpo, **options | again)
+    assert not (tmp_path / "again/prompt_embedding.safetensors").exists(), "loaded vectors stay as they are"
+    before = load_file(f"{options['MODEL']}/model.safetensors")
+    frozen, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(before[name], frozen[name]) for name in before)
+    assert not torch.equal(before["model.norm.weight"], trained["model.norm.weight"])
+
+
+def test_an_adapter_folder_is_a_start_and_the_reference_is_that_model(options, tmp_path):
+    run_script(train_dpo, **options | {"USE_LORA": "true", "LORA_RANK": 4, "LOSS": "sipa"})
+    adapter, merged = tmp_path / "run/adapter", tmp_path / "run"
+    logps = []
+    for name, start in (("a", adapter), ("b", merged)):
+        run_script(train_dpo, **options | {"MODEL": start, "OUTPUT_DIR": tmp_path / name, "SAMPLE_PROMPTS": 0})
+        logps.append(read(tmp_path / name / "eval.json")["logps_chosen_before"])
+    assert logps[0] == pytest.approx(logps[1], rel=1e-4)
+    assert logps[0] == pytest.approx(read(tmp_path / "run/eval.json")["logps_chosen"], rel=1e-3)
+    assert logps[0] != pytest.approx(read(tmp_path / "run/eval.json")["logps_chosen_before"], rel=1e-6)
+
+
+def test_a_reward_model_compares_before_and_after(options, tmp_path):
+    import train_reward_model
+
+    reward = {"MAX_STEPS": 2, "MAX_ROWS": 20, "DEVICE": "cpu", "CONTROL_PAIRS": 0, "OUTPUT_DIR": tmp_path / "judge"}
+    run_script(train_reward_model, **reward, DATA_DIR=options["DATA_DIR"], MODEL=options["MODEL"])
+    run_script(train_dpo, **options | {"REWARD_MODEL": tmp_path / "judge"})
+    found = read(tmp_path / "run/eval.json")["comparison"]
+    samples = lines_of(tmp_path / "run/samples.jsonl")
+    assert found["prompts"] == 3 and found["verdict"] in ("grew", "fell", "not shown")
+    assert found["mean_reward_after"] == pytest.approx(np.mean([s["reward_after"] for s in samples]))
+    assert found["win_rate_low"] <= found["win_rate"] <= found["win_rate_high"]
+
+
+def test_trl_engine_trains_on_the_same_rows(options, tmp_path):
+    run_script(train_dpo, **options | {"ENGINE": "trl"})
+    assert read(tmp_path / "run/eval.json")["pairs"] > 5
+    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [2, 4]
+
+
+def command_of(options, *launcher):
+    words = [f"--{name.lower()}={value}" for name, value in options.items()]
+    return [sys.executable, *launcher, "train_dpo.py", *words]
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
+    options = options | {"SAMPLE_PROMPTS": 0, "BATCH_SIZE": 2, "LOSS": "ipo"}
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29561")
+    runs = {"two": (launcher, 1), "one": ((), 2)}
+    for name, (how, accumulation) in runs.items():
+        mine = options | {"OUTPUT_DIR": tmp_path / name, "ACCUMULATION": accumulation}
+        done = subprocess.run(
+            command_of(mine, *how), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert read(tmp_path / "two/run.json")["processes"] == 2
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in runs)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-4)
+    logged = [[line["loss"] for line in lines_of(tmp_path / name / "metrics.jsonl")] for name in runs]
+    assert logged[0] == pytest.approx(logged[1], abs=1e-4)
+    results = [read(tmp_path / name / "eval.json") for name in runs]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert results[0]["margin"] == pytest.approx(results[1]["margin"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "constants, message",
+    [
+        ({"LOSS": "kto"}, "LOSS = 'kto' is not known, choose one of: dpo, ipo, hinge, sipa, orpo, simpo, new_pref_po"),
+        ({"GUIDANCE": "song"}, "GUIDANCE = 'song' is not known, choose one of: none, text, embedding"),
+        ({"LOSS": "new_pref_po"}, "LOSS = 'new_pref_po' learns from a preference in the prompt: set GUIDANCE"),
+        ({"GUIDANCE": "text", "PREFERENCE_TEXT": " "}, "PREFERENCE_TEXT is empty"),
+        ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not there"),
+        ({"TRAIN_POLICY": "false"}, "TRAIN_POLICY = False leaves nothing to train"),
+        (
+            {"LABEL_SMOOTHING": 0.1, "LOSS": "ipo"},
+            "LABEL_SMOOTHING = 0.1 is for dpo, sipa, simpo, not for LOSS = 'ipo'",
+        ),
+        ({"ENGINE": "trl", "LOSS": "orpo"}, "ENGINE = 'trl' knows dpo, ipo, hinge, sipa"),
+        ({"BETA": -1.0}, "BETA = -1.0"),
+        ({"REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
+        ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_TOKENS": 100}, "PROMPT_EMBEDDING_TOKENS = 100 does not fit"),
+        ({"GUIDANCE": "text", "PREFERENCE_TEXT": "word " * 200}, "PREFERENCE_TEXT does not fit"),
+    ],
+)
+def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_dpo, **options | constants)
+    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+# the shell way in
+
+
+def shell(tmp_path, **variables):
+    environment = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in variables.items()}}
+    return subprocess.run(["./train_helpsteer.sh"], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_the_shell_script_shows_what_it_starts(sample_folder, tmp_path):
+    done = shell(tmp_path, DRY_RUN=1, DATA_DIR=sample_folder, GPUS=2, CONFIG="configs/fsdp.yaml", BETA=0.2)
+    assert done.returncode == 0, done.stderr
+    assert "HelpSteer_new_pref_po_Text/HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.2-alpha0.1" in done.stdout
+    assert "accelerate launch --config_file configs/fsdp.yaml --num_processes 2 train_dpo.py" in done.stdout
+    options = {word[2:].upper() for word in done.stdout.split() if word.startswith("--")}
+    assert options - {"CONFIG_FILE", "NUM_PROCESSES"} <= set(train_dpo.__dict__)
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"TRAINING_MODE": "song"}, "TRAINING_MODE = 'song' is not known, choose one of: none text embedding"),
+        ({"TRAINING_MODE": "none"}, "LOSS_NAME = new_pref_po learns from a preference in the prompt"),
+        ({"PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not there"),
+        ({"GPUS": "many"}, "GPUS = 'many': expected a whole number"),
+        ({"GPUS": "2", "CONFIG": "no.yaml"}, "CONFIG = 'no.yaml' is not there, here: configs/deepspeed_zero2.yaml"),
+        ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py"),
+    ],
+)
+def test_the_shell_script_checks_its_variables(sample_folder, tmp_path, variables, message):
+    done = shell(tmp_path, **{"DATA_DIR": sample_folder} | variables)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_shell_script_trains(options, tmp_path):
+    copied = {"DATA_DIR": options["DATA_DIR"], "POLICY_MODEL_PATH": options["MODEL"], "MODEL_SHORT_NAME": "Tiny"}
+    environment = {**os.environ, "PYTHON": sys.executable, **copied}
+    rest = [f"--{name.lower()}={value}" for name, value in options.items() if name not in ("DATA_DIR", "MODEL")]
+    done = subprocess.run(["./train_helpsteer.sh", *rest], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read(tmp_path / "run/run.json")["settings"]["LOSS"] == "new_pref_po"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_configuration(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(path))
+    kinds = {"multi_gpu": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
+    assert found.distributed_type.value == kinds[path.stem] and found.num_processes == 2
+    if "zero" in path.stem:
+        assert found.deepspeed_config["zero_stage"] == int(path.stem[-1])

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Preference-guided DPO in one command: edit the variables, or set them for one call:
+#   ./train_helpsteer.sh
+#   TRAINING_MODE=none LOSS_NAME=dpo BETA=0.1 GPUS=2 ./train_helpsteer.sh
+#   DRY_RUN=1 ./train_helpsteer.sh    # only checks, and shows the command
+set -euo pipefail
+cd "$(dirname "$0")"
+
+TRAINING_MODE=${TRAINING_MODE:-text}                                 # none | text | embedding
+POLICY_MODEL_PATH=${POLICY_MODEL_PATH:-Qwen/Qwen2.5-1.5B-Instruct}   # hub name or folder
+MODEL_SHORT_NAME=${MODEL_SHORT_NAME:-}                               # in the name of the run, empty: made of the path
+LOSS_NAME=${LOSS_NAME:-new_pref_po}                                  # dpo | ipo | hinge | sipa | orpo | simpo | new_pref_po
+BETA=${BETA:-0.05}
+ALPHA=${ALPHA:-0.1}
+LAMBDA_KL=${LAMBDA_KL:-0.1}
+PREFERENCE_TEXT=${PREFERENCE_TEXT:-Please provide a helpful, honest, harmless, and concise response.}
+PROMPT_EMBEDDING_PATH=${PROMPT_EMBEDDING_PATH:-}                     # .pt or .safetensors, empty: train new vectors
+DATA_DIR=${DATA_DIR:-processed_helpsteer}                            # made by load_helpsteer_dataset.py
+LEARNING_RATE=${LEARNING_RATE:-}                                     # empty: that of train_dpo.py
+EPOCHS=${EPOCHS:-1}
+BATCH_SIZE=${BATCH_SIZE:-4}
+ACCUMULATION=${ACCUMULATION:-4}
+USE_LORA=${USE_LORA:-false}
+GPUS=${GPUS:-1}                                                      # more than one: accelerate launch
+CONFIG=${CONFIG:-configs/multi_gpu.yaml}                             # or fsdp, deepspeed_zero2, deepspeed_zero3
+REPORT_TO=${REPORT_TO:-none}                                         # none | tensorboard | trackio | wandb
+PYTHON=${PYTHON:-python}
+DRY_RUN=${DRY_RUN:-}
+
+fail() { echo "$1" >&2; exit 1; }
+one_of() { # name value choices...
+    local name=$1 value=$2; shift 2
+    for choice in "$@"; do [ "$value" = "$choice" ] && return; done
+    fail "$name = '$value' is not known, choose one of: $*"
+}
+
+one_of TRAINING_MODE "$TRAINING_MODE" none text embedding
+one_of LOSS_NAME "$LOSS_NAME" dpo ipo hinge sipa orpo simpo new_pref_po
+[ "$LOSS_NAME" != new_pref_po ] || [ "$TRAINING_MODE" != none ] ||
+    fail "LOSS_NAME = new_pref_po learns from a preference in the prompt: set TRAINING_MODE = text or embedding"
+[ "$TRAINING_MODE" != text ] || [ -n "$PREFERENCE_TEXT" ] || fail "PREFERENCE_TEXT is empty: TRAINING_MODE = text says it"
+[ -z "$PROMPT_EMBEDDING_PATH" ] || [ -f "$PROMPT_EMBEDDING_PATH" ] ||
+    fail "PROMPT_EMBEDDING_PATH = '$PROMPT_EMBEDDING_PATH' is not there"
+[[ "$GPUS" =~ ^[1-9][0-9]*$ ]] || fail "GPUS = '$GPUS': expected a whole number, 1 or more"
+[ "$GPUS" = 1 ] || [ -f "$CONFIG" ] || fail "CONFIG = '$CONFIG' is not there, here: $(echo configs/*.yaml)"
+[ -f "$DATA_DIR/metadata.json" ] ||
+    fail "$DATA_DIR is not there yet: run \`python load_helpsteer_dataset.py --tokenizer $POLICY_MODEL_PATH\` first"
+
+read -r PROJECT RUN < <("$PYTHON" -m utils.names "$DATA_DIR" "$TRAINING_MODE" "${MODEL_SHORT_NAME:-$POLICY_MODEL_PATH}" \
+    "$LOSS_NAME" "$BETA" "$ALPHA")
+echo "project  $PROJECT"
+echo "run      $RUN"
+echo "folder   model_output/$PROJECT/$RUN"
+
+options=(
+    --data_dir "$DATA_DIR" --model "$POLICY_MODEL_PATH" --model_short_name "$MODEL_SHORT_NAME"
+    --loss "$LOSS_NAME" --beta "$BETA" --alpha "$ALPHA" --lambda_kl "$LAMBDA_KL" --guidance "$TRAINING_MODE"
+    --preference_text "$PREFERENCE_TEXT" --prompt_embedding_path "$PROMPT_EMBEDDING_PATH"
+    --epochs "$EPOCHS" --batch_size "$BATCH_SIZE" --accumulation "$ACCUMULATION" --use_lora "$USE_LORA"
+    --report_to "$REPORT_TO"
+)
+[ -z "$LEARNING_RATE" ] || options+=(--learning_rate "$LEARNING_RATE")
+if [ "$GPUS" = 1 ]; then
+    command=("$PYTHON" train_dpo.py)
+else
+    command=(accelerate launch --config_file "$CONFIG" --num_processes "$GPUS" train_dpo.py)
+fi
+echo "command  $(printf '%q ' "${command[@]}" "${options[@]}")"
+[ -n "$DRY_RUN" ] || exec "${command[@]}" "${options[@]}" "$@"

@@ -1,0 +1,48 @@
+"""What runs of preference training are called: project, run, folder."""
+
+import re
+import sys
+from pathlib import Path
+
+from utils.runs import read_json
+
+DATASETS = (("helpsteer", "HelpSteer"), ("ultrafeedback", "UFB"), ("oasst", "OASST"))  # in a dataset's name: short
+
+MODES = {"none": "Plain", "text": "Text", "embedding": "Emb"}  # what GUIDANCE may name: what runs are called by it
+
+
+def short_dataset(name: str) -> str:
+    """HelpSteer, UFB, OASST or Custom, by the dataset_name of the metadata."""
+    return next((short for part, short in DATASETS if part in name.lower()), "Custom")
+
+
+def short_model(name: str) -> str:
+    """A model's name without owner and -Instruct; DeepSeek-R1-Distill-Qwen-1.5B becomes DeepSeek-R1-Qwen1.5B."""
+    short = Path(name.rstrip("/")).name
+    short = re.sub(r"-(Instruct|instruct|Chat|chat|it)\b", "", short)
+    return re.sub(r"-Distill-([A-Za-z]+)-(\d)", r"-\1\2", short)
+
+
+def number(value: float) -> str:
+    """A number as short as it can be written: 0.05, 1, 1e-05."""
+    return f"{value:g}"
+
+
+def run_names(dataset: str, mode: str, model: str, loss: str, beta: float, alpha: float) -> tuple[str, str]:
+    """(project, run): HelpSteer_dpo_Text and HelpSteer-Text-Qwen2.5-1.5B-dpo-beta0.1-alpha0.1.
+
+    dataset: dataset_name of the metadata. mode: Plain, Text or Emb. model: as it is to be called.
+    """
+    run = f"{short_dataset(dataset)}-{mode}-{model}-{loss}-beta{number(beta)}-alpha{number(alpha)}"
+    return f"HelpSteer_{loss}_{mode}", run
+
+
+def main(words: list[str]) -> None:
+    """Print project and run for DATA_DIR, GUIDANCE, MODEL, LOSS, BETA, ALPHA: for shell scripts."""
+    data_dir, guidance, model, loss, beta, alpha = words
+    dataset = read_json(Path(data_dir) / "metadata.json")["dataset_name"]
+    print(*run_names(dataset, MODES[guidance], short_model(model), loss, float(beta), float(alpha)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,139 @@
+"""Answers of a policy: batched generation, and the log-probs of what was generated."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from utils.guidance import Guidance
+from utils.hidden import with_vectors
+from utils.logps import answer_logps
+from utils.models import autocast, plain
+from utils.pairs import PairCollator
+from utils.rows import Message
+from utils.tokens import end_of_turn, fitted_prompt
+
+
+@dataclass
+class Answer:
+    """A generated answer: ids of its prompt, its own ids (the end of turn among them, if it came to one), its text."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    ended: bool
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the tokenizer's end token, and the special token that its template closes a turn with."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    closing = [i for i in end_of_turn(tokenizer) if i in special]
+    return sorted({*closing[:1], *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
+
+
+def prompt_ids_of(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], max_length: int, guidance: Guidance
+) -> list[list[int]]:
+    """Ids of prompts that fit `max_length`, guided; what is too long loses its oldest turns, then its start."""
+    return [fitted_prompt(tokenizer, guidance.add(messages), max_length) for messages in conversations]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    guidance: Guidance | None = None,
+    progress: str = "sampling",
+) -> list[Answer]:
+    """One answer to each prompt (ids), in their order; temperature 0 is greedy.
+
+    Samples from the whole distribution (top_k 0, top_p 1, no penalty), in left-padded batches of prompts of like
+    length. The same seed gives two policies the same random numbers, batch by batch.
+    """
+    model, stops = plain(model), stop_ids(tokenizer)
+    vectors = guidance.vectors if guidance else None
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    how = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    how |= {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0} if temperature else {"repetition_penalty": 1.0}
+    was, answers = model.training, {}
+    model.eval()
+    torch.manual_seed(seed)
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=progress, leave=False, disable=None if len(starts) > 1 else True):
+        mine = order[start : start + batch_size]
+        given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
+        with autocast(model.device, precision):
+            written = model.generate(
+                **given, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **how
+            )
+        for i, ids in zip(mine, written[:, width:].tolist(), strict=True):
+            end = next((place for place, token in enumerate(ids) if token in stops), None)
+            ids = ids if end is None else ids[: end + 1]
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers[i] = Answer(prompts[i], ids, text, end is not None)
+    model.train(was)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def left_padded(
+    model: nn.Module, prompts: list[list[int]], pad_id: int, vectors: torch.Tensor | None, guidance: Guidance | None
+) -> tuple[dict[str, torch.Tensor], int]:
+    """(what generate() takes, number of its output's columns that are prompt) for one batch of prompts."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    if vectors is None:
+        return given, width
+    at = torch.tensor([width - len(prompt) + guidance.find(prompt) for prompt in prompts], device=model.device)
+    body = getattr(model, model.base_model_prefix)
+    embedded = with_vectors(body, given.pop("input_ids"), at, vectors.to(model.device))
+    return {"inputs_embeds": embedded, **given}, 0
+
+
+@torch.no_grad()
+def logps_of(
+    model: nn.Module,
+    answers: list[Answer],
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    guidance: Guidance | None = None,
+) -> torch.Tensor:
+    """log pi(answer | prompt) [answers] at a temperature, summed over the tokens, the end of turn among them."""
+    device, vectors = plain(model).device, guidance.vectors if guidance else None
+    order = sorted(range(len(answers)), key=lambda i: -len(answers[i].prompt_ids) - len(answers[i].ids))
+    was, found = model.training, torch.zeros(len(answers))
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        mine = order[start : start + batch_size]
+        batch = batch_of([answers[i] for i in mine], guidance)
+        with autocast(device, precision):
+            sums, _ = answer_logps(
+                model,
+                {name: value.to(device) for name, value in batch.items()},
+                vectors.to(device) if vectors is not None else None,
+                temperature,
+            )
+        found[mine] = sums[:, 0].cpu()
+    model.train(was)
+    return found
+
+
+def batch_of(answers: list[Answer], guidance: Guidance | None = None, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """Prompts and their answers as shared rows without a second answer, for answer_logps."""
+    rows = [{"chosen_ids": answer.ids, "rejected_ids": [], "vectors_at": -1} for answer in answers]
+    if guidance and guidance.vectors is not None:
+        for row, answer in zip(rows, answers, strict=True):
+            row["vectors_at"] = guidance.find(answer.prompt_ids)
+    return PairCollator(0, multiple).shared_rows([answer.prompt_ids for answer in answers], rows, "vectors_at")

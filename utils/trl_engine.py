@@ -1,0 +1,70 @@
+"""Stock TRL on the rows of a processed folder: the other engine, and the oracle of the tests."""
+
+import copy
+from collections.abc import Callable
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from utils import training
+from utils.pairs import whole_rows
+from utils.runs import Run
+
+DPO_LOSSES = {  # LOSS: loss_type and loss_weights of trl.DPOConfig
+    "dpo": (["sigmoid"], None),
+    "ipo": (["ipo"], None),
+    "hinge": (["hinge"], None),
+    "sipa": (["sigmoid_norm", "sft"], [1.0, 0.05]),
+}
+
+
+def reward_trainer(
+    model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run: Run, arguments: Callable
+) -> Trainer:
+    """trl.RewardTrainer; its max_length would filter out long pairs, so it gets ids that fit already."""
+    from trl import RewardConfig, RewardTrainer
+
+    args = arguments(RewardConfig, max_length=None, disable_dropout=False, gradient_checkpointing=False)
+    trainer = RewardTrainer(model=model, args=args, train_dataset=whole_rows(rows), processing_class=tokenizer)
+    training.attach(trainer, run)
+    return trainer
+
+
+def dpo_trainer(
+    model: nn.Module,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+    arguments: Callable,
+    loss: str,
+    beta: float,
+) -> Trainer:
+    """trl.DPOTrainer; the reference is a copy of the model as it is, where TRL would read one from the disk."""
+    from trl import DPOConfig, DPOTrainer
+
+    kinds, weights = DPO_LOSSES[loss]
+    args = arguments(
+        DPOConfig, loss_type=kinds, loss_weights=weights, beta=beta, max_length=None, gradient_checkpointing=False
+    )
+    adapted = hasattr(model, "disable_adapter")
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=None if adapted else copy.deepcopy(model),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),  # it insists on tokenising
+        processing_class=tokenizer,
+    )
+    trainer.train_dataset = prompt_rows(rows)
+    training.attach(trainer, run)
+    return trainer
+
+
+def prompt_rows(rows: Dataset) -> Dataset:
+    """The rows as TRL's DPO collator takes them: prompt_ids, chosen_ids, rejected_ids."""
+
+    def only(row: dict) -> dict:
+        return {"prompt_ids": row["input_ids"][: sum(row["attention_mask"])]}
+
+    kept = ("chosen_ids", "rejected_ids")
+    return rows.map(only, remove_columns=[name for name in rows.column_names if name not in kept], desc="rows for TRL")
