@@ -4,7 +4,7 @@ Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py)
 Writes : outputs/compare_training.json, and prints a table
 
 python -m benchmarks.compare_training
-python -m benchmarks.compare_training --max_rows 32 --model models/SmolLM2-135M-Instruct
+python -m benchmarks.compare_training --method dpo --max_rows 32 --model models/SmolLM2-135M-Instruct
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from utils.config import override_constants
 from utils.runs import needs, peak_memory_gb, pick, say, script, stop, versions, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
     from transformers import Trainer
 
 # data
@@ -29,62 +32,94 @@ MAX_ROWS = 24  # training pairs that each variant trains on, once
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
 # training
+METHOD = "reward"  # reward = a scalar reward model | dpo
 VARIANTS = ("ours", "trl", "trl_best")  # what is compared, see FLAGS
 BATCH_SIZE = 4  # pairs at once
-LEARNING_RATE = 5e-5  # at its highest
+LEARNING_RATE = 1e-5  # at its highest
 SEED = 42  # of the order of rows
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 # output
 OUTPUT = "outputs/compare_training.json"  # the figures
 CHILD = ""  # set by this script itself: the variant that this process measures
 
+METHODS = {"reward": "trl.RewardTrainer", "dpo": "trl.DPOTrainer"}
 FLAGS = {  # what each variant asks of its trainer
     "ours": {},
     "ours_fp32": {"precision": "fp32"},
-    "trl": {},  # trl.RewardTrainer with its defaults
+    "trl": {},  # TRL's defaults
     "trl_best": {"bf16": True, "gradient_checkpointing": False},
 }
 
 
 def build(
-    variant: str, data_dir: str, max_rows: int, model: str, batch: int, rate: float, seed: int, device: str
-) -> Trainer:
-    """The trainer of a variant over the first max_rows training pairs."""
-    from functools import partial
+    method: str, variant: str, data_dir: str, max_rows: int, model: str, same: dict, place: torch.device
+) -> tuple[Trainer, float]:
+    """(the trainer of a variant over the first max_rows training pairs, seconds that the reference took before).
 
+    same: training arguments that all variants share.
+    """
     from transformers import TrainingArguments, set_seed
-    from trl import RewardConfig, RewardTrainer
 
-    from utils import losses, models, pairs, rewards, training
+    from utils import models, pairs, training
     from utils.runs import Run
 
-    flags = FLAGS[variant]
-    place = models.choose_device(device)
+    flags, work = FLAGS[variant], Path(tempfile.mkdtemp())
     tokenizer, _ = pairs.matching_tokenizer(data_dir, "MODEL", model)
     rows = pairs.load_pairs(data_dir, "train", max_rows)
-    set_seed(seed)
-    network = rewards.prepare(models.load_classifier(model, 1), tokenizer, rewards.HEADS["scalar"])
-    work = Path(tempfile.mkdtemp())
-    same = {
-        "per_device_train_batch_size": batch, "learning_rate": rate, "seed": seed, "report_to": "none",
-        "logging_steps": 1, "num_train_epochs": 1,
-    }  # fmt: skip
-    if variant.startswith("ours"):
-        precision, _ = models.choose_precision(flags.get("precision", ""), place)
-        args = training.training_arguments(
-            TrainingArguments, work, place, precision, save_steps=0, eval_steps=0, **same
+    set_seed(same["seed"])
+    if variant.startswith("trl"):
+        return trl_trainer(method, model, rows, tokenizer, work, place, same | flags), 0.0
+    precision, _ = models.choose_precision(flags.get("precision", ""), place)
+    args = training.training_arguments(TrainingArguments, work, place, precision, save_steps=0, eval_steps=0, **same)
+    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(place))
+    module, loss = ours(method, model, tokenizer)
+    trainer = training.PairTrainer(module, args, rows, collator, loss, Run(work, {}), dict)
+    began = time.perf_counter()
+    if method == "dpo":
+        from utils.references import with_reference
+
+        trainer.train_dataset = with_reference(
+            rows, module.to(place), collator, 2 * same["per_device_train_batch_size"], trainer.accelerator, work, "key"
         )
-        loss = partial(rewards.pair_losses, pair_loss=losses.bradley_terry)
-        collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(place))
-        return training.PairTrainer(rewards.RewardPairs(network), args, rows, collator, loss, Run(work, {}), dict)
-    args = RewardConfig(
-        str(work), use_cpu=place.type == "cpu", max_length=None, save_strategy="no", disable_tqdm=True, **same, **flags
-    )
-    return RewardTrainer(model=network, args=args, train_dataset=pairs.whole_rows(rows), processing_class=tokenizer)
+    return trainer, time.perf_counter() - began
 
 
-def measure(trainer: Trainer, batch: int) -> dict[str, float]:
-    """Seconds a pair without the first step (kernels are built in it), peak memory, mean loss of the pass."""
+def ours(method: str, model: str, tokenizer: object) -> tuple[torch.nn.Module, Callable]:
+    """(module, loss of a pair) of this toolkit."""
+    from utils import heads, losses, models, policies, rewards
+
+    if method == "reward":
+        reading = heads.Reading("scalar")
+        module = rewards.RewardPairs(rewards.start_model(model, tokenizer, reading))
+        return module, heads.PairLoss(reading, "bradley_terry")
+    module = policies.PolicyPairs(models.load_causal(model))
+    return module, policies.PolicyPairLoss(module, losses.POLICY_LOSSES["dpo"], losses.Knobs(0.1), 0.0, "bf16", True)
+
+
+def trl_trainer(
+    method: str, model: str, rows: object, tokenizer: object, work: Path, place: torch.device, options: dict
+) -> Trainer:
+    """Stock TRL with its own precision and checkpointing where `options` does not say otherwise."""
+    from utils import heads, models, rewards, trl_engine
+    from utils.runs import Run
+
+    def arguments(kind: type, **more: object) -> object:
+        more.pop("gradient_checkpointing", None)
+        named = {"use_cpu": place.type == "cpu", "save_strategy": "no", "disable_tqdm": True} | more | options
+        return kind(str(work), **named)
+
+    if method == "reward":
+        network = rewards.start_model(model, tokenizer, heads.Reading("scalar"))
+        return trl_engine.reward_trainer(network, rows, tokenizer, Run(work, {}), arguments)
+    network = models.load_causal(model)
+    return trl_engine.dpo_trainer(network, rows, tokenizer, Run(work, {}), arguments, "dpo", 0.1)
+
+
+def measure(trainer: Trainer, batch: int, before: float) -> dict[str, float]:
+    """Seconds a pair without the first step (kernels are built in it), peak memory, mean loss of the pass.
+
+    before: seconds spent on all pairs ahead of the training; they are counted.
+    """
     from transformers import TrainerCallback
 
     ends = []
@@ -95,10 +130,10 @@ def measure(trainer: Trainer, batch: int) -> dict[str, float]:
 
     trainer.add_callback(Clock())
     trainer.train()
-    pairs = len(trainer.train_dataset) - batch
+    pairs = len(trainer.train_dataset)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {
-        "seconds_per_pair": round((ends[-1] - ends[0]) / pairs, 3),
+        "seconds_per_pair": round((ends[-1] - ends[0]) / (pairs - batch) + before / pairs, 3),
         "peak_memory_gb": peak_memory_gb(),
         "loss": round(sum(losses) / len(losses), 4),
     }
@@ -129,15 +164,20 @@ def print_table(figures: dict[str, dict[str, float]]) -> None:
 @script
 def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
+    pick(METHODS, "METHOD", METHOD)
     for variant in (CHILD,) if CHILD else VARIANTS:
         pick(FLAGS, "VARIANTS", variant)
     if CHILD:
-        trainer = build(CHILD, DATA_DIR, MAX_ROWS, MODEL, BATCH_SIZE, LEARNING_RATE, SEED, DEVICE)
-        print(json.dumps(measure(trainer, BATCH_SIZE)))
+        from utils.models import choose_device
+
+        same = {"per_device_train_batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, "seed": SEED}
+        same |= {"report_to": "none", "logging_steps": 1, "num_train_epochs": 1}
+        trainer, before = build(METHOD, CHILD, DATA_DIR, MAX_ROWS, MODEL, same, choose_device(DEVICE))
+        print(json.dumps(measure(trainer, BATCH_SIZE, before)))
         return
     figures = {}
     for variant in VARIANTS:
-        say(f"{variant}: training on {MAX_ROWS} pairs in batches of {BATCH_SIZE}")
+        say(f"{METHOD}, {variant}: training on {MAX_ROWS} pairs in batches of {BATCH_SIZE}")
         figures[variant] = run_child(variant, sys.argv[1:])
     print_table(figures)
     Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
