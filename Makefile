@@ -1,4 +1,4 @@
-# make quickstart: from nothing to a trained reward model on the sample rows. make test: all tests.
+# make quickstart: from nothing to a reward model, a policy and a report on the sample rows. make test: all tests.
 # Each makes .venv and installs what it needs first. PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
@@ -15,6 +15,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python load_helpsteer_dataset.py --dataset sample_data/helpsteer_sample.jsonl --tokenizer $(MODEL) --output_dir $(QUICK)/data
 	$(BIN)/python dataset_summary.py --data_dir $(QUICK)/data --output_dir $(QUICK)/summary
 	$(BIN)/python train_reward_model.py --data_dir $(QUICK)/data --model $(MODEL) --output_dir $(QUICK)/reward_model --max_rows 160
+	$(BIN)/python train_dpo.py --data_dir $(QUICK)/data --model $(MODEL) --output_dir $(QUICK)/dpo --max_rows 48 --sample_prompts 8 --max_new_tokens 60 --reward_model $(QUICK)/reward_model --reference_cache $(QUICK)/reference_cache
 	$(BIN)/python -m extras.make_report --look_in $(QUICK) --output $(QUICK)/report.html
 
 test: $(VENV)/.installed-dev

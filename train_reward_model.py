@@ -128,6 +128,7 @@ def main(settings: dict) -> None:
     judged, measured_on = validation, "validation"
     if EPOCHS > 1 and metadata["test_size"]:  # the epoch is chosen on validation, so it cannot measure too
         judged, measured_on = pairs.load_pairs(DATA_DIR, "test", MAX_ROWS), "test"
+    rows, judged, validation = (controls.closed_answers(some, tokenizer) for some in (rows, judged, validation))
     ratings, means = pairs.ratings_of(rows)
     reading = heads.reading_of(HEAD, RATING or metadata["rating"], ratings, means)
     check_loss(

@@ -62,6 +62,7 @@ def pairs_of_another_origin(dataset: str, max_rows: int) -> Dataset:
 
 def in_its_window(rows: Dataset, model: RewardModel) -> Dataset:
     """The rows as the model reads them: with its tokenizer, its template and its window; equal pairs left out."""
+    from utils.controls import closed_answers
     from utils.tokens import token_columns, tokenised
 
     known = [name for name in token_columns(rows[:1], model.tokenizer, model.max_length) if name in rows.column_names]
@@ -69,7 +70,7 @@ def in_its_window(rows: Dataset, model: RewardModel) -> Dataset:
     different = [i for i, equal in enumerate(rows["equal_after_cut"]) if not equal]
     if len(different) < len(rows):
         say(f"{len(rows) - len(different)} of {len(rows)} pairs are equal in its window and are left out")
-    return rows.select(different)
+    return closed_answers(rows.select(different), model.tokenizer)
 
 
 @script

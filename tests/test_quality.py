@@ -170,3 +170,19 @@ def test_a_fitted_length_penalty_takes_off_what_people_do_not_reward():
     assert abs(after["length_correlation"]) < before["length_correlation"]
     set_reading(reading, "0.25", rows, lambda _: outputs)
     assert reading.length_penalty == 0.25
+
+
+def test_cut_answers_are_closed_for_reward_models(sample_folder, tokenizer):
+    """Else the token at which an answer is read says whether it was cut, and a reward model learns just that."""
+    from utils.controls import closed_answers
+    from utils.pairs import load_pairs
+    from utils.tokens import end_of_turn
+
+    rows, closing = load_pairs(sample_folder, "train", 60), end_of_turn(tokenizer)
+    closed = closed_answers(rows, tokenizer)
+    assert any(rows["chosen_cut"]) and not all(rows["chosen_cut"])
+    for before, after in zip(rows, closed, strict=True):
+        for side in ("chosen", "rejected"):
+            old, new = before[f"{side}_ids"], after[f"{side}_ids"]
+            assert new[-len(closing) :] == closing and len(new) == len(old)
+            assert new == old if not before[f"{side}_cut"] else new[:-2] == old[:-2] != old

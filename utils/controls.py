@@ -4,9 +4,20 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.tokens import prompt_ids
+from utils.tokens import closed, end_of_turn, prompt_ids
 
 LENGTH_BINS = 4  # quarters of the pairs by how much their answers differ in length
+
+
+def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows with an end of turn behind cut answers too, as reward models read them (see utils.tokens.closed)."""
+    closing = end_of_turn(tokenizer)
+    for side in ("chosen", "rejected"):
+        both = zip(rows[f"{side}_ids"], rows[f"{side}_cut"], strict=True)
+        ids = [closed(answer, closing) if cut else answer for answer, cut in both]
+        kind = rows.features[f"{side}_ids"]
+        rows = rows.remove_columns(f"{side}_ids").add_column(f"{side}_ids", ids, feature=kind)
+    return rows
 
 
 def without_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -174,13 +174,13 @@ class RewardModel:
         """
         if self.config.get("answers_only"):
             prompts = [[{"role": "user", "content": ""}]] * len(prompts)
-        encoded = encode_answers(self.tokenizer, prompts, answers, self.max_length)
+        encoded = encode_answers(self.tokenizer, prompts, answers, self.max_length, close=True)
         ids = [pair.prompt_ids + answer for pair in encoded for answer in pair.answer_ids]
         tokens = torch.tensor([[len(answer) for answer in pair.answer_ids] for pair in encoded], dtype=torch.float32)
         return self.outputs_of_ids(ids, batch_size).view(*tokens.shape, -1), tokens
 
     def pair_outputs(self, rows: Dataset, batch_size: int = 8) -> np.ndarray:
-        """The head's outputs [pairs, 2, n] for rows with token columns, chosen first."""
+        """The head's outputs [pairs, 2, n] for rows with token columns and closed answers, chosen first."""
         if self.config.get("answers_only"):
             rows = without_prompts(rows, self.tokenizer)
         prompts = [row["input_ids"][: sum(row["attention_mask"])] for row in rows]

@@ -151,16 +151,18 @@ def encode_answers(
     prompts: list[list[Message]],
     answers: list[tuple[str, ...]],
     max_length: int,
+    close: bool = False,
 ) -> list[Encoded]:
     """Prompts with their answers (a pair has two) as ids: the prompt fits `max_length` with each of its answers.
 
     If the longest does not fit, the prompt gives way first, down to half of the window: the oldest turns go, then the
     start of the text of the first one left; the template's scaffold stays whole. Then the ends of the answers are
-    cut, and a cut answer has no end of turn: it would teach the model to stop in mid-sentence.
+    cut, and a cut answer has no end of turn: it would teach the model to stop in mid-sentence. With `close` it has one
+    all the same, see `closed`.
     """
     texts = [answer_texts(tokenizer, prompt, list(some)) for prompt, some in zip(prompts, answers, strict=True)]
     prompt_ids = ids_of(tokenizer, [prompt for prompt, _ in texts])
-    closing = len(end_of_turn(tokenizer))
+    closing = end_of_turn(tokenizer)
     encoded = []
     for messages, prompt, (_, written) in zip(prompts, prompt_ids, texts, strict=True):
         ids = ids_of(tokenizer, written)
@@ -169,14 +171,26 @@ def encode_answers(
         if prompt_cut:
             prompt = fit_prompt(tokenizer, messages, prompt, limit)
         room = max_length - len(prompt)
-        kept = [cut_answer(answer, room, closing) for answer in ids]
-        encoded.append(Encoded(prompt, kept, prompt_cut, [len(answer) > room for answer in ids]))
+        cut = [len(answer) > room for answer in ids]
+        kept = [cut_answer(answer, room, len(closing)) for answer in ids]
+        if close:
+            kept = [closed(answer, closing) if was_cut else answer for answer, was_cut in zip(kept, cut, strict=True)]
+        encoded.append(Encoded(prompt, kept, prompt_cut, cut))
     return encoded
 
 
 def cut_answer(ids: list[int], room: int, closing: int) -> list[int]:
     """The first `room` ids of an answer; where it is cut, none of its last `closing` ids (the end of turn)."""
     return ids if len(ids) <= room else ids[: min(room, len(ids) - closing)]
+
+
+def closed(ids: list[int], closing: list[int]) -> list[int]:
+    """A cut answer with the end of turn in place of its last ids.
+
+    For reward models, which read an answer at its last token: if only whole answers ended in an end of turn, whether
+    an answer was cut, that is its length, would be all that they learn.
+    """
+    return ids[: max(0, len(ids) - len(closing))] + closing
 
 
 def fit_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: list[int], limit: int) -> list[int]:
