@@ -52,6 +52,7 @@ MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
 BATCH_SIZE = 4  # pairs in memory at once
 ACCUMULATION = 1  # batches a step
 LEARNING_RATE = 5e-5  # at its highest
+HEAD_LEARNING_RATE = 1e-3  # the same of the new head, which starts at zero; 0 = LEARNING_RATE
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
@@ -190,7 +191,8 @@ def main(settings: dict) -> None:
         trainer = trl_engine.reward_trainer(model, trained_on, tokenizer, run, arguments)
     else:
         module, args = rewards.RewardPairs(model), arguments(TrainingArguments)
-        trainer = training.PairTrainer(module, args, trained_on, collator, loss, run, accuracy)
+        rates = {"score": HEAD_LEARNING_RATE or LEARNING_RATE}
+        trainer = training.PairTrainer(module, args, trained_on, collator, loss, run, accuracy, rates)
     best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
     # 4. train
     began = time.monotonic()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from utils.guidance import Guidance
 from utils.hidden import with_vectors
@@ -24,6 +24,21 @@ class Answer:
     ids: list[int]
     text: str
     ended: bool
+
+
+class Luck(LogitsProcessor):
+    """Gumbel noise on logits / temperature: the largest sum is a sample of the softmax, so that greedy search samples.
+
+    https://arxiv.org/abs/1411.0030 (section 2). Each row draws from a generator of its own.
+    """
+
+    def __init__(self, temperature: float, seeds: list[tuple[int, int]]):
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(hash(seed) % 2**63) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators])
+        return scores.float() / self.temperature - noise.log().to(scores.device)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -55,24 +70,29 @@ def generate(
 ) -> list[Answer]:
     """One answer to each prompt (ids), in their order; temperature 0 is greedy.
 
-    Samples from the whole distribution (top_k 0, top_p 1, no penalty), in left-padded batches of prompts of like
-    length. The same seed gives two policies the same random numbers, batch by batch.
+    Samples from the whole distribution (no top_k, top_p or penalty), in left-padded batches of prompts of like length.
+    Each prompt has random numbers of its own, by `seed` and its place in the list: an answer does not depend on its
+    batch or process, and two policies with the same seed answer with the same luck.
     """
     model, stops = plain(model), stop_ids(tokenizer)
     vectors = guidance.vectors if guidance else None
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    how = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
-    how |= {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0} if temperature else {"repetition_penalty": 1.0}
     was, answers = model.training, {}
     model.eval()
-    torch.manual_seed(seed)
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc=progress, leave=False, disable=None if len(starts) > 1 else True):
         mine = order[start : start + batch_size]
         given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
+        luck = LogitsProcessorList([Luck(temperature, [(seed, i) for i in mine])] if temperature else [])
         with autocast(model.device, precision):
             written = model.generate(
-                **given, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **how
+                **given,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
+                do_sample=False,
+                repetition_penalty=1.0,
+                logits_processor=luck,
             )
         for i, ids in zip(mine, written[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), None)

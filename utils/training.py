@@ -30,7 +30,7 @@ class PairTrainer(Trainer):
 
     losses: (outputs of the module, batch) -> (loss of each pair [pairs], {metric: value of each pair [pairs]}).
     evaluation: () -> metrics; called every EVAL_EVERY_STEPS on all processes.
-    rates: {name of a parameter: its learning rate}, where it is another one than that of the rest.
+    rates: {part of the name of parameters: their learning rate}, where it is another one than that of the rest.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PairTrainer(Trainer):
         """Trainer's optimizer, in which the parameters of `rates` are groups of their own."""
         optimizer = super().create_optimizer(*arguments)
         for name, rate in self.rates.items():
-            found = [value for other, value in self.model.named_parameters() if other == name and value.requires_grad]
+            found = [value for other, value in self.model.named_parameters() if name in other and value.requires_grad]
             for group in optimizer.param_groups:
                 group["params"] = [value for value in group["params"] if not any(value is one for one in found)]
             if found:
