@@ -137,7 +137,10 @@ def main(settings: dict) -> None:
     check_loss(LOSS, GUIDANCE, ENGINE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, **given)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    judge = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision) if REWARD_MODEL else None
+    judge = None
+    if REWARD_MODEL:
+        rewards.require_worth(REWARD_MODEL)
+        judge = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     window, both = metadata["max_length"], LOSS == "new_pref_po"

@@ -52,7 +52,7 @@ MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
 BATCH_SIZE = 4  # pairs in memory at once
 ACCUMULATION = 1  # batches a step
 LEARNING_RATE = 5e-5  # at its highest
-HEAD_LEARNING_RATE = 1e-3  # the same of the new head, which starts at zero; 0 = LEARNING_RATE
+HEAD_LEARNING_RATE = 1e-3  # the same of a new head, which starts at zero; 0 = LEARNING_RATE, as a trained head has
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
@@ -105,7 +105,7 @@ def main(settings: dict) -> None:
     pick(ENGINES, "ENGINE", ENGINE)
     at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
     at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, WARMUP_SHARE=WARMUP_SHARE)
-    at_least(0, FREEZE_LAYERS=FREEZE_LAYERS, CONTROL_PAIRS=CONTROL_PAIRS)
+    at_least(0, FREEZE_LAYERS=FREEZE_LAYERS, CONTROL_PAIRS=CONTROL_PAIRS, HEAD_LEARNING_RATE=HEAD_LEARNING_RATE)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
@@ -148,6 +148,7 @@ def main(settings: dict) -> None:
     collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
     set_seed(SEED)
     model = rewards.start_model(MODEL, tokenizer, reading)
+    head_rate = LEARNING_RATE if model.score.weight.any() else HEAD_LEARNING_RATE or LEARNING_RATE
     models.freeze_lower(model, FREEZE_LAYERS)
     if USE_LORA:
         model = models.add_lora(model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, head="score")
@@ -191,8 +192,7 @@ def main(settings: dict) -> None:
         trainer = trl_engine.reward_trainer(model, trained_on, tokenizer, run, arguments)
     else:
         module, args = rewards.RewardPairs(model), arguments(TrainingArguments)
-        rates = {"score": HEAD_LEARNING_RATE or LEARNING_RATE}
-        trainer = training.PairTrainer(module, args, trained_on, collator, loss, run, accuracy, rates)
+        trainer = training.PairTrainer(module, args, trained_on, collator, loss, run, accuracy, {"score": head_rate})
     best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
     # 4. train
     began = time.monotonic()
@@ -209,12 +209,8 @@ def main(settings: dict) -> None:
     result = quality.report(lines) | {"measured_on": measured_on, "epochs": epochs, "selection_shares_rows": shared}
     # 6. save
     if first_process():
-        facts = {
-            "max_length": metadata["max_length"],
-            "answers_only": ANSWERS_ONLY,
-            "surface_weights": weights.tolist(),
-        }
-        facts |= {name: result[name] for name in ("reward_mean", "reward_std")}
+        facts = {"max_length": metadata["max_length"], "answers_only": ANSWERS_ONLY}
+        facts |= {"surface_weights": weights.tolist()} | {n: result[n] for n in ("reward_mean", "reward_std")}
         rewards.save(model, tokenizer, run.folder, reading, rows, collator, **facts)
         quality_plots.write_results(run.folder, result, lines, run.record)
     trainer.accelerator.wait_for_everyone()
@@ -224,6 +220,7 @@ def main(settings: dict) -> None:
     say(quality.told(result))
     say(f"written: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}    # the whole report as one page")
+    say(f"      python train_dpo.py --reward_model {run.folder}")
 
 
 if __name__ == "__main__":

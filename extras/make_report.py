@@ -10,6 +10,7 @@ python -m extras.make_report --runs outputs/reward_model,outputs/evaluation --ou
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 
 from utils.config import override_constants
@@ -19,6 +20,7 @@ RUNS = ()  # run folders such as outputs/reward_model, () = all that lie under L
 LOOK_IN = ("outputs", "model_output")  # where run folders are looked for
 OUTPUT = "outputs/report.html"  # the page
 
+SAMPLES = 8  # answers before and after that are shown of a run
 FIGURES = {  # file in a run folder: what it shows
     "accuracy.png": "Pair accuracy of the model, of shortcuts, and on parts of the pairs",
     "rewards.png": "Rewards of chosen and rejected answers",
@@ -47,8 +49,11 @@ def read_run(folder: Path) -> dict:
     """What the template needs of a run folder: name, record (run.json), result (eval.json), figures."""
     figures = [(text, picture(folder / name)) for name, text in FIGURES.items() if (folder / name).exists()]
     record, result = read_json(folder / "run.json"), read_json(folder / "eval.json")
-    kind = "reward" if "shortcuts" in result else "other"
-    return {"name": str(folder), "record": record, "result": result, "figures": figures, "kind": kind}
+    kind = "reward" if "shortcuts" in result else "policy" if "margin" in result else "other"
+    samples = folder / "samples.jsonl"
+    lines = samples.read_text(encoding="utf-8").splitlines()[:SAMPLES] if samples.exists() else []
+    found = {"name": str(folder), "record": record, "result": result, "figures": figures, "kind": kind}
+    return found | {"samples": [json.loads(line) for line in lines]}
 
 
 def read_seeds(places: tuple[str, ...]) -> list[dict]:

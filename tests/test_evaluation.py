@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.evaluation import calibration, coverage, interval, paired_difference, share_right, verdict, wins
+from utils.evaluation import calibration, comparison, coverage, interval, paired_difference, share_right, verdict, wins
 
 
 def test_a_tie_is_half_a_win():
@@ -63,3 +63,16 @@ def test_coverage_keeps_the_surest():
     assert [entry["coverage"] for entry in curve] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert curve[4]["accuracy"] == 1.0 and curve[9]["accuracy"] == 0.5
     assert coverage(np.array([1.0]), np.array([0.0]))[0]["accuracy"] == 1.0
+
+
+def test_identical_policies_compare_as_not_shown_and_a_better_one_is_found():
+    random = np.random.default_rng(0)
+    before, lengths = random.normal(size=60), (np.full(60, 40.0), np.full(60, 50.0))
+    same = comparison(before, before.copy(), lengths, np.zeros(60))
+    assert same["verdict"] == "not shown" and same["win_rate"] == 0.5 and same["p_value"] == 1.0
+    assert same["difference"] == 0.0 and same["kl"] == 0.0 and same["length_after"] == 50.0
+    kl = random.normal(3.0, 1.0, size=60)
+    better = comparison(before, before + 0.5 + 0.3 * random.normal(size=60), lengths, kl)
+    assert better["verdict"] == "grew" and better["difference_low"] > 0 and better["win_rate_low"] > 0.5
+    assert better["kl"] == pytest.approx(kl.mean()) and better["kl_error"] == pytest.approx(kl.std(ddof=1) / 60**0.5)
+    assert comparison(before, before - 0.5, lengths, kl)["verdict"] == "fell"

@@ -33,8 +33,14 @@ def test_command_exists_with_its_options(line):
     if words[:3] == ["python", "-m", "pip"]:
         assert all((ROOT / word).exists() for word in words if word.endswith(".txt"))
         return
+    if words[0].startswith("./"):
+        assert os.access(ROOT / words[0], os.X_OK)
+        return
     words = words[1:] if words[0] == "python" else words[2:]  # accelerate launch
     assert "python" in line or line.startswith("accelerate launch ")
+    if words[0] == "--config_file":
+        assert (ROOT / words[1]).exists()
+        words = words[2:]
     path = ROOT / (words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0])
     options = {word[2:].split("=")[0].upper() for word in words if word.startswith("--")}
     assert path.exists() and options <= set(top_constants(path.read_text())), options

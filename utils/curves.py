@@ -31,7 +31,7 @@ def curves(metrics: list[dict], names: tuple[str, ...], baselines: dict[str, tup
     baselines: metric -> (value, what it is).
     """
     subtitle = f"dots: mean over the pairs since the last log; line: mean of the last {WINDOW} of them"
-    figure, axes = new_figure(title, subtitle, height=1.6 + 2.2 * len(names), rows=len(names), gap=0.15)
+    figure, axes = new_figure(title, subtitle, height=1.6 + 2.2 * len(names), rows=len(names), gap=0.15, left=0.14)
     for axis, name in zip(axes, names, strict=True):
         steps, values = np.array([(line["step"], line[name]) for line in metrics if name in line]).T
         axis.plot(steps, values, ".", color=BLUE, alpha=0.35, markersize=5)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -243,6 +244,8 @@ def training_arguments(
     kind: type[TrainingArguments], folder: Path, device: torch.device, precision: str, **named: object
 ) -> TrainingArguments:
     """Arguments of a Trainer with what all of ours share; a step count of 0 means never."""
+    if "project" in named:  # trackio takes it from the arguments, wandb from here
+        os.environ.setdefault("WANDB_PROJECT", str(named["project"]))
     for every, strategy in (("save_steps", "save_strategy"), ("eval_steps", "eval_strategy")):
         named[strategy] = "steps" if named[every] else "no"
         named[every] = named[every] or None if every == "eval_steps" else named[every] or 500
