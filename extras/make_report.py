@@ -18,9 +18,9 @@ from utils.runs import needs, read_json, say, script, stop, write_text
 
 RUNS = ()  # run folders such as outputs/reward_model, () = all that lie under LOOK_IN
 LOOK_IN = ("outputs", "model_output")  # where run folders are looked for
+SAMPLES = 8  # answers before and after that are shown of a run
 OUTPUT = "outputs/report.html"  # the page
 
-SAMPLES = 8  # answers before and after that are shown of a run
 FIGURES = {  # file in a run folder: what it shows
     "accuracy.png": "Pair accuracy of the model, of shortcuts, and on parts of the pairs",
     "rewards.png": "Rewards of chosen and rejected answers",
@@ -45,13 +45,13 @@ def picture(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def read_run(folder: Path) -> dict:
-    """What the template needs of a run folder: name, record (run.json), result (eval.json), figures."""
+def read_run(folder: Path, shown: int) -> dict:
+    """What the template needs of a run folder: name, record (run.json), result (eval.json), figures, some samples."""
     figures = [(text, picture(folder / name)) for name, text in FIGURES.items() if (folder / name).exists()]
     record, result = read_json(folder / "run.json"), read_json(folder / "eval.json")
     kind = "reward" if "shortcuts" in result else "policy" if "margin" in result else "other"
     samples = folder / "samples.jsonl"
-    lines = samples.read_text(encoding="utf-8").splitlines()[:SAMPLES] if samples.exists() else []
+    lines = samples.read_text(encoding="utf-8").splitlines()[:shown] if samples.exists() else []
     found = {"name": str(folder), "record": record, "result": result, "figures": figures, "kind": kind}
     return found | {"samples": [json.loads(line) for line in lines]}
 
@@ -80,7 +80,7 @@ def page(runs: list[dict], seeds: list[dict]) -> str:
 @script
 def main(settings: dict) -> None:
     folders = find_runs(RUNS, LOOK_IN)
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder, SAMPLES) for folder in folders]
     Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(OUTPUT), page(runs, read_seeds(LOOK_IN)))
     unfinished = [run["name"] for run in runs if not run["result"]]
