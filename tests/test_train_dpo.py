@@ -278,3 +278,12 @@ def test_accelerate_reads_the_configuration(path):
     assert found.distributed_type.value == kinds[path.stem] and found.num_processes == 2
     if "zero" in path.stem:
         assert found.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+def test_weights_are_hashed_by_value_whatever_their_shape():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("scale", torch.tensor(1.0))  # no dimensions
+    first = references.weights_digest(model)
+    assert first == references.weights_digest(model)
+    model.scale += 1
+    assert references.weights_digest(model) != first

@@ -11,7 +11,7 @@ from utils.controls import shuffled_prompts, without_prompts
 from utils.evaluation import wins
 from utils.heads import Reading
 from utils.pairs import answer_tokens
-from utils.rewards import RewardModel
+from utils.rewards import RewardModel, answers_of
 from utils.rows import real_number
 from utils.runs import say, stop
 from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
@@ -40,8 +40,9 @@ def judged(
     right = shortcuts_right(rows, surface_weights)
     right |= controls_right(outputs_of, untrained, rows, tokenizer, reading, control_pairs)
     if shortcut_model:
-        other = RewardModel.load(shortcut_model, constant="SHORTCUT_MODEL")
-        right["answers_only"] = pairs_right(other.pair_outputs(rows), rows, other.reading)
+        other = RewardModel.load(shortcut_model, constant="SHORTCUT_MODEL")  # its tokenizer and window may be others
+        prompts, answers = [side[:-1] for side in rows["chosen"]], answers_of([rows["chosen"], rows["rejected"]])
+        right["answers_only"] = wins(*other.reading.rewards(*other.read(prompts, answers)).numpy().T)
     return lines_of(rows, outputs_of(rows), reading, right)
 
 

@@ -21,7 +21,7 @@ def weights_digest(model: nn.Module) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name, value in sorted(model.state_dict().items()):
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 
