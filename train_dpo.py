@@ -129,7 +129,19 @@ def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
-    from utils import guidance, models, names, pairs, policies, policy_report, references, rewards, training, trl_engine
+    from utils import (
+        comparing,
+        guidance,
+        models,
+        names,
+        pairs,
+        policies,
+        policy_report,
+        references,
+        rewards,
+        training,
+        trl_engine,
+    )
     from utils.losses import POLICY_LOSSES, Knobs
 
     loss, mode = pick(POLICY_LOSSES, "LOSS", LOSS), pick(names.MODES, "GUIDANCE", GUIDANCE)
@@ -137,10 +149,10 @@ def main(settings: dict) -> None:
     check_loss(LOSS, GUIDANCE, ENGINE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, **given)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    judge = None
+    judges = {}
     if REWARD_MODEL:
         rewards.require_worth(REWARD_MODEL)
-        judge = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
+        judges["comparison"] = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     window, both = metadata["max_length"], LOSS == "new_pref_po"
@@ -228,13 +240,13 @@ def main(settings: dict) -> None:
             start = models.load_causal(MODEL).to(device)
             spoken = (guidance.Guidance(),) * 2 if both else (said, said.with_vectors(module.vectors))
             few = validation.select(range(min(SAMPLE_PROMPTS, len(validation))))
-            how = (window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)
-            samples, compared = policy_report.before_and_after(start, model, tokenizer, few, *how, spoken, judge)
+            sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)
+            samples, compared = policy_report.before_and_after(start, model, few, sampler, judges, spoken)
             result |= compared
         if trains_vectors:
             guidance.save_vectors(module.vectors, run.folder)
         policy_report.save(model, tokenizer, run.folder, rows, collator)
-        policy_report.write_results(run.folder, result, samples, run.record)
+        policy_report.write_pair_results(run.folder, result, samples, run.record)
     trainer.accelerator.wait_for_everyone()
     training.remove_checkpoints(run.folder)
     run.finish()

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from utils.evaluation import calibration, comparison, coverage, interval, paired_difference, share_right, verdict, wins
+from utils.evaluation import (
+    at_equal_length,
+    calibration,
+    comparison,
+    coverage,
+    interval,
+    paired_difference,
+    share_right,
+    verdict,
+    wins,
+)
 
 
 def test_a_tie_is_half_a_win():
@@ -67,12 +77,22 @@ def test_coverage_keeps_the_surest():
 
 def test_identical_policies_compare_as_not_shown_and_a_better_one_is_found():
     random = np.random.default_rng(0)
-    before, lengths = random.normal(size=60), (np.full(60, 40.0), np.full(60, 50.0))
-    same = comparison(before, before.copy(), lengths, np.zeros(60))
+    before = random.normal(size=60)
+    same = comparison(before, before.copy(), np.zeros(60))
     assert same["verdict"] == "not shown" and same["win_rate"] == 0.5 and same["p_value"] == 1.0
-    assert same["difference"] == 0.0 and same["kl"] == 0.0 and same["length_after"] == 50.0
+    assert same["difference"] == 0.0 and same["kl"] == 0.0
     kl = random.normal(3.0, 1.0, size=60)
-    better = comparison(before, before + 0.5 + 0.3 * random.normal(size=60), lengths, kl)
+    better = comparison(before, before + 0.5 + 0.3 * random.normal(size=60), kl)
     assert better["verdict"] == "grew" and better["difference_low"] > 0 and better["win_rate_low"] > 0.5
     assert better["kl"] == pytest.approx(kl.mean()) and better["kl_error"] == pytest.approx(kl.std(ddof=1) / 60**0.5)
-    assert comparison(before, before - 0.5, lengths, kl)["verdict"] == "fell"
+    assert comparison(before, before - 0.5, kl)["verdict"] == "fell"
+
+
+def test_what_length_does_not_explain_is_the_intercept():
+    random = np.random.default_rng(0)
+    longer = random.normal(0.4, 0.3, size=200)
+    bought = at_equal_length(0.5 * longer + 0.05 * random.normal(size=200), longer)
+    assert bought["low"] < 0 < bought["high"] and abs(bought["difference"]) < 0.02, "all of it is length"
+    real = at_equal_length(0.3 + 0.5 * longer + 0.05 * random.normal(size=200), longer)
+    assert real["difference"] == pytest.approx(0.3, abs=0.03) and real["low"] > 0.2
+    assert at_equal_length(random.normal(size=9), np.zeros(9)) is None

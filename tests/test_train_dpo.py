@@ -180,6 +180,7 @@ def command_of(options, *launcher):
     return [sys.executable, *launcher, "train_dpo.py", *words]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
     options = options | {"SAMPLE_PROMPTS": 0, "BATCH_SIZE": 2, "LOSS": "ipo"}
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29561")

@@ -83,14 +83,11 @@ def coverage(right: np.ndarray, sure: np.ndarray) -> list[dict[str, float]]:
     return [{"coverage": share / 100, "accuracy": float(ordered[:n].mean())} for share, n in counts.items()]
 
 
-def comparison(
-    before: np.ndarray, after: np.ndarray, lengths: tuple[np.ndarray, np.ndarray], kl: np.ndarray
-) -> dict[str, object]:
+def comparison(before: np.ndarray, after: np.ndarray, kl: np.ndarray) -> dict[str, object]:
     """Did the reward grow? Two policies on the same prompts.
 
-    before, after [prompts]: rewards of their answers. lengths: tokens of those answers, before and after. kl [prompts]:
-    log pi(answer) - log ref(answer) of the answers after, whose mean is the KL to the policy before in nats an answer.
-    Returns the fields of a comparison in eval.json; verdict is grew, fell or not shown.
+    before, after [prompts]: rewards of their answers. kl [prompts]: log pi(answer) - log ref(answer) of the answers
+    after, whose mean is the KL to the policy before in nats an answer. verdict is grew, fell or not shown.
     """
     against, won = paired_difference(after, before), wins(after, before)
     low, high = interval(won)
@@ -107,10 +104,31 @@ def comparison(
         "win_rate_low": low,
         "win_rate_high": high,
         **mean_kl(kl),
-        "length_before": float(lengths[0].mean()),
-        "length_after": float(lengths[1].mean()),
         "verdict": ("grew" if against["difference"] > 0 else "fell") if shown else "not shown",
     }
+
+
+def at_equal_length(differences: np.ndarray, longer: np.ndarray, seed: int = 0) -> dict[str, float] | None:
+    """The part of paired differences [n] that length does not explain, with its 95 % interval (low, high).
+
+    longer [n]: log length after minus before. It is the intercept of a least-squares line of differences over longer,
+    that is the difference where both are equally long; None where all pairs differ in length alike.
+    """
+    from scipy.stats import bootstrap
+
+    if len(differences) < 3 or np.ptp(longer) < 1e-9:
+        return None
+
+    def intercept(differences: np.ndarray, longer: np.ndarray) -> float:
+        centred = longer - longer.mean()
+        slope = centred @ differences / max(centred @ centred, 1e-12)
+        return float(differences.mean() - slope * longer.mean())
+
+    found = bootstrap(
+        (differences, longer), intercept, paired=True, vectorized=False, n_resamples=RESAMPLES,
+        confidence_level=LEVEL, method="percentile", rng=seed,
+    ).confidence_interval  # fmt: skip
+    return {"difference": intercept(differences, longer), "low": float(found.low), "high": float(found.high)}
 
 
 def mean_kl(kl: np.ndarray) -> dict[str, float]:

@@ -17,17 +17,21 @@ def token_logps(
 
     The logits are computed again in the backward pass, so that they never are in memory all at once.
     """
-    head = plain(model).get_output_embeddings()
 
     def chunk(some: torch.Tensor, these: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(some.device.type, enabled=False):
-            logits = head(some.float()) / temperature
-            return logits.gather(1, these[:, None])[:, 0] - logits.logsumexp(dim=1)
+        logits = logits_of(model, some, temperature)
+        return logits.gather(1, these[:, None])[:, 0] - logits.logsumexp(dim=1)
 
     parts = zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(chunk, some, these, use_reentrant=False) for some, these in parts])
     return torch.cat([chunk(some, these) for some, these in parts])
+
+
+def logits_of(model: nn.Module, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits [tokens, vocabulary] at a temperature, in float32 whatever the precision of the body."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return plain(model).get_output_embeddings()(hidden.float()) / temperature
 
 
 def answer_logps(
@@ -38,8 +42,35 @@ def answer_logps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sums of log pi over the tokens of both answers [batch, 2], numbers of tokens [batch, 2]), float32.
 
-    batch: of PairCollator. The first token of each answer is predicted by the last one of the prompt, also that of
-    the rejected answer, which stands behind the chosen one. vectors: see `hidden_states`.
+    batch: of PairCollator. vectors: see `hidden_states`.
+    """
+    hidden, targets, answer = answer_hidden(model, batch, vectors)
+    logps, rows = token_logps(model, hidden, targets, temperature), len(batch["input_ids"])
+    return sum_by(answer, logps, rows), sum_by(answer, torch.ones_like(logps), rows)
+
+
+@torch.no_grad()
+def answer_logps_and_entropies(
+    model: nn.Module, batch: dict[str, torch.Tensor], temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sums of log pi, sums of the entropy of each token's distribution in nats) [batch, 2], float32, no gradient."""
+    hidden, targets, answer = answer_hidden(model, batch, None)
+    logps, entropies = [], []
+    for some, these in zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+        distribution = logits_of(model, some, temperature).log_softmax(dim=1)
+        logps.append(distribution.gather(1, these[:, None])[:, 0])
+        entropies.append(torch.special.entr(distribution.exp()).sum(dim=1))
+    rows = len(batch["input_ids"])
+    return sum_by(answer, torch.cat(logps), rows), sum_by(answer, torch.cat(entropies), rows)
+
+
+def answer_hidden(
+    model: nn.Module, batch: dict[str, torch.Tensor], vectors: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden states that predict the answers' tokens [tokens, hidden], those tokens [tokens], their answer [tokens]).
+
+    The first token of each answer is predicted by the last one of the prompt, also that of the rejected answer, which
+    stands behind the chosen one. Answers count 2 row for the chosen and 2 row + 1 for the rejected one.
     """
     segments, ids = batch["segments"], batch["input_ids"]
     row, place = torch.nonzero(segments >= CHOSEN, as_tuple=True)  # [tokens] each
@@ -47,12 +78,12 @@ def answer_logps(
     prompt = (segments == PROMPT).sum(dim=1)  # [batch]
     first = (which == REJECTED) & (segments[row, place - 1] != REJECTED)
     source = torch.where(first, prompt[row] - 1, place - 1)
-    hidden = hidden_states(model, batch, vectors)
-    logps = token_logps(model, hidden[row, source], ids[row, place], temperature)
-    answer = 2 * row + (which == REJECTED)
-    sums = torch.zeros(2 * len(ids), device=logps.device).index_add(0, answer, logps)
-    tokens = torch.zeros_like(sums).index_add(0, answer, torch.ones_like(logps))
-    return sums.view(-1, 2), tokens.view(-1, 2)
+    return hidden_states(model, batch, vectors)[row, source], ids[row, place], 2 * row + (which == REJECTED)
+
+
+def sum_by(answer: torch.Tensor, values: torch.Tensor, rows: int) -> torch.Tensor:
+    """Sums of values [tokens] over the tokens of each answer [rows, 2]."""
+    return torch.zeros(2 * rows, device=values.device).index_add(0, answer, values).view(-1, 2)
 
 
 def check_head(model: nn.Module, ids: torch.Tensor) -> float:

@@ -1,7 +1,6 @@
 """What a trained policy is worth: figures on pairs, answers before and after, and the files that show them."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,15 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from utils.comparing import Sampler, compared, rewards_of
 from utils.curves import training_curves
-from utils.evaluation import comparison, mean_kl, share_right, wins
+from utils.evaluation import mean_kl, share_right, wins
 from utils.guidance import Guidance
 from utils.models import PROOF_ROWS, load_causal, save_with_proof
 from utils.pairs import PairCollator
 from utils.policies import PolicyPairLoss, PolicyPairs
 from utils.rewards import RewardModel
 from utils.runs import write_json, write_text
-from utils.sampling import Answer, generate, logps_of, prompt_ids_of
 
 SHOWN = 2  # samples in the model card
 
@@ -57,47 +56,32 @@ def pair_figures(outputs: dict[str, np.ndarray], rows: Dataset, loss: PolicyPair
 def before_and_after(
     start: nn.Module,
     policy: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    max_length: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    precision: str,
-    guidances: tuple[Guidance, Guidance],
-    judge: RewardModel | None,
+    sampler: Sampler,
+    judges: dict[str, RewardModel],
+    guidances: tuple[Guidance, Guidance] = (Guidance(), Guidance()),
 ) -> tuple[list[dict], dict]:
-    """(lines of samples.jsonl, kl or comparison for eval.json): both policies answer the prompts of rows.
+    """(a line for each prompt of `rows` with both answers, figures for eval.json): both policies answer them.
 
-    guidances: of the start and of the trained policy. judge: scores both answers, on the prompt without guidance.
+    judges: score both answers, on the prompt without guidance; the figures have a comparison under the name of each,
+    and without any they are the KL alone. guidances: of the start and of the trained policy.
     """
     prompts = [messages[:-1] for messages in rows["chosen"]]
-    answers: list[list[Answer]] = []
-    for model, guidance in zip((start, policy), guidances, strict=True):
-        ids = prompt_ids_of(tokenizer, prompts, max_length, guidance)
-        write = partial(generate, model, tokenizer, ids, max_new_tokens, temperature, seed)
-        answers.append(write(precision=precision, guidance=guidance, progress=f"answers {len(answers) + 1} of 2"))
-    at = temperature or 1.0
-    kl = logps_of(policy, answers[1], at, precision=precision, guidance=guidances[1])
-    kl = (kl - logps_of(start, answers[1], at, precision=precision, guidance=guidances[0])).numpy()
+    before = sampler.answers(start, start, prompts, guidances, "answers before")
+    after = sampler.answers(policy, start, prompts, guidances, "answers after")
     lines = [
-        {"prompt": row["prompt"]}
-        | {"before": one.text, "after": other.text, "ended_before": one.ended, "ended_after": other.ended}
-        for row, one, other in zip(rows, *answers, strict=True)
+        {"prompt": row["prompt"], "before": one.text, "after": other.text}
+        | {"ended_before": one.ended, "ended_after": other.ended, "log_ratio": float(kl)}
+        for row, one, other, kl in zip(rows, before.answers, after.answers, after.kl, strict=True)
     ]
-    if judge is None:
-        return lines, mean_kl(kl)
-    scores = []
-    for side, name in zip(answers, ("before", "after"), strict=True):
-        said = [
-            [*prompt, {"role": "assistant", "content": answer.text}]
-            for prompt, answer in zip(prompts, side, strict=True)
-        ]
-        scores.append(judge.score(said).numpy())
-        for line, score in zip(lines, scores[-1].tolist(), strict=True):
-            line[f"reward_{name}"] = score
-    lengths = tuple(np.array([len(answer.ids) for answer in side], dtype=float) for side in answers)
-    return lines, {**mean_kl(kl), "comparison": comparison(*scores, lengths, kl)}
+    found = {}
+    for name, judge in judges.items():
+        scores = [rewards_of(judge, prompts, side.answers) for side in (before, after)]
+        said = name.replace("comparison", "reward")
+        for line, *pair in zip(lines, *scores, strict=True):
+            line |= {f"{said}_before": float(pair[0]), f"{said}_after": float(pair[1])}
+        found[name] = compared(before, after, tuple(scores))
+    return lines, {**mean_kl(after.kl), **found}
 
 
 def save(
@@ -115,36 +99,66 @@ def save(
 
 def told(result: dict) -> str:
     """The result in a few lines."""
-    lines = [
-        f"pair accuracy of the implicit reward {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, "
-        f"{result['accuracy_high']:.3f}] on {result['pairs']} pairs, margin {result['margin']:.3f}, "
-        f"loss {result['loss']:.3f}"
-    ]
+    lines = []
+    if "accuracy" in result:
+        lines.append(
+            f"pair accuracy of the implicit reward {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, "
+            f"{result['accuracy_high']:.3f}] on {result['pairs']} pairs, margin {result['margin']:.3f}, "
+            f"loss {result['loss']:.3f}"
+        )
     if "kl" in result:
         lines.append(f"KL to the start {result['kl']:.2f} +- {result['kl_error']:.2f} nats an answer")
-    if "comparison" in result:
-        found = result["comparison"]
-        lines.append(
-            f"reward on {found['prompts']} prompts: {found['mean_reward_before']:.3f} before, "
-            f"{found['mean_reward_after']:.3f} after, p = {found['p_value']:.2g}: {found['verdict']}"
-        )
+    compared = {"reward": result.get("comparison", result), "a judge's reward": result.get("judge", {})}
+    lines += [told_comparison(found, name) for name, found in compared.items() if "mean_reward_after" in found]
     return "\n".join(lines)
 
 
-def write_results(folder: Path, result: dict, samples: list[dict], record: dict) -> None:
-    """eval.json, samples.jsonl, the curves and the model card."""
+def told_comparison(found: dict, name: str) -> str:
+    """One line: the means before and after, how sure that is, and the verdict."""
+    return (
+        f"{name} on {found['prompts']} prompts: {found['mean_reward_before']:.3f} before, "
+        f"{found['mean_reward_after']:.3f} after, difference {found['difference']:+.3f} "
+        f"[{found['difference_low']:+.3f}, {found['difference_high']:+.3f}], p = {found['p_value']:.2g}: "
+        f"{found['verdict']}"
+    )
+
+
+def write_results(folder: Path, result: dict, lines: list[dict], file: str, head: str) -> None:
+    """eval.json, `file` with a line for each prompt, and the model card: `head`, the result, some answers."""
     write_json(folder / "eval.json", result)
-    write_text(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in samples))
+    write_text(folder / file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    card = f"{head}\n\n{told(result)}\n"
+    for line in lines[:SHOWN]:
+        card += f"\n> {line['prompt'][:300]}\n\nbefore: {line['before'][:400]}\n\nafter: {line['after'][:400]}\n"
+    write_text(folder / "README.md", card)
+
+
+def write_pair_results(folder: Path, result: dict, samples: list[dict], record: dict) -> None:
+    """The files of a policy that was trained on pairs."""
     settings = record["settings"]
     names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")
     title = f"{settings['LOSS']}: {result['accuracy']:.1%} of {result['pairs']} validation pairs ranked right"
     training_curves(folder, names, {"rewards/accuracies": (0.5, "a coin:")}, title)
-    card = (
+    head = (
         f"# {record['run_name']}\n\n`{settings['MODEL']}` trained on {record['train_pairs']} pairs of "
         f"`{record['dataset_name']}` with {settings['LOSS']} (beta {record['beta']:g}, guidance "
-        f"{settings['GUIDANCE']}, learning rate {settings['LEARNING_RATE']}, window {record['max_length']} tokens).\n\n"
-        f"{told(result)}\n"
+        f"{settings['GUIDANCE']}, learning rate {settings['LEARNING_RATE']}, window {record['max_length']} tokens)."
     )
-    for sample in samples[:SHOWN]:
-        card += f"\n> {sample['prompt'][:300]}\n\nbefore: {sample['before'][:400]}\n\nafter: {sample['after'][:400]}\n"
-    write_text(folder / "README.md", card)
+    write_results(folder, result, samples, "samples.jsonl", head)
+
+
+def write_reinforce_results(folder: Path, result: dict, lines: list[dict], record: dict) -> None:
+    """The files of a policy that was trained with REINFORCE."""
+    settings = record["settings"]
+    names = ("reward", "kl", "entropy", "completions/mean_length")
+    title = (
+        f"Reward on {result['prompts']} held-out prompts: {result['verdict']} "
+        f"({result['difference']:+.3f}, p = {result['p_value']:.2g})"
+    )
+    training_curves(folder, names, {}, title)
+    head = (
+        f"# {folder.name}\n\n`{settings['MODEL']}` after {settings['MAX_STEPS']} steps of REINFORCE with "
+        f"{settings['BATCH_SIZE'] * settings['ANSWERS_PER_PROMPT']} answers each against `{settings['REWARD_MODEL']}` "
+        f"(baseline {settings['BASELINE']}, KL_BETA {settings['KL_BETA']}, learning rate {settings['LEARNING_RATE']})."
+    )
+    write_results(folder, result, lines, "predictions.jsonl", head)

@@ -236,6 +236,15 @@ def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading,
     return tokenizer, Reading("scalar"), window
 
 
+def load_judges(reward_model: str, judge_model: str, device: str, precision: str) -> dict[str, RewardModel]:
+    """{"reward": the one a policy is trained on, "judge": a second one it never saw, where it is named}."""
+    require_worth(reward_model)
+    judges = {"reward": RewardModel.load(reward_model, device, precision)}
+    if judge_model:
+        judges["judge"] = RewardModel.load(judge_model, device, precision, constant="JUDGE_MODEL")
+    return judges
+
+
 def require_worth(folder: str) -> None:
     """The floor for policies: refuse a reward model that is worse than a coin, warn where it beats no shortcut."""
     result = read_json(Path(folder) / "eval.json")

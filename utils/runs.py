@@ -179,16 +179,20 @@ class Run:
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line of metrics.jsonl."""
-        if first_process():
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.append("metrics.jsonl", {"step": step, **metrics})
 
-    def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that a resumed run will do again."""
+    def append(self, name: str, line: dict) -> None:
+        """Append one line to a .jsonl file of the folder."""
         if first_process():
-            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def forget_after(self, step: int, name: str = "metrics.jsonl") -> None:
+        """Drop the lines of steps that a resumed run will do again."""
+        if first_process() and (self.folder / name).exists():
+            lines = (self.folder / name).read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_text(self.folder / "metrics.jsonl", "".join(line + "\n" for line in kept))
+            write_text(self.folder / name, "".join(line + "\n" for line in kept))
 
     def note(self, **facts: object) -> None:
         """Put facts, the time so far and the peak memory into run.json."""

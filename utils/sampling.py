@@ -1,5 +1,6 @@
 """Answers of a policy: batched generation, and the log-probs of what was generated."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 
 from utils.guidance import Guidance
 from utils.hidden import with_vectors
-from utils.logps import answer_logps
+from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import autocast, plain
 from utils.pairs import PairCollator
 from utils.rows import Message
@@ -67,13 +68,15 @@ def generate(
     precision: str = "fp32",
     guidance: Guidance | None = None,
     progress: str = "sampling",
+    numbers: Sequence[int] | None = None,
 ) -> list[Answer]:
     """One answer to each prompt (ids), in their order; temperature 0 is greedy.
 
     Samples from the whole distribution (no top_k, top_p or penalty), in left-padded batches of prompts of like length.
-    Each prompt has random numbers of its own, by `seed` and its place in the list: an answer does not depend on its
-    batch or process, and two policies with the same seed answer with the same luck.
+    Each prompt has random numbers of its own, by `seed` and its number (by default its place in the list): an answer
+    does not depend on its batch or process, and two policies with the same seed answer with the same luck.
     """
+    numbers = range(len(prompts)) if numbers is None else numbers
     model, stops = plain(model), stop_ids(tokenizer)
     vectors = guidance.vectors if guidance else None
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -83,7 +86,7 @@ def generate(
     for start in tqdm(starts, desc=progress, leave=False, disable=None if len(starts) > 1 else True):
         mine = order[start : start + batch_size]
         given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
-        luck = LogitsProcessorList([Luck(temperature, [(seed, i) for i in mine])] if temperature else [])
+        luck = LogitsProcessorList([Luck(temperature, [(seed, numbers[i]) for i in mine])] if temperature else [])
         with autocast(model.device, precision):
             written = model.generate(
                 **given,
@@ -132,22 +135,47 @@ def logps_of(
 ) -> torch.Tensor:
     """log pi(answer | prompt) [answers] at a temperature, summed over the tokens, the end of turn among them."""
     device, vectors = plain(model).device, guidance.vectors if guidance else None
+    vectors = vectors.to(device) if vectors is not None else None
+
+    def read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return answer_logps(model, batch, vectors, temperature)[0]
+
+    return read_answers(model, answers, read, batch_size, precision, guidance)
+
+
+@torch.no_grad()
+def logps_and_entropies_of(
+    model: nn.Module, answers: list[Answer], temperature: float, batch_size: int, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log pi(answer | prompt), entropy of the next token summed over the answer's tokens) [answers], nats."""
+
+    def read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([sums[:, 0] for sums in answer_logps_and_entropies(model, batch, temperature)], dim=1)
+
+    return read_answers(model, answers, read, batch_size, precision, columns=2).unbind(1)
+
+
+def read_answers(
+    model: nn.Module,
+    answers: list[Answer],
+    read: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    batch_size: int,
+    precision: str,
+    guidance: Guidance | None = None,
+    columns: int = 1,
+) -> torch.Tensor:
+    """What `read` finds in batches of answers of like length [answers] (or [answers, columns]), on the CPU."""
+    device = plain(model).device
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].prompt_ids) - len(answers[i].ids))
-    was, found = model.training, torch.zeros(len(answers))
+    was, found = model.training, torch.zeros(len(answers), columns)
     model.eval()
     for start in range(0, len(order), batch_size):
         mine = order[start : start + batch_size]
         batch = batch_of([answers[i] for i in mine], guidance)
         with autocast(device, precision):
-            sums, _ = answer_logps(
-                model,
-                {name: value.to(device) for name, value in batch.items()},
-                vectors.to(device) if vectors is not None else None,
-                temperature,
-            )
-        found[mine] = sums[:, 0].cpu()
+            found[mine] = read({name: value.to(device) for name, value in batch.items()})[:, :columns].cpu()
     model.train(was)
-    return found
+    return found if columns > 1 else found[:, 0]
 
 
 def batch_of(answers: list[Answer], guidance: Guidance | None = None, multiple: int = 1) -> dict[str, torch.Tensor]:

@@ -1,0 +1,90 @@
+"""Policies side by side: equal ones compare as equal, a planted better one is found, best of n is the best."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from utils.comparing import Answers, Sampler, compared, repetition
+from utils.sampling import Answer, logps_of
+
+PROMPTS = [
+    [{"role": "user", "content": text}] for text in ("Hi", "Why?", "Say yes.", "One", "Two", "Three", "Go", "On")
+]
+
+
+class Judge:
+    """Rewards how often the letter e comes in an answer."""
+
+    def score(self, conversations):
+        return torch.tensor([float(messages[-1]["content"].count("e")) for messages in conversations])
+
+
+@pytest.fixture
+def sampler(tokenizer):
+    return Sampler(tokenizer, max_length=64, max_new_tokens=16, temperature=1.0, seed=5, precision="fp32")
+
+
+@pytest.fixture
+def start(model_folder):
+    return AutoModelForCausalLM.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def better(model_folder, tokenizer):
+    """The start with its output pushed towards the letter e."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.lm_head = torch.nn.Linear(32, len(tokenizer), bias=True)
+    model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
+    model.lm_head.bias.data.zero_()[tokenizer.convert_tokens_to_ids("e")] = 8.0
+    return model
+
+
+def rewards_of(answers):
+    return np.array([answer.text.count("e") for answer in answers.answers], dtype=float)
+
+
+def test_the_same_policy_twice_is_not_shown_to_differ(sampler, start, model_folder):
+    before = sampler.answers(start, start, PROMPTS)
+    after = sampler.answers(AutoModelForCausalLM.from_pretrained(model_folder), start, PROMPTS)
+    assert [answer.ids for answer in before.answers] == [answer.ids for answer in after.answers]
+    found = compared(before, after, (rewards_of(before), rewards_of(after)))
+    assert found["verdict"] == "not shown" and found["win_rate"] == 0.5 and found["difference"] == 0.0
+    assert found["kl"] == pytest.approx(0.0, abs=1e-4) and found["p_value"] == 1.0
+    assert found["length_before"] == found["length_after"] and found["ended_before"] == found["ended_after"]
+
+
+def test_a_planted_better_policy_is_found_and_its_kl_is_that_of_its_answers(sampler, start, better):
+    before, after = sampler.answers(start, start, PROMPTS), sampler.answers(better, start, PROMPTS)
+    found = compared(before, after, (rewards_of(before), rewards_of(after)))
+    assert found["verdict"] == "grew" and found["difference_low"] > 0 and found["win_rate"] > 0.8
+    expected = (logps_of(better, after.answers) - logps_of(start, after.answers)).numpy()
+    assert after.kl == pytest.approx(expected, abs=1e-3) and found["kl"] == pytest.approx(expected.mean(), abs=1e-3)
+    assert found["kl_error"] == pytest.approx(expected.std(ddof=1) / len(expected) ** 0.5, abs=1e-3)
+    assert found["kl"] > 1 and (before.kl == 0).all()
+    assert found["repetition_after"] > found["repetition_before"], "e after e after e"
+
+
+def test_best_of_n_is_the_best_answer_of_the_start(sampler, start):
+    before, best = sampler.answers(start, start, PROMPTS), sampler.best_of(4, start, PROMPTS, Judge())
+    one = sampler.best_of(1, start, PROMPTS, Judge())
+    assert [answer.ids for answer in one.answers] == [answer.ids for answer in before.answers]
+    assert (one.kl == 0).all() and best.kl == pytest.approx(np.full(8, math.log(4) - 3 / 4))
+    tries = [Sampler(**vars(sampler) | {"seed": 5 + i}).answers(start, start, PROMPTS) for i in range(4)]
+    assert rewards_of(best).tolist() == np.max([rewards_of(one) for one in tries], axis=0).tolist()
+    assert rewards_of(best).sum() > rewards_of(before).sum()
+
+
+def test_greedy_answers_need_no_luck(sampler, start, better):
+    greedy = Sampler(**vars(sampler) | {"temperature": 0.0})
+    other = Sampler(**vars(sampler) | {"temperature": 0.0, "seed": 6})
+    ids = [[answer.ids for answer in one.answers(better, start, PROMPTS).answers] for one in (greedy, other)]
+    assert ids[0] == ids[1]
+
+
+def test_repetition_and_the_figures_of_answers():
+    assert repetition([1, 2, 3, 4]) == 0.0 and repetition([1, 2]) == 0.0 and repetition([1] * 12) == 0.9
+    answers = Answers([Answer([9], [1, 2, 1, 2], "", True), Answer([9], [1, 2], "", False)], np.zeros(2))
+    assert answers.figures() == {"length": 3.0, "ended": 0.5, "repetition": 0.0, "distinct_2": 2 / 4}

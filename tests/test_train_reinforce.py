@@ -1,0 +1,184 @@
+"""train_reinforce.py from end to end: its folder, held-out prompts, going on after a stop, two processes, mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train_reinforce
+from tests.conftest import ROOT, run_script
+from utils import reinforce, rewards
+from utils.heads import reading_of
+from utils.pairs import PairCollator, load_pairs
+from utils.runs import write_json
+
+SMALL = {"MAX_STEPS": 4, "BATCH_SIZE": 2, "MAX_NEW_TOKENS": 8, "EVAL_PROMPTS": 6, "PRECISION": "fp32", "DEVICE": "cpu"}
+SMALL |= {"LEARNING_RATE": 1e-3, "SAMPLE_EVERY_STEPS": 2, "SAVE_EVERY_STEPS": 2}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory, model_folder, tokenizer, sample_folder):
+    """{head: folder of a reward model with a random head}."""
+    folders, rows = {}, load_pairs(sample_folder, "train", 8)
+    for head in ("scalar", "distribution"):
+        reading, folder = reading_of(head, "average", [], None), tmp_path_factory.mktemp("judge") / head
+        torch.manual_seed(1)
+        model = rewards.start_model(model_folder, tokenizer, reading)
+        torch.nn.init.normal_(model.score.weight, std=0.3)
+        rewards.save(model, tokenizer, folder, reading, rows, PairCollator(2, 8), max_length=128)
+        folders[head] = str(folder)
+    return folders
+
+
+@pytest.fixture
+def options(model_folder, sample_folder, judges, tmp_path):
+    where = {"DATA_DIR": sample_folder, "MODEL": model_folder, "REWARD_MODEL": judges["scalar"]}
+    return SMALL | where | {"OUTPUT_DIR": tmp_path / "run"}
+
+
+def test_the_run_folder_is_complete_and_a_plain_model(options, judges, model_folder, tmp_path):
+    run_script(train_reinforce, **options | {"JUDGE_MODEL": judges["distribution"]})
+    folder = tmp_path / "run"
+    result, metrics = read(folder / "eval.json"), lines_of(folder / "metrics.jsonl")
+    fields = "prompts mean_reward_before mean_reward_after difference difference_low difference_high p_value win_rate"
+    fields += " win_rate_low win_rate_high kl kl_error length_before length_after ended_after repetition_after verdict"
+    for found in (result, result["judge"]):
+        assert set(fields.split()) <= set(found) and found["prompts"] == 6
+        assert found["verdict"] in ("grew", "fell", "not shown")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    names = "loss reward reward_std baseline advantage kl entropy grad_norm learning_rate tokens_per_second"
+    assert all(set(names.split()) <= set(line) for line in metrics) and metrics[0]["kl"] == 0.0
+    assert metrics[0]["baseline"] == pytest.approx(metrics[0]["reward"], abs=1e-5), "the first step initialises it"
+    before, after = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in (model_folder, folder))
+    assert all(not torch.equal(before[name], after[name]) for name in before), "every weight moved"
+    predictions = lines_of(folder / "predictions.jsonl")
+    for name in ("before", "after"):
+        mean = sum(line[f"reward_{name}"] for line in predictions) / 6
+        assert result[f"mean_reward_{name}"] == pytest.approx(mean)
+    assert result["kl"] == pytest.approx(sum(line["log_ratio"] for line in predictions) / 6, abs=1e-6)
+    assert (folder / "training_curves.png").exists() and "REINFORCE" in (folder / "README.md").read_text()
+    assert not (folder / "checkpoints").exists() and read(folder / "run.json")["finished"]
+
+
+def test_evaluation_never_sees_training_prompts(options, sample_folder, tmp_path):
+    run_script(train_reinforce, **options | {"SAMPLE_EVERY_STEPS": 1, "MAX_NEW_TOKENS": 2})
+    train = {messages[-2]["content"] for messages in load_from_disk(f"{sample_folder}/train")["chosen"]}
+    asked = {line["prompt"] for line in lines_of(tmp_path / "run/samples.jsonl")}
+    assert len(asked) == 4 and asked <= train
+    held_out = {line["prompt"] for line in lines_of(tmp_path / "run/predictions.jsonl")}
+    assert held_out <= set(load_from_disk(f"{sample_folder}/validation")["prompt"]) and not held_out & train
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"BASELINE": "leave_one_out", "ANSWERS_PER_PROMPT": 2, "ADVANTAGE_NORM": "std"},
+        {"USE_LORA": "true", "BASELINE": "running_mean", "MASK_CUT": "true", "CUT_PENALTY": 1.0},
+        {"RISK": 0.5, "REWARD_MODEL": "distribution", "BASELINE": "none", "REWARD_CLIP": 6.0},
+        {"WIN_REWARD": "true", "REWARD_MODEL": "distribution", "TEMPERATURE": 0.7, "GRADIENT_CHECKPOINTING": "true"},
+    ],
+)
+def test_constants_go_together(options, judges, tmp_path, constants):
+    named = {"REWARD_MODEL": judges[constants.get("REWARD_MODEL", "scalar")]}
+    run_script(train_reinforce, **options | constants | named | {"MAX_STEPS": 2})
+    assert len(lines_of(tmp_path / "run/metrics.jsonl")) == 2 and read(tmp_path / "run/eval.json")["prompts"] == 6
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(options, tmp_path, monkeypatch):
+    run_script(train_reinforce, **options | {"OUTPUT_DIR": tmp_path / "whole"})
+    alarm, calls = reinforce.alarm, []
+
+    def killed_in_the_fourth_step(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt  # after the update and the line of step 4, which no checkpoint has
+        return alarm(*arguments)
+
+    monkeypatch.setattr(reinforce, "alarm", killed_in_the_fourth_step)
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_reinforce, **options | {"MAX_STEPS": 6})
+    assert stop.value.code == 130 and not (tmp_path / "run/eval.json").exists()
+    cut_off = tmp_path / "run/checkpoints/checkpoint-4"
+    cut_off.mkdir()  # a kill while it was saved: no mark of completeness
+    (cut_off / "state.pt").write_bytes(b"half")
+    monkeypatch.setattr(reinforce, "alarm", alarm)
+    run_script(train_reinforce, **options | {"MAX_STEPS": 6})
+    run_script(train_reinforce, **options | {"MAX_STEPS": 6, "OUTPUT_DIR": tmp_path / "whole"})
+    one, other = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("run", "whole"))
+    assert [line["step"] for line in one] == [1, 2, 3, 4, 5, 6]
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine | {"tokens_per_second": 0} == theirs | {"tokens_per_second": 0}
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert lines_of(tmp_path / "run/samples.jsonl") == lines_of(tmp_path / "whole/samples.jsonl")
+
+
+def test_an_alarm_saves_the_state_and_ends_the_run(options, tmp_path):
+    with pytest.raises(SystemExit, match="stopped at step 2, its state is saved in .*: KL .* is over KL_LIMIT = 1e-06"):
+        run_script(train_reinforce, **options | {"KL_LIMIT": 1e-6, "LEARNING_RATE": 1e-2, "SAVE_EVERY_STEPS": 0})
+    assert (tmp_path / "run/checkpoints/checkpoint-2/state.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(options, tmp_path):
+    options = options | {"MICRO_BATCH": 2, "BATCH_SIZE": 4}
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29562")
+    for name, how in {"two": launcher, "one": ()}.items():
+        words = [f"--{key.lower()}={value}" for key, value in (options | {"OUTPUT_DIR": tmp_path / name}).items()]
+        command = [sys.executable, *how, "train_reinforce.py", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert read(tmp_path / "two/run.json")["processes"] == 2
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    for name in one:
+        # a step of Adam is 1e-3 here, also where a gradient is little more than rounding
+        torch.testing.assert_close(two[name], one[name], atol=5e-5, rtol=1e-4)
+    logged = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
+    for mine, theirs in zip(*logged, strict=True):
+        for key in ("loss", "reward", "baseline", "kl", "completions/mean_length", "grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-4), key
+
+
+@pytest.mark.parametrize(
+    "constants, message",
+    [
+        ({"BASELINE": "median"}, "BASELINE = 'median' is not known, choose one of: moving_average, running_mean"),
+        ({"BASELINE": "leave_one_out"}, "BASELINE = 'leave_one_out' compares the answers to one prompt"),
+        ({"ADVANTAGE_NORM": "max"}, "ADVANTAGE_NORM = 'max' is not known"),
+        ({"TEMPERATURE": 0.0}, "TEMPERATURE = 0.0: expected more than 0"),
+        ({"RISK": 1.0}, "RISK = 1.0 needs the spread of a distribution"),
+        ({"RISK": 1.0, "WIN_REWARD": "true"}, "RISK and WIN_REWARD are two rewards"),
+        ({"REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
+        ({"JUDGE_MODEL": "nowhere"}, "JUDGE_MODEL = 'nowhere' is not there"),
+        ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),
+        ({"MAX_STEPS": 0}, "MAX_STEPS = 0: expected 1 or more"),
+    ],
+)
+def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_reinforce, **options | constants)
+    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_worse_than_a_coin_is_refused(options, judges, tmp_path):
+    result = {"accuracy": 0.3, "accuracy_high": 0.4, "pairs": 100, "verdict": "worse than longer wins"}
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    write_json(folder / "eval.json", result)
+    with pytest.raises(SystemExit, match="is worse than a coin"):
+        run_script(train_reinforce, **options | {"REWARD_MODEL": folder})

@@ -1,0 +1,146 @@
+"""Policies side by side: the same prompts, the same luck, rewards, KL, lengths, repetition, best of n."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from utils.evaluation import at_equal_length, comparison
+from utils.guidance import Guidance
+from utils.rewards import RewardModel
+from utils.rows import Message
+from utils.sampling import Answer, generate, logps_of, prompt_ids_of
+
+NGRAM = 3  # repetition counts runs of so many tokens
+
+
+@dataclass
+class Answers:
+    """What a policy answered to some prompts, in their order; kl [prompts] is log pi - log start of each answer."""
+
+    answers: list[Answer]
+    kl: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each answer [prompts]."""
+        return np.array([len(answer.ids) for answer in self.answers], dtype=float)
+
+    def figures(self) -> dict[str, float]:
+        """Means over the answers.
+
+        length: tokens. ended: share that came to an end of turn. repetition: share of the runs of three tokens that
+        stood in the same answer before. distinct_2: share of different ones among all pairs of neighbouring tokens.
+        """
+        pairs = [pair for answer in self.answers for pair in zip(answer.ids, answer.ids[1:], strict=False)]
+        return {
+            "length": float(self.lengths.mean()),
+            "ended": float(np.mean([answer.ended for answer in self.answers])),
+            "repetition": float(np.mean([repetition(answer.ids) for answer in self.answers])),
+            "distinct_2": len(set(pairs)) / max(len(pairs), 1),
+        }
+
+
+def repetition(ids: list[int]) -> float:
+    """Share of the runs of NGRAM tokens in an answer that stood in it before; 0 where it is shorter."""
+    runs = Counter(tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1))
+    return 1 - len(runs) / runs.total() if runs else 0.0
+
+
+@dataclass
+class Sampler:
+    """How policies answer, the same for all of them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int  # tokens of a prompt; a longer one loses its start
+    max_new_tokens: int
+    temperature: float  # 0 = greedy; log-probs are then taken at 1
+    seed: int
+    precision: str
+    batch_size: int = 8
+
+    def answers(
+        self,
+        policy: nn.Module,
+        start: nn.Module,
+        prompts: list[list[Message]],
+        guidances: tuple[Guidance, Guidance] = (Guidance(), Guidance()),
+        progress: str = "answers",
+    ) -> Answers:
+        """The policy's answers, and their log-probs against those of the start; guidances: of start and policy."""
+        if policy is start:
+            written = self.write(start, prompts, guidances[0], progress)
+            return Answers(written, np.zeros(len(prompts)))
+        written = self.write(policy, prompts, guidances[1], progress)
+        asked = [self.ids(prompts, guidance) for guidance in guidances]
+        sides = [
+            logps_of(model, said, self.temperature or 1.0, self.batch_size, self.precision, guidance).double().numpy()
+            for model, said, guidance in (
+                (policy, written, guidances[1]),
+                (start, same_answers(written, asked[0]), guidances[0]),
+            )
+        ]
+        return Answers(written, sides[0] - sides[1])
+
+    def ids(self, prompts: list[list[Message]], guidance: Guidance) -> list[list[int]]:
+        return prompt_ids_of(self.tokenizer, prompts, self.max_length, guidance)
+
+    def write(
+        self,
+        policy: nn.Module,
+        prompts: list[list[Message]],
+        guidance: Guidance,
+        progress: str,
+        seed: int | None = None,
+    ) -> list[Answer]:
+        return generate(
+            policy,
+            self.tokenizer,
+            self.ids(prompts, guidance),
+            self.max_new_tokens,
+            self.temperature,
+            self.seed if seed is None else seed,
+            self.batch_size,
+            self.precision,
+            guidance,
+            progress,
+        )
+
+    def best_of(self, count: int, start: nn.Module, prompts: list[list[Message]], judge: RewardModel) -> Answers:
+        """Of `count` answers of the start to each prompt that with the highest reward; kl is its bound for all.
+
+        ln n - (n - 1) / n bounds the KL of best of n from above (https://arxiv.org/abs/2401.01879). The first answers
+        are the start's own in this comparison, so that best of 1 is the start.
+        """
+        tries = [
+            self.write(start, prompts, Guidance(), f"best of {count}: {i + 1}", self.seed + i) for i in range(count)
+        ]
+        scores = np.stack([rewards_of(judge, prompts, answers) for answers in tries])  # [count, prompts]
+        best = [tries[i][place] for place, i in enumerate(scores.argmax(axis=0))]
+        return Answers(best, np.full(len(prompts), math.log(count) - (count - 1) / count))
+
+
+def same_answers(answers: list[Answer], prompts: list[list[int]]) -> list[Answer]:
+    """The answers behind other prompts (ids)."""
+    return [Answer(ids, a.ids, a.text, a.ended) for a, ids in zip(answers, prompts, strict=True)]
+
+
+def rewards_of(judge: RewardModel, prompts: list[list[Message]], answers: list[Answer]) -> np.ndarray:
+    """Rewards [prompts] of answers, on the prompts without guidance."""
+    said = [[*prompt, {"role": "assistant", "content": a.text}] for prompt, a in zip(prompts, answers, strict=True)]
+    return judge.score(said).double().numpy()
+
+
+def compared(before: Answers, after: Answers, rewards: tuple[np.ndarray, np.ndarray]) -> dict[str, object]:
+    """The fields of a comparison in eval.json: `evaluation.comparison`, and the figures of both sides' answers.
+
+    difference_at_equal_length: what is left of the difference of rewards where both answers are equally long.
+    """
+    found = comparison(*rewards, after.kl)
+    sides = (("before", before.figures()), ("after", after.figures()))
+    found |= {f"{name}_{side}": value for side, figures in sides for name, value in figures.items()}
+    longer = np.log(after.lengths) - np.log(before.lengths)
+    return found | {"difference_at_equal_length": at_equal_length(rewards[1] - rewards[0], longer)}

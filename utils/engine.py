@@ -1,0 +1,123 @@
+"""The policy of REINFORCE as accelerate runs it: its optimizer, one step, and a state to go on from."""
+
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradScalerKwargs
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from utils.reinforce import Baseline, Policy
+from utils.runs import Run
+from utils.training import COMPLETE, last_checkpoint, trained_state
+
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names for PRECISION
+KEPT = 2  # checkpoints that are kept
+
+
+@dataclass
+class Engine:
+    """The policy as accelerate runs it, with its optimizer and the schedule of its rate."""
+
+    accelerator: Accelerator
+    policy: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+
+    def step(self, longest: float) -> float:
+        """Move along the gradients, cut to the length `longest`, and forget them; their length before.
+
+        A gradient that is not finite moves nothing. Under fp16 a GradScaler takes that for too large a scale, lowers
+        it and goes on: the length is then 0.
+        """
+        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), longest))
+        if self.accelerator.scaler is not None:
+            norm = norm if math.isfinite(norm) else 0.0
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def next_rate(self) -> float:
+        """The learning rate of the step just taken; moves on to the next one."""
+        rate = self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        return rate
+
+    def parts(self) -> dict[str, object]:
+        """What has a state of its own beside the weights."""
+        scaler = {"scaler": self.accelerator.scaler} if self.accelerator.scaler is not None else {}
+        return {"optimizer": self.optimizer, "schedule": self.schedule} | scaler
+
+    def save(self, run: Run, step: int, baseline: Baseline) -> None:
+        """checkpoints/checkpoint-{step}: trained weights, optimizer, schedule, baseline.
+
+        Written beside its name and renamed when whole. What is sampled is a function of seed and step, so no state of
+        a random generator is needed to go on with the same answers.
+        """
+        state = {"step": step, "baseline": asdict(baseline)}
+        state["weights"] = trained_state(self.accelerator.unwrap_model(self.policy))
+        state |= {name: part.state_dict() for name, part in self.parts().items()}
+        place = run.folder / "checkpoints" / f"checkpoint-{step}"
+        part = place.with_name(f"part-{step}")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        torch.save(state, part / "state.pt")
+        (part / COMPLETE).touch()
+        shutil.rmtree(place, ignore_errors=True)
+        os.rename(part, place)
+        kept = sorted(place.parent.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        for older in kept[:-KEPT]:
+            shutil.rmtree(older)
+
+    def resume(self, run: Run, baseline: Baseline) -> int:
+        """Put all back as the last complete checkpoint of a run has it; the number of steps taken by then."""
+        checkpoint = last_checkpoint(run.folder)
+        if not checkpoint:
+            return 0
+        state = torch.load(Path(checkpoint) / "state.pt", weights_only=True, map_location="cpu")
+        module = self.accelerator.unwrap_model(self.policy)
+        assert set(state["weights"]) == set(trained_state(module)), "checkpoint of another model"
+        module.load_state_dict(state["weights"], strict=False)
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        vars(baseline).update(state["baseline"])
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            run.forget_after(state["step"], name)
+        return state["step"]
+
+
+def start_engine(
+    policy: Policy,
+    device: torch.device,
+    precision: str,
+    rates: tuple[float, float, str, float, int],
+    tracker: str,
+    run: Run,
+) -> Engine:
+    """The policy on its device, in its precision, with AdamW.
+
+    rates: learning rate at its highest, weight decay, schedule (transformers' name), share of the steps in which the
+    rate grows from 0, steps. tracker: none, or what accelerate logs to.
+    """
+    rate, decay, schedule, warmup, steps = rates
+    accelerator = Accelerator(
+        mixed_precision=MIXED[precision],
+        cpu=device.type == "cpu",
+        log_with=None if tracker == "none" else tracker,
+        project_dir=str(run.folder),
+        kwargs_handlers=[GradScalerKwargs(init_scale=2.0**10)],  # from 2^16 on, the first steps would be skipped
+    )
+    if tracker != "none":
+        accelerator.init_trackers("reinforce", {k: str(v) for k, v in run.record["settings"].items()})
+    trained = [value for value in policy.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
+    rates = get_scheduler(schedule, optimizer, int(warmup * steps), steps)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    return Engine(accelerator, policy, optimizer, rates)

@@ -1,0 +1,234 @@
+"""What REINFORCE is made of, beside its loop: samples, their rewards, baselines, figures and alarms."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from utils.comparing import repetition
+from utils.guidance import Guidance
+from utils.logps import answer_logps
+from utils.rewards import RewardModel
+from utils.rows import Message
+from utils.sampling import Answer, generate, prompt_ids_of
+
+BASELINES = {  # what BASELINE may name
+    "moving_average": "exponential mean of earlier steps",
+    "running_mean": "mean of all earlier rewards, as in https://arxiv.org/abs/2402.14740",
+    "leave_one_out": "mean of the other answers to the same prompt",
+    "none": "nothing is taken off",
+}
+NORMS = {"none": "as they are", "std": "divided by their standard deviation"}  # what ADVANTAGE_NORM may name
+
+
+@dataclass
+class Sample:
+    """One sampled answer and all that is known of it; log-probs are sums over its tokens, in nats."""
+
+    number: int  # of all answers of the run: step x answers a step + place
+    prompt: list[Message]
+    answer: Answer
+    logp: float  # log pi(answer), of the policy that wrote it
+    reference: float  # log ref(answer)
+    entropy: float  # of the next token, summed over the answer's tokens
+    reward: float = 0.0  # by the reward model, with clip and penalties, without the KL
+
+    @property
+    def kl(self) -> float:
+        """log pi - log ref: its mean over sampled answers is the KL of policy and reference."""
+        return self.logp - self.reference
+
+
+class Policy(nn.Module):
+    """A causal model as accelerate wraps it: sampled answers in (see `sampling.batch_of`), log pi of each out."""
+
+    def __init__(self, model: nn.Module, temperature: float):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        """log pi(answer | prompt) [batch], float32, at the temperature of the sampling, end of turn included."""
+        return answer_logps(self.model, batch, None, self.temperature)[0][:, 0]
+
+
+@contextmanager
+def as_reference(model: nn.Module, reference: nn.Module | str) -> Iterator[nn.Module]:
+    """The reference of `policies.reference_of`, ready for use: a frozen copy, or the model with its adapters off."""
+    if reference == "adapter":
+        with model.disable_adapter():
+            yield model
+    else:
+        yield reference
+
+
+def start_answers(
+    model: nn.Module,
+    reference: nn.Module | str,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    how: dict[str, object],
+    prompts: list[list[Message]],
+) -> list[str]:
+    """The start's greedy answers to prompts: what a policy has to beat where the reward is to win."""
+    ids = prompt_ids_of(tokenizer, prompts, window, Guidance())
+    with as_reference(model, reference) as start:
+        return [answer.text for answer in generate(start, tokenizer, ids, **how | {"temperature": 0.0}, seed=0)]
+
+
+@lru_cache(maxsize=2)
+def order_of(epoch: int, rows: int, seed: int) -> np.ndarray:
+    """Row numbers in the order of an epoch: a function of seed and epoch, so that a resumed run goes on in it."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def prompt_of(number: int, answers_per_prompt: int, rows: int, seed: int) -> int:
+    """The row whose prompt the answer with this number is to; each row comes once an epoch."""
+    place = number // answers_per_prompt
+    return int(order_of(place // rows, rows, seed)[place % rows])
+
+
+@dataclass
+class Opponents:
+    """The start's greedy answers, each written once: write(prompts) -> their texts. known: {row: text}."""
+
+    write: Callable[[list[list[Message]]], list[str]]
+    known: dict[int, str] = field(default_factory=dict)
+
+    def of(self, rows: Collection[int], prompts: Collection[list[Message]]) -> list[str]:
+        """The start's answers to the prompts of these rows."""
+        new = {row: prompt for row, prompt in zip(rows, prompts, strict=True) if row not in self.known}
+        if new:
+            self.known |= dict(zip(new, self.write(list(new.values())), strict=True))
+        return [self.known[row] for row in rows]
+
+
+@dataclass
+class Scoring:
+    """How an answer is rewarded.
+
+    risk: expected grade minus risk x spread. win: P(beats the start's answer) in place of the reward. length_penalty:
+    for each 100 tokens. cut_penalty: for an answer that did not end. clip: rewards are cut to -clip .. clip, 0 = not.
+    """
+
+    model: RewardModel
+    risk: float = 0.0
+    win: bool = False
+    length_penalty: float = 0.0
+    cut_penalty: float = 0.0
+    clip: float = 0.0
+
+    def __call__(
+        self, prompts: list[list[Message]], answers: list[Answer], opponents: list[str] | None = None
+    ) -> torch.Tensor:
+        """Rewards [answers], float32; opponents: the start's answers to the same prompts, where `win`."""
+        sides = [[answer.text for answer in answers], *([opponents] if self.win else [])]
+        outputs, tokens = self.model.read(prompts, list(zip(*sides, strict=True)))
+        reading = self.model.reading
+        if self.win:
+            rewards = reading.win(outputs[:, 0], outputs[:, 1], tokens)
+        else:
+            rewards = reading.rewards(outputs[:, 0], tokens[:, 0])
+            if self.risk:
+                rewards = rewards - self.risk * reading.spread(outputs[:, 0])
+        rewards = rewards.clamp(-self.clip, self.clip) if self.clip else rewards
+        lengths = torch.tensor([len(answer.ids) for answer in answers], dtype=torch.float32)
+        cut = torch.tensor([not answer.ended for answer in answers], dtype=torch.float32)
+        return rewards - self.length_penalty * lengths / 100 - self.cut_penalty * cut
+
+
+@dataclass
+class Baseline:
+    """What is taken off a reward before it weighs its answer; moving ones are saved with the checkpoint.
+
+    kind: a name of BASELINES. decay: share of the past in the moving average. seen: rewards so far.
+    """
+
+    kind: str
+    decay: float = 0.9
+    value: float = 0.0
+    seen: int = 0
+
+    def advantages(self, rewards: torch.Tensor, kept: torch.Tensor, answers_per_prompt: int = 1) -> torch.Tensor:
+        """rewards [answers] minus the baseline, 0 where not `kept` [answers] (bool); those to one prompt lie together.
+
+        A moving baseline begins at the mean of the first step and moves after it was used: from the second step on,
+        no answer has its own reward in its baseline. What is not kept is in no baseline either.
+        """
+        weights, count = kept.float(), int(kept.sum())
+        if self.kind == "none" or not count:
+            return rewards * weights
+        if self.kind == "leave_one_out":
+            group, there = rewards.view(-1, answers_per_prompt), weights.view(-1, answers_per_prompt)
+            total, others = (group * there).sum(1, keepdim=True), there.sum(1, keepdim=True) - there
+            found = (group - (total - group * there) / others.clamp(min=1)) * there
+            return torch.where(others > 0, found, 0.0).flatten()  # an answer alone has nothing to be compared with
+        mean = (rewards * weights).sum().item() / count
+        if not self.seen:
+            self.value = mean
+        found = (rewards - self.value) * weights
+        if self.kind == "moving_average":
+            self.value = self.decay * self.value + (1 - self.decay) * mean
+        else:
+            self.value = (self.value * self.seen + mean * count) / (self.seen + count)
+        self.seen += count
+        return found
+
+
+def normalised(advantages: torch.Tensor, kept: torch.Tensor, norm: str) -> torch.Tensor:
+    """advantages [answers], divided by their standard deviation over the kept ones where norm = std."""
+    if norm == "none" or kept.sum() < 2:
+        return advantages
+    return advantages / (advantages[kept].std() + 1e-4)  # equal rewards: all advantages near 0, not 0 / 0
+
+
+def figures_of(
+    samples: list[Sample], advantages: torch.Tensor, baseline: Baseline, loss: float, norm: float, seconds: float
+) -> dict[str, float]:
+    """A line of metrics.jsonl: means over all answers of a step; kl and reward in full, entropy for each token."""
+    rewards = torch.tensor([sample.reward for sample in samples])
+    lengths = [len(sample.answer.ids) for sample in samples]
+    ended = sum(sample.answer.ended for sample in samples) / len(samples)
+    return {
+        "loss": loss,
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "baseline": baseline.value,
+        "advantage": advantages.mean().item(),
+        "advantage_std": advantages.std(correction=0).item(),
+        "kl": sum(sample.kl for sample in samples) / len(samples),
+        "entropy": sum(sample.entropy for sample in samples) / sum(lengths),
+        "completions/mean_length": sum(lengths) / len(samples),
+        "completions/ended": ended,
+        "completions/clipped_ratio": 1 - ended,
+        "completions/repetition": sum(repetition(sample.answer.ids) for sample in samples) / len(samples),
+        "grad_norm": norm,
+        "tokens_per_second": sum(lengths) / seconds,
+    }
+
+
+def line_of(sample: Sample, step: int, advantage: float) -> dict[str, object]:
+    """A line of samples.jsonl."""
+    said = {"step": step, "prompt": sample.prompt[-1]["content"], "answer": sample.answer.text}
+    numbers = {"reward": sample.reward, "kl": sample.kl, "advantage": advantage}
+    return said | numbers | {"tokens": len(sample.answer.ids), "ended": sample.answer.ended}
+
+
+def alarm(figures: dict[str, float], kl_limit: float, least_length: float, least_entropy: float) -> str:
+    """Why a run should not go on after a step with these figures of metrics.jsonl, "" where it may."""
+    bad = [name for name in ("loss", "grad_norm", "reward", "kl") if not np.isfinite(figures[name])]
+    if bad:
+        return f"{' and '.join(bad)} of this step is not finite: lower LEARNING_RATE"
+    if kl_limit and figures["kl"] > kl_limit:
+        return f"KL {figures['kl']:.1f} is over KL_LIMIT = {kl_limit}: raise KL_BETA or lower LEARNING_RATE"
+    if figures["completions/mean_length"] < least_length:
+        length = figures["completions/mean_length"]
+        return f"answers have collapsed to {length:.1f} tokens, LEAST_LENGTH = {least_length}: raise KL_BETA"
+    if figures["entropy"] < least_entropy:
+        entropy = figures["entropy"]
+        return f"entropy has collapsed to {entropy:.3f} nats a token, LEAST_ENTROPY = {least_entropy}: raise KL_BETA"
+    return ""
