@@ -1,4 +1,4 @@
-"""Judge a reward model on pairs: any split of processed rows, or pairs of another origin, with accuracy by subset.
+"""Judge a reward model on pairs, or, with POLICIES, policies by a reward model on the same held-out prompts.
 
 Reads  : outputs/reward_model/ or a reward model of the hub; processed_helpsteer/ or a file of chosen and rejected
 Writes : outputs/evaluation/ (eval.json, predictions.jsonl, run.json, plots)
@@ -6,6 +6,7 @@ Writes : outputs/evaluation/ (eval.json, predictions.jsonl, run.json, plots)
 python -m extras.evaluate --reward_model outputs/reward_model --data_dir processed_helpsteer --split test
 python -m extras.evaluate --reward_model outputs/reward_model --dataset my_pairs.jsonl
 python -m extras.evaluate --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B
+python -m extras.evaluate --policies outputs/reinforce --judge_model outputs/judge --output_dir outputs/comparison
 """
 
 from __future__ import annotations
@@ -29,8 +30,18 @@ MAX_ROWS = 0  # the first so many pairs only, 0 = all of them
 REWARD_MODEL = "outputs/reward_model"  # run folder of train_reward_model.py, or a hub reward model with one output
 SHORTCUT_MODEL = ""  # folder of a reward model that was trained with ANSWERS_ONLY, to compare with
 CONTROL_PAIRS = 500  # pairs on which it is also tried without the prompts and with wrong ones, 0 = none
+# policies
+POLICIES = ()  # in place of judging pairs: folders or hub names of policies to compare with their start
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # that start, a hub name or a folder
+JUDGE_MODEL = ""  # a second reward model, which no policy was trained on, "" = none
+BEST_OF_N = 4  # also the best of so many answers of the start by REWARD_MODEL, 0 = not
+PROMPTS = 64  # of SPLIT, answered by each policy with the same luck, 0 = all
+MAX_NEW_TOKENS = 50  # of an answer
+TEMPERATURE = 1.0  # of the sampled answers; each policy also answers greedily
+SYSTEM_PROMPT = ""  # a persona, with which each policy also answers, "" = none
+# running
 BATCH_SIZE = 8  # answers in memory at once
-SEED = 42  # of the untrained head that it is compared with
+SEED = 42  # of the untrained head that a reward model is compared with, and of the samples
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # output
@@ -73,33 +84,26 @@ def in_its_window(rows: Dataset, model: RewardModel) -> Dataset:
     return closed_answers(rows.select(different), model.tokenizer)
 
 
-@script
-def main(settings: dict) -> None:
-    # 1. check
-    at_least(1, BATCH_SIZE=BATCH_SIZE)
-    at_least(0, MAX_ROWS=MAX_ROWS, CONTROL_PAIRS=CONTROL_PAIRS)
-    if not DATASET:
-        needs(f"{DATA_DIR}/{SPLIT}", made_by="load_helpsteer_dataset.py")
+def judge_pairs(
+    model: RewardModel, name: str, rows: Dataset, batch_size: int, controls: int, shortcut: str, seed: int
+) -> tuple[dict, list[dict]]:
+    """(eval.json, lines of predictions.jsonl): the report on a reward model."""
     from functools import partial
 
     import numpy as np
 
-    from utils import judging, models, pairs, quality, quality_plots, rewards
+    from utils import judging, quality, rewards
     from utils.runs import read_json
 
-    device, precision = models.choose_machine(DEVICE, PRECISION)
-    # 2. load
-    model = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
-    rows = pairs_of_another_origin(DATASET, MAX_ROWS) if DATASET else pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
     rows = in_its_window(rows, model)
-    say(f"{REWARD_MODEL}: {model.reading.head} head, window of {model.max_length} tokens, {len(rows)} pairs")
-    # 3. judge
+    say(f"{name}: {model.reading.head} head, window of {model.max_length} tokens, {len(rows)} pairs")
     weights = model.config.get("surface_weights")
-    started_from = read_json(f"{REWARD_MODEL}/run.json").get("settings", {}).get("MODEL")
+    started_from = read_json(f"{name}/run.json").get("settings", {}).get("MODEL")
+    device = model.model.device
 
     def outputs_of(some: Dataset, other: object = None) -> np.ndarray:
         judge = rewards.RewardModel(other, model.tokenizer, model.reading, model.max_length) if other else model
-        return judge.pair_outputs(some, BATCH_SIZE)
+        return judge.pair_outputs(some, batch_size)
 
     lines = judging.judged(
         outputs_of,
@@ -107,20 +111,85 @@ def main(settings: dict) -> None:
         model.tokenizer,
         model.reading,
         np.array(weights) if weights else None,
-        CONTROL_PAIRS,
-        partial(rewards.untrained, started_from, model.reading, device, SEED) if started_from else None,
-        SHORTCUT_MODEL,
+        controls,
+        partial(rewards.untrained, started_from, model.reading, device, seed) if started_from else None,
+        shortcut,
     )
-    result = quality.report(lines) | {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
-    # 4. save
-    run = Run(OUTPUT_DIR, settings, resume=False, device=str(device), precision=precision)
-    quality_plots.write_results(run.folder, result, lines)
+    return quality.report(lines), lines
+
+
+def compare_policies(
+    policies: dict[str, str], model: str, data_dir: str, split: str, count: int, best_of: int, persona: str,
+    judges: dict[str, RewardModel], sampling: dict,
+) -> tuple[dict, list[str], dict, dict]:  # fmt: skip
+    """(eval.json, prompts, answers, scores) of the start and the policies on `count` prompts of a split.
+
+    sampling: what Sampler takes beside the tokenizer and the window.
+    """
+    from dataclasses import replace
+
+    from utils import comparing, frontier, models, pairs
+
+    tokenizer, metadata = pairs.matching_tokenizer(data_dir, "MODEL", model)
+    rows = pairs.load_pairs(data_dir, split, count)
+    prompts = [messages[:-1] for messages in rows["chosen"]]
+    device = judges["reward"].model.device
+
+    def load(name: str) -> object:
+        return models.load_causal(name, "POLICIES").to(device).eval()
+
+    sampler = comparing.Sampler(tokenizer, metadata["max_length"], **sampling)
+    samplers = {"sampled": sampler, "greedy": replace(sampler, temperature=0.0)}
+    start = models.load_causal(model).to(device).eval()
+    say(f"{len(prompts)} prompts of {data_dir}/{split}, answered by {model} and {', '.join(policies)}")
+    answers = frontier.answers_of(policies, start, load, prompts, samplers, best_of, judges["reward"], persona)
+    scores, figures = {}, {}
+    for way, sides in answers.items():
+        scores[way], figures[way] = frontier.side_by_side(sides, prompts, judges)
+    result = {"prompts": len(prompts), "start": model, "folders": policies, "policies": figures}
+    result["over_seeds"] = frontier.over_seeds(frontier.recipes(policies), scores["sampled"])
+    return result, rows["prompt"], answers, scores
+
+
+@script
+def main(settings: dict) -> None:
+    # 1. check
+    at_least(1, BATCH_SIZE=BATCH_SIZE, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
+    at_least(0, MAX_ROWS=MAX_ROWS, CONTROL_PAIRS=CONTROL_PAIRS, PROMPTS=PROMPTS, BEST_OF_N=BEST_OF_N)
+    if TEMPERATURE <= 0:
+        stop(f"TEMPERATURE = {TEMPERATURE}: expected more than 0; greedy answers are compared anyway")
+    if not DATASET or POLICIES:
+        needs(f"{DATA_DIR}/{SPLIT}", made_by="load_helpsteer_dataset.py")
+    from utils import frontier, models, pairs, quality, quality_plots, rewards
+
+    device, precision = models.choose_machine(DEVICE, PRECISION)
+    facts = {"device": str(device), "precision": precision}
+    # 2. compare policies
+    if POLICIES:
+        judges = rewards.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
+        how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "seed": SEED, "precision": precision}
+        result, *found = compare_policies(
+            frontier.names_of(POLICIES), MODEL, DATA_DIR, SPLIT, PROMPTS, BEST_OF_N, SYSTEM_PROMPT, judges,
+            how | {"batch_size": BATCH_SIZE},
+        )  # fmt: skip
+        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
+        frontier.write_results(run.folder, result, *found)
+        for way, figures in result["policies"].items():
+            say(f"\n{way}:\n{frontier.told(figures, tuple(judges))}")
+    # 3. or judge a reward model
+    else:
+        model = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
+        rows = pairs_of_another_origin(DATASET, MAX_ROWS) if DATASET else pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
+        result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, SHORTCUT_MODEL, SEED)
+        result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
+        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
+        quality_plots.write_results(run.folder, result, lines)
+        say(quality.told(result))
+        for name, part in result["by_subset"].items():
+            say(f"{name}: {part['accuracy']:.3f} [{part['low']:.3f}, {part['high']:.3f}] on {part['pairs']}")
+    # 4. say where it is
     run.finish()
-    # 5. say where it is
-    say(quality.told(result))
-    for name, part in result["by_subset"].items():
-        say(f"{name}: {part['accuracy']:.3f} [{part['low']:.3f}, {part['high']:.3f}] on {part['pairs']}")
-    say(f"written: {run.folder}")
+    say(f"written: {run.folder}\nnext: python -m extras.make_report --runs {run.folder}")
 
 
 if __name__ == "__main__":

@@ -69,18 +69,22 @@ class Sampler:
         prompts: list[list[Message]],
         guidances: tuple[Guidance, Guidance] = (Guidance(), Guidance()),
         progress: str = "answers",
+        seen: list[list[Message]] | None = None,
     ) -> Answers:
-        """The policy's answers, and their log-probs against those of the start; guidances: of start and policy."""
-        if policy is start:
+        """The policy's answers, and their log-probs against those of the start.
+
+        guidances: of start and policy. seen: the prompts as the policy sees them, where the start sees others.
+        """
+        if policy is start and seen is None:
             written = self.write(start, prompts, guidances[0], progress)
             return Answers(written, np.zeros(len(prompts)))
-        written = self.write(policy, prompts, guidances[1], progress)
-        asked = [self.ids(prompts, guidance) for guidance in guidances]
+        written = self.write(policy, prompts if seen is None else seen, guidances[1], progress)
+        asked = self.ids(prompts, guidances[0])
         sides = [
             logps_of(model, said, self.temperature or 1.0, self.batch_size, self.precision, guidance).double().numpy()
             for model, said, guidance in (
                 (policy, written, guidances[1]),
-                (start, same_answers(written, asked[0]), guidances[0]),
+                (start, same_answers(written, asked), guidances[0]),
             )
         ]
         return Answers(written, sides[0] - sides[1])

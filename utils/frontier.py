@@ -1,0 +1,185 @@
+"""Several policies against their start: reward, a judge's reward, KL and length of each, and the chance of the seed."""
+
+import json
+import statistics
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import nn
+
+from utils.comparing import Answers, Sampler, compared, rewards_of
+from utils.evaluation import interval, mean_kl, paired_difference
+from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
+from utils.rewards import RewardModel
+from utils.rows import Message
+from utils.runs import read_json, stop, write_json, write_text
+
+START = "start"
+NOT_THE_WORK = {
+    "SEED",
+    "OUTPUT_DIR",
+    "RESUME",
+    "DEVICE",
+    "REPORT_TO",
+}  # in which runs of one recipe may differ
+Prompts = list[list[Message]]
+
+
+def names_of(folders: tuple[str, ...]) -> dict[str, str]:
+    """{short name: folder or hub name}: the last part where it tells them apart, else all of it."""
+    folders = [folder.rstrip("/") for folder in folders]
+    short = [Path(folder).name for folder in folders]
+    names = short if len({*short, START}) == len(short) + 1 else folders
+    if len(set(names)) < len(names) or START in names:
+        stop(f"POLICIES = {','.join(folders)}: each once, and none called {START!r}")
+    return dict(zip(names, folders, strict=True))
+
+
+def answers_of(
+    policies: dict[str, str],
+    start: nn.Module,
+    load: Callable[[str], nn.Module],
+    prompts: Prompts,
+    samplers: dict[str, Sampler],
+    best_of: int,
+    judge: RewardModel,
+    persona: str = "",
+) -> dict[str, dict[str, Answers]]:
+    """{way of sampling: {name: answers}} of the start, best of n of it, and every policy, loaded one at a time.
+
+    persona: a system turn, with which the start and every policy also answer, as `NAME with persona`.
+    """
+    played = [[{"role": "system", "content": persona}, *(m for m in said if m["role"] != "system")] for said in prompts]
+    found = {way: {START: sampler.answers(start, start, prompts)} for way, sampler in samplers.items()}
+    if best_of > 1:
+        first = next(iter(samplers))  # greedy answers would all be the same
+        found[first][f"best of {best_of}"] = samplers[first].best_of(best_of, start, prompts, judge)
+    for name, folder in {START: "", **policies}.items():
+        model = load(folder) if folder else start
+        for way, sampler in samplers.items():
+            if folder:
+                found[way][name] = sampler.answers(model, start, prompts, progress=f"{name}, {way}")
+            if persona:
+                said = f"{name} with persona"
+                found[way][said] = sampler.answers(model, start, prompts, progress=said, seen=played)
+    return found
+
+
+def side_by_side(
+    answers: dict[str, Answers], prompts: Prompts, judges: dict[str, RewardModel]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict]]:
+    """({judge: {name: rewards [prompts]}}, {name: figures}) of one way of sampling.
+
+    Figures: those of a comparison with the start by each judge, and `mean` of the reward with its interval.
+    """
+    scores = {
+        judge: {name: rewards_of(model, prompts, side.answers) for name, side in answers.items()}
+        for judge, model in judges.items()
+    }
+    figures = {}
+    for name, side in answers.items():
+        figures[name] = {**side.figures(), **mean_kl(side.kl)}
+        for judge, all_scores in scores.items():
+            mine = all_scores[name]
+            low, high = interval(mine)
+            figures[name][judge] = {"mean": float(mine.mean()), "low": low, "high": high}
+            if name != START:
+                figures[name][judge] |= compared(answers[START], side, (all_scores[START], mine))
+    return scores, figures
+
+
+def recipes(policies: dict[str, str]) -> dict[str, list[str]]:
+    """{recipe: names}: policies whose runs differ in their seed only; the recipe is called by its first name."""
+    found: dict[str, list[str]] = {}
+    for name, folder in policies.items():
+        settings = read_json(Path(folder) / "run.json").get("settings", {"folder": folder})
+        key = json.dumps({k: v for k, v in settings.items() if k not in NOT_THE_WORK}, sort_keys=True)
+        found.setdefault(key, []).append(name)
+    return {names[0]: names for names in found.values()}
+
+
+def over_seeds(groups: dict[str, list[str]], scores: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
+    """For each judge: what every recipe gains over the start, from seed to seed, and the recipes against each other.
+
+    gains: {recipe: values (one a run), mean, std (of a sample; 0 for one run)}. between: the paired difference of the
+    means over runs of two recipes, on the same prompts; its interval covers the prompts, not the chance of training.
+    """
+    found = {}
+    for judge, by_name in scores.items():
+        means = {group: np.mean([by_name[name] for name in names], axis=0) for group, names in groups.items()}
+        gains = {}
+        for group, names in groups.items():
+            values = [float((by_name[name] - by_name[START]).mean()) for name in names]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            gains[group] = {"runs": names, "values": values, "mean": statistics.fmean(values), "std": spread}
+        between = [{"one": a, "other": b, **paired_difference(means[a], means[b])} for a, b in combinations(groups, 2)]
+        found[judge] = {"gains": gains, "between": between}
+    return found
+
+
+@in_style
+def frontier(figures: dict[str, dict], judge: str, prompts: int) -> Figure:
+    """Reward (y, with its interval over prompts) against KL and against length, a dot for each policy."""
+    best = max(figures, key=lambda name: figures[name][judge]["mean"])
+    figure, panels = new_figure(
+        f"The highest mean reward is that of {best}",
+        f"Mean {judge} on the same {prompts} prompts, with 95 % intervals over prompts. Above, by its cost: the KL\n"
+        "to the start (for best of n a bound); below, by the length of the answers.",
+        height=8.0, rows=2, gap=0.3,
+    )  # fmt: skip
+    for axes, key, label in zip(panels, ("kl", "length"), ("KL to the start (nats an answer)", "tokens"), strict=True):
+        for name, found in figures.items():
+            color = MUTED if name == START else ORANGE if name.startswith("best of") else BLUE
+            x, y = found[key], found[judge]["mean"]
+            axes.plot([x, x], [found[judge]["low"], found[judge]["high"]], color=color, linewidth=1.5, alpha=0.6)
+            axes.plot(x, y, "o", color=color, markersize=7)
+            axes.annotate(name, (x, y), (7, 4), textcoords="offset points", color=INK, fontsize=9.5)
+        axes.set(xlabel=label, ylabel=f"mean {judge}")
+        axes.margins(x=0.18)
+        axes.grid(axis="y")
+    return figure
+
+
+def told(figures: dict[str, dict], judges: tuple[str, ...]) -> str:
+    """The figures of one way of sampling as a table, and a verdict for each policy."""
+    width = max(map(len, figures))
+    lines = [f"{'':{width}}  " + "  ".join(f"{judge:>7}" for judge in judges) + "       kl  tokens  ended  repetition"]
+    for name, found in figures.items():
+        means = "  ".join(f"{found[judge]['mean']:7.3f}" for judge in judges)
+        rest = f"{found['kl']:7.2f}  {found['length']:6.1f}  {found['ended']:5.2f}  {found['repetition']:10.3f}"
+        lines.append(f"{name:{width}}  {means}  {rest}")
+    for name, found in figures.items():
+        for judge in judges:
+            if "verdict" in found[judge]:
+                it = found[judge]
+                lines.append(
+                    f"{name}, {judge}: {it['difference']:+.3f} [{it['difference_low']:+.3f}, "
+                    f"{it['difference_high']:+.3f}], p = {it['p_value']:.2g}, wins {it['win_rate']:.2f} of "
+                    f"{it['prompts']}: {it['verdict']}"
+                )
+    return "\n".join(lines)
+
+
+def write_results(
+    folder: Path, result: dict, prompts: list[str], answers: dict[str, dict], scores: dict[str, dict]
+) -> None:
+    """eval.json, predictions.jsonl (a line for each prompt and way of sampling), and a frontier for each judge."""
+    write_json(folder / "eval.json", result)
+    lines = [
+        {
+            "prompt": prompt,
+            "way": way,
+            "answers": {name: side.answers[i].text for name, side in sides.items()},
+            "log_ratios": {name: float(side.kl[i]) for name, side in sides.items()},
+        }
+        | {judge: {name: float(values[i]) for name, values in one.items()} for judge, one in scores[way].items()}
+        for way, sides in answers.items()
+        for i, prompt in enumerate(prompts)
+    ]
+    write_text(folder / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    way = next(iter(answers))
+    for judge in scores[way]:
+        save(frontier(result["policies"][way], judge, len(prompts)), folder / f"frontier_{judge}.png")
