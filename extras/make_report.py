@@ -26,8 +26,12 @@ FIGURES = {  # file in a run folder: what it shows
     "rewards.png": "Rewards of chosen and rejected answers",
     "reliability.png": "How sure it is against how often it is right",
     "coverage.png": "Accuracy when it abstains",
+    "frontier_reward.png": "Reward against KL and length",
+    "frontier_judge.png": "The judge's reward against KL and length",
     "training_curves.png": "Curves of the training",
 }
+# kind of run: a key that only its eval.json has
+KINDS = {"reward": "shortcuts", "comparison": "policies", "policy": "margin", "reinforce": "mean_reward_after"}
 
 
 def find_runs(named: tuple[str, ...], places: tuple[str, ...]) -> list[Path]:
@@ -49,9 +53,9 @@ def read_run(folder: Path, shown: int) -> dict:
     """What the template needs of a run folder: name, record (run.json), result (eval.json), figures, some samples."""
     figures = [(text, picture(folder / name)) for name, text in FIGURES.items() if (folder / name).exists()]
     record, result = read_json(folder / "run.json"), read_json(folder / "eval.json")
-    kind = "reward" if "shortcuts" in result else "policy" if "margin" in result else "other"
-    samples = folder / "samples.jsonl"
-    lines = samples.read_text(encoding="utf-8").splitlines()[:shown] if samples.exists() else []
+    kind = next((kind for kind, key in KINDS.items() if key in result), "other")
+    file = folder / ("samples.jsonl" if kind == "policy" else "predictions.jsonl")
+    lines = file.read_text(encoding="utf-8").splitlines()[:shown] if kind != "reward" and file.exists() else []
     found = {"name": str(folder), "record": record, "result": result, "figures": figures, "kind": kind}
     return found | {"samples": [json.loads(line) for line in lines]}
 
@@ -66,6 +70,7 @@ def page(runs: list[dict], seeds: list[dict]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from utils.quality import NAMES
+    from utils.questions import questions
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -74,7 +79,9 @@ def page(runs: list[dict], seeds: list[dict]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(runs=runs, seeds=seeds, names=NAMES)
+    return environment.get_template("report.html.jinja").render(
+        runs=runs, seeds=seeds, names=NAMES, questions=questions(runs)
+    )
 
 
 @script

@@ -25,12 +25,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 @in_style
-def curves(metrics: list[dict], names: tuple[str, ...], baselines: dict[str, tuple[float, str]], title: str) -> Figure:
+def curves(
+    metrics: list[dict], names: tuple[str, ...], baselines: dict[str, tuple[float, str]], title: str, dots: str
+) -> Figure:
     """One axes a metric over the steps: values, their moving mean, values on validation, and a line to compare with.
 
-    baselines: metric -> (value, what it is).
+    baselines: metric -> (value, what it is). dots: what a value is.
     """
-    subtitle = f"dots: mean over the pairs since the last log; line: mean of the last {WINDOW} of them"
+    subtitle = f"dots: {dots}; line: mean of the last {WINDOW} of them"
     figure, axes = new_figure(title, subtitle, height=1.6 + 2.2 * len(names), rows=len(names), gap=0.15, left=0.14)
     for axis, name in zip(axes, names, strict=True):
         steps, values = np.array([(line["step"], line[name]) for line in metrics if name in line]).T
@@ -47,15 +49,21 @@ def curves(metrics: list[dict], names: tuple[str, ...], baselines: dict[str, tup
                 f"{what} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
                 textcoords="offset points", ha="right", color=INK, fontsize=9.5,
             )  # fmt: skip
-        axis.set_ylabel(name)
+        axis.set_ylabel(name.replace("/", "/\n"))
         axis.grid(axis="y")
     axes[-1].set_xlabel("optimizer steps")
     return figure
 
 
-def training_curves(folder: Path, names: tuple[str, ...], baselines: dict[str, tuple[float, str]], title: str) -> None:
+def training_curves(
+    folder: Path,
+    names: tuple[str, ...],
+    baselines: dict[str, tuple[float, str]],
+    title: str,
+    dots: str = "mean over the pairs since the last log",
+) -> None:
     """Write training_curves.png beside metrics.jsonl; no picture where nothing was logged."""
     metrics = read_metrics(folder)
     logged = tuple(name for name in names if any(name in line for line in metrics))
     if logged:
-        save(curves(metrics, logged, baselines, title), folder / "training_curves.png")
+        save(curves(metrics, logged, baselines, title, dots), folder / "training_curves.png")

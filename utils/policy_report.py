@@ -155,7 +155,7 @@ def write_reinforce_results(folder: Path, result: dict, lines: list[dict], recor
         f"Reward on {result['prompts']} held-out prompts: {result['verdict']} "
         f"({result['difference']:+.3f}, p = {result['p_value']:.2g})"
     )
-    training_curves(folder, names, {}, title)
+    training_curves(folder, names, {}, title, "mean over the answers of a step")
     head = (
         f"# {folder.name}\n\n`{settings['MODEL']}` after {settings['MAX_STEPS']} steps of REINFORCE with "
         f"{settings['BATCH_SIZE'] * settings['ANSWERS_PER_PROMPT']} answers each against `{settings['REWARD_MODEL']}` "
