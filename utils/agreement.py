@@ -10,6 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from utils.evaluation import interval, paired_difference, share_right, verdict, wins
+from utils.items import shown
 from utils.ratings import CRITERIA, PREFERENCES, is_complete
 
 
@@ -178,20 +179,30 @@ def summary(items: dict[str, dict], ratings: list[dict], conditions: list[str]) 
     }
 
 
+def one_line(name: str) -> str:
+    """A rater's name as a line may have it."""
+    return " ".join(shown(name).split())
+
+
 def told(found: dict) -> str:
     """The summary in a few lines."""
-    who = ", ".join(found["raters"])
-    lines = [f"{found['items_rated']} of {found['items']} items rated by {who}, {found['incomplete']} of them in part"]
+    who = ", ".join(map(one_line, found["raters"]))
+    lines = [f"{found['items_rated']} of {found['items']} items rated by {who}"]
+    if found["incomplete"]:
+        lines[0] += f"; {found['incomplete']} of {found['ratings']} ratings are not complete"
     for name, means in found["means"].items():
         lines.append(f"{name}, mean grades (1 to 5) with 95 % intervals:")
-        lines += [f"  {c:<13}{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for c, m in means.items()]
+        lines += [
+            f"  {c:<13}{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}], {m['prompts']} prompts"
+            for c, m in means.items()
+        ]
     for entry in found["win_rates"]:
         lines.append(
             f"{entry['second']} is preferred to {entry['first']} on {entry['win_rate']:.2f} of {entry['prompts']} "
             f"prompts [{entry['low']:.2f}, {entry['high']:.2f}], ties half, p = {entry['p_value']:.2g}"
         )
     for entry in found["agreement"]:
-        parts = [f"{' and '.join(entry['raters'])} on {entry['items']} items"]
+        parts = [f"{' and '.join(map(one_line, entry['raters']))} on {entry['items']} items"]
         if entry["preferences"]:
             parts.append(f"{entry['equal_preferences']:.2f} of {entry['preferences']} preferences equal")
         kappa = "undefined" if entry["kappa"] is None else f"{entry['kappa']:.2f}"

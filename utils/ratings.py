@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.items import write_lines
 from utils.rows import is_unicode, prompt_turns
-from utils.runs import say, stop
+from utils.runs import say, stop, write_text
 from utils.sources import Record, read_json_lines
 
 CRITERIA = ("relevance", "clarity", "completeness", "originality", "style")
@@ -63,7 +63,7 @@ def read_own(path: Path, items: dict[str, dict]) -> list[dict]:
     text = path.read_text(encoding="utf-8", errors="replace")
     if text and not text.endswith("\n"):
         say(f"{path}: the last line was cut off when it was written, and is left out")
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        write_text(path, text[: text.rfind("\n") + 1])
     return merged([], read_checked(path, list(read_json_lines(path)), items))[0]
 
 
