@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", "--mute-audio")
+PATIENCE = 30  # seconds that an answer may take
 PRESSED = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
@@ -57,6 +59,7 @@ class Browser:
 
     def message(self) -> dict:
         while b"\0" not in self.buffer:
+            assert select.select([self.reading], [], [], PATIENCE)[0], "the browser does not answer"
             more = os.read(self.reading.fileno(), 1 << 20)
             assert more, "the browser has ended"
             self.buffer += more

@@ -12,6 +12,7 @@ from tests.conftest import run_script
 from utils import agreement, items, ratings, sampling, terminal
 from utils.labels import LABELS
 from utils.pairing import checked_pairs
+from utils.rewards import RewardModel
 from utils.rows import Ledger
 from utils.sources import open_source
 
@@ -258,6 +259,29 @@ def test_import_says_who_wins_and_whether_the_reward_model_agrees(folder, capsys
     assert found["reward_model"]["length"] == pytest.approx(4.5 / 6), "after is always longer"
     out = capsys.readouterr().out
     assert "after is preferred to before on 0.75 of 6 prompts" in out and "6 new ratings" in out
+
+
+def test_a_reward_model_is_compared_with_the_person(folder, tmp_path, tokenizer):
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    judge = LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=len(tokenizer), **sizes, num_labels=1, pad_token_id=2)
+    )
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    names = ["after"] * 4 + ["before"] * 2
+    path = rated(folder, "Ann", lambda name: 3, names)
+    found = read_back(folder, path, REWARD_MODEL=tmp_path / "judge", DEVICE="cpu")
+    model, agree = RewardModel.load(str(tmp_path / "judge"), "cpu"), 0
+    for item, name in zip(items.read_items(folder), names, strict=True):
+        sides = dict(zip(item["conditions"], item["answers"], strict=True))
+        said = [[*item["turns"], {"role": "assistant", "content": sides[side]}] for side in ("before", "after")]
+        before, after = model.score(said).tolist()
+        agree += (after > before) == (name == "after")
+    assert 0 < agree < 6 and found["reward_model"]["accuracy"] == pytest.approx(agree / 6)
 
 
 def test_importing_again_changes_nothing_and_a_later_rating_counts(folder, capsys):

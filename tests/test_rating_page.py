@@ -101,6 +101,22 @@ def test_page_without_data_says_so(folder, browser, tmp_path):
     assert browser.texts("h1") == ["No answers here"]
 
 
+def test_a_browser_that_keeps_nothing_is_said_and_the_download_has_all(folder, browser, tmp_path):
+    broken = "Object.defineProperty(window, 'localStorage', { get() { throw new Error('off'); } })"
+    script = browser.send("Page.addScriptToEvaluateOnNewDocument", source=broken)
+    browser.open(folder / "rate.html")
+    assert browser.texts("#done") == ["0 / 3 rated"] and "saves nothing" in browser.texts(".done")[0]
+    browser.press(*"5555544444", "b")
+    saved = browser.download("#download", tmp_path)
+    (rating,) = json.loads(saved.read_text(encoding="utf-8"))["ratings"]
+    assert rating["preference"] == "b" and re.fullmatch(r"rater-[a-z0-9]+", rating["rater"])
+    browser.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script["identifier"])
+    browser.value("void setTimeout(() => location.reload())")
+    assert browser.wait_for("Page.javascriptDialogOpening")["type"] == "beforeunload", "it asks before all is lost"
+    browser.send("Page.handleJavaScriptDialog", accept=True)
+    browser.wait_for("Page.loadEventFired")
+
+
 def test_page_fits_a_phone_and_follows_the_dark_mode(folder, browser, tmp_path):
     browser.open(folder / "rate.html")
     for name, width, dark in (("light", 900, False), ("dark", 900, True), ("phone", 360, False)):
