@@ -146,11 +146,16 @@ def prompt_text(prompt: object, turns: list[Message]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in turns)
 
 
+def with_persona(turns: list[Message], system_prompt: str) -> list[Message]:
+    """The turns with the persona as their system turn; without a persona the turns as they are."""
+    if not system_prompt:
+        return turns
+    return [{"role": "system", "content": system_prompt}, *(m for m in turns if m["role"] != "system")]
+
+
 def finished_row(pair: dict, system_prompt: str) -> Record:
     """The row that is stored: whole conversations, the persona in the system turn of both sides."""
-    turns = pair["turns"]
-    if system_prompt:
-        turns = [{"role": "system", "content": system_prompt}, *(m for m in turns if m["role"] != "system")]
+    turns = with_persona(pair["turns"], system_prompt)
     attributes = pair.get("attributes", (None, None))
     sides = [[*turns, {"role": "assistant", "content": answer}] for answer in pair["answers"]]
     return {

@@ -1,0 +1,199 @@
+"""Rating by a person: blind items in random order, answers made on the spot, and the terminal."""
+
+import builtins
+import io
+import json
+
+import pytest
+
+from extras import rate_answers
+from tests.conftest import run_script
+from tests.rating_toys import TOPICS, made, rated, read_back, six_pairs
+from utils import items, ratings, sampling, terminal
+from utils.labels import LABELS
+
+EVIL = "</script><img src=x onerror=alert(1)>&\u2028\x1b[2J\x00\u202etxet"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return six_pairs(tmp_path)
+
+
+def island(folder):
+    """The data that the page has in it."""
+    page = (folder / "rate.html").read_text(encoding="utf-8")
+    return json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+
+
+# items
+
+
+def test_items_are_blind_in_random_order_and_the_same_at_another_start(folder):
+    asked = items.read_items(folder)
+    assert len(asked) == 6 and {tuple(item["conditions"]) for item in asked} == {
+        ("before", "after"),
+        ("after", "before"),
+    }
+    assert [item["prompt"] for item in asked] != [f"Write about {topic}." for topic in TOPICS]
+    for item in asked:
+        words = {"before": "old", "after": "new"}
+        assert [answer[:3] for answer in item["answers"]] == [words[name] for name in item["conditions"]]
+        assert [reward is not None for reward in item["rewards"]] == [True, True] and item["human"]
+    seen = island(folder)
+    assert [set(item) for item in seen["items"]] == [{"id", "human", "turns", "answers"}] * 6, "nothing to tell them by"
+    assert seen["words"] == LABELS["en"] and seen["file"] == items.fingerprint(asked)
+    before = (folder / "items.jsonl").read_bytes()
+    run_script(rate_answers, SAMPLES=folder.parent / "samples.jsonl", OUTPUT_DIR=folder, LABELS="ru")
+    assert (folder / "items.jsonl").read_bytes() == before and island(folder)["words"] == LABELS["ru"]
+
+
+def test_other_items_move_the_old_ones_and_their_ratings_aside(folder, capsys):
+    (folder / "ratings.jsonl").write_text("", encoding="utf-8")
+    run_script(rate_answers, SAMPLES=folder.parent / "samples.jsonl", OUTPUT_DIR=folder, SEED=7)
+    (aside,) = folder.parent.glob("out-*")
+    assert (aside / "ratings.jsonl").exists() and not (folder / "ratings.jsonl").exists()
+    assert "moved aside" in capsys.readouterr().out
+    assert items.fingerprint(items.read_items(aside)) != items.fingerprint(items.read_items(folder))
+    (folder.parent / "mine").mkdir()
+    (folder.parent / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(SystemExit, match="holds files but no items of this script"):
+        run_script(rate_answers, SAMPLES=folder.parent / "samples.jsonl", OUTPUT_DIR=folder.parent / "mine")
+
+
+def test_single_answers_and_the_human_as_one_of_them(folder):
+    options = {"SAMPLES": folder.parent / "samples.jsonl", "LAYOUT": "single", "HUMAN": "rate"}
+    run_script(rate_answers, **options, OUTPUT_DIR=folder.parent / "single")
+    asked = items.read_items(folder.parent / "single")
+    assert sorted(item["conditions"][0] for item in asked) == sorted(["before", "after", "human"] * 6)
+    assert not any(item["human"] for item in asked) and all(len(item["answers"]) == 1 for item in asked)
+    grades = {"before": 2, "after": 3, "human": 5}
+    found = read_back(folder.parent / "single", rated(folder.parent / "single", "Ann", grades.get))
+    assert found["means"]["human"]["clarity"] == {"mean": 5.0, "low": 5.0, "high": 5.0, "prompts": 6}
+    wins = {(e["second"], e["first"]): (e["win_rate"], e["prompts"]) for e in found["win_rates"]}
+    assert wins == {("after", "before"): (1, 6), ("human", "before"): (1, 6), ("human", "after"): (1, 6)}
+
+
+def test_bad_samples_end_in_one_line(tmp_path):
+    for lines, said in (
+        ([{"prompt": "x", "text": "y"}], "has no answers"),
+        ([], "has no answers"),
+        ([{"prompt": "x", "after": "y"}, {"prompt": "x", "after": 3}], "entry 2 has no text under 'after'"),
+    ):
+        with pytest.raises(SystemExit, match=said) as end:
+            made(tmp_path, lines)
+        assert "\n" not in end.value.code and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="needs two conditions and there is one"):
+        made(tmp_path, [{"prompt": "x", "after": "y"}], LAYOUT="pairs")
+    with pytest.raises(SystemExit, match="MODE = 'paper' is not known"):
+        run_script(rate_answers, MODE="paper")
+
+
+def test_a_policy_answers_on_the_spot_with_and_without_a_persona(model_folder, sample_folder, tmp_path, monkeypatch):
+    asked_of_it, real = [], sampling.generate
+
+    def generate(model, tokenizer, ids, *rest, **options):
+        asked_of_it.append([tokenizer.decode(prompt) for prompt in ids])
+        return real(model, tokenizer, ids, *rest, **options)
+
+    monkeypatch.setattr(sampling, "generate", generate)
+    options = {"POLICY": model_folder, "DATA_DIR": sample_folder, "PROMPTS": 3, "MAX_LENGTH": 128, "DEVICE": "cpu"}
+    options |= {"MAX_NEW_TOKENS": 6, "PRECISION": "fp32", "OUTPUT_DIR": tmp_path / "out"}
+    run_script(rate_answers, **options, SYSTEM_PROMPT="You are a pirate.")
+    assert [["You are a pirate." in prompt for prompt in prompts] for prompts in asked_of_it] == [
+        [False] * 3,
+        [True] * 3,
+    ]
+    asked = items.read_items(tmp_path / "out")
+    assert len(asked) == 3 and all(item["human"] and item["turns"][-1]["role"] == "user" for item in asked)
+    assert {name for item in asked for name in item["conditions"]} == {model_folder, f"{model_folder} with persona"}
+    assert "pirate" not in (tmp_path / "out" / "rate.html").read_text(encoding="utf-8"), "blind"
+    run_script(rate_answers, **options, SYSTEM_PROMPT="You are a pirate.")
+    assert len(asked_of_it) == 2, "another start goes on with the answers that are there"
+    with pytest.raises(SystemExit, match="POLICY_AGAINST is POLICY itself"):
+        run_script(rate_answers, **options | {"OUTPUT_DIR": tmp_path / "x"}, POLICY_AGAINST=model_folder)
+    with pytest.raises(SystemExit, match="has a context of 512"):
+        run_script(rate_answers, **options | {"OUTPUT_DIR": tmp_path / "x", "MAX_LENGTH": 600})
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_steers_a_terminal_is_spelled_out():
+    assert items.shown("a\tb\r\nc\x1b[2J\x00\x9b\u202e") == "a\tb\nc[U+001B][2J[U+0000][U+009B][U+202E]"
+    assert items.clean("half \ud800") == "half ?"
+
+
+# the terminal
+
+
+def typing(monkeypatch, *given):
+    """Let input() return these one after the other; an exception among them is raised."""
+    rest = iter(given)
+
+    def answer(prompt=""):
+        value = next(rest, EOFError)
+        if value in (EOFError, KeyboardInterrupt):
+            raise value
+        return value
+
+    monkeypatch.setattr(builtins, "input", answer)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True))
+
+
+def in_terminal(folder, **options):
+    run_script(
+        rate_answers,
+        SAMPLES=folder.parent / "samples.jsonl",
+        OUTPUT_DIR=folder,
+        MODE="terminal",
+        RATER="Ann",
+        **options,
+    )
+
+
+def test_terminal_asks_wrong_input_again_and_goes_on_where_it_stopped(folder, monkeypatch, capsys):
+    first, second = items.read_items(folder)[:2]
+    typing(monkeypatch, "5", "6", "five", "", "4", "3", KeyboardInterrupt)
+    with pytest.raises(SystemExit) as end:
+        in_terminal(folder)
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    kept = ratings.read_own(folder / "ratings.jsonl", {first["id"]: first})
+    assert [rating["grades"] for rating in kept] == [[{"relevance": 5, "clarity": 4, "completeness": 3}, {}]]
+    typing(monkeypatch, "2", "1", *"11111", "x", "7", "=", "3", "u", "4", "q")  # u: the 3 becomes a 4
+    in_terminal(folder, LABELS="ru")
+    own = {item["id"]: item for item in (first, second)}
+    done, begun = ratings.read_own(folder / "ratings.jsonl", own)
+    assert done["grades"][0] == dict(zip(ratings.CRITERIA, (5, 4, 3, 2, 1), strict=True))
+    assert done["preference"] == "tie" and ratings.is_complete(done)
+    assert begun["item"] == second["id"] and begun["grades"] == [{"relevance": 4}, {}]
+    found = json.loads((folder / "ratings.json").read_text())
+    assert (found["items_rated"], found["incomplete"], found["raters"]) == (2, 1, ["Ann"])
+    typing(monkeypatch, *["3"] * 9, "a", *[*["3"] * 10, "b"] * 4)
+    in_terminal(folder)
+    assert json.loads((folder / "ratings.json").read_text())["incomplete"] == 0
+    typing(monkeypatch)
+    in_terminal(folder)  # nothing is left to be asked
+
+
+def test_terminal_shows_evil_answers_harmlessly():
+    turns = [{"role": "user", "content": EVIL}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}]
+    text = terminal.item_text({"turns": turns, "human": "", "answers": [EVIL, " "]}, LABELS["ru"])
+    assert "\x1b" not in text and "\x00" not in text and "\u202e" not in text and "[U+001B][2J" in text
+    assert text.count("<img src=x") == 2 and "Ответ B" in text and "(пустой ответ)" in text
+
+
+def test_both_languages_have_the_same_words():
+    assert LABELS["en"].keys() == LABELS["ru"].keys()
+    assert all(word.strip() for words in LABELS.values() for word in words.values())
+    assert {*ratings.CRITERIA, *(f"about_{name}" for name in ratings.CRITERIA)} <= LABELS["en"].keys()
+
+
+def test_a_line_that_a_kill_has_cut_is_left_out(folder, capsys):
+    first, second = items.read_items(folder)[:2]
+    path = folder / "ratings.jsonl"
+    ratings.append(path, ratings.new_rating(first, "Ann", "f") | {"at": "1"})
+    whole = path.read_bytes()
+    with open(path, "ab") as file:
+        file.write(b'{"item": "' + second["id"].encode())
+    own = {first["id"]: first}
+    assert [rating["item"] for rating in ratings.read_own(path, own)] == [first["id"]]
+    assert path.read_bytes() == whole and "was cut off" in capsys.readouterr().out

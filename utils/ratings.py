@@ -1,0 +1,156 @@
+"""Ratings by persons: what one looks like, checked, merged without loss, turned into preference rows."""
+
+import json
+import os
+from pathlib import Path
+
+from utils.items import write_lines
+from utils.rows import is_unicode, prompt_turns
+from utils.runs import say, stop, write_text
+from utils.sources import Record, read_json_lines
+
+CRITERIA = ("relevance", "clarity", "completeness", "originality", "style")
+GRADES = (1, 2, 3, 4, 5)
+PREFERENCES = {"a": 0.0, "tie": 0.5, "b": 1.0}  # how much the second answer shown is preferred
+RATINGS_FILE = "ratings.jsonl"
+PAGE_KIND = "ratings of answers"  # what a download of the page says that it is
+
+
+def new_rating(item: dict, rater: str, file: str) -> dict:
+    """An empty rating: `grades` has {criterion: 1 to 5} for each answer in the order shown, preference is a | tie | b.
+
+    file: fingerprint of the items. `at` is the time of the last change, in UTC.
+    """
+    grades = [{} for _ in item["answers"]]
+    return {"item": item["id"], "rater": rater, "grades": grades, "preference": None, "at": "", "file": file}
+
+
+def is_complete(rating: dict) -> bool:
+    """Whether nothing is left to be asked."""
+    compared = len(rating["grades"]) == 1 or rating["preference"] is not None
+    return compared and all(len(grades) == len(CRITERIA) for grades in rating["grades"])
+
+
+def problem(rating: object, items: dict[str, dict]) -> str:
+    """What is wrong with a rating, "" where it can be used. items: by id."""
+    if not isinstance(rating, dict) or not isinstance(rating.get("item"), str):
+        return "an entry is no rating"
+    item, grades = items.get(rating["item"]), rating.get("grades")
+    if item is None:
+        return f"item {rating['item'][:20]!r} is not among the items"
+    if not all(isinstance(rating.get(name), str) and is_unicode(rating[name]) for name in ("rater", "at")):
+        return f"item {item['id']} has no rater or no time"
+    if not isinstance(grades, list) or len(grades) != len(item["answers"]):
+        return f"item {item['id']} has grades of another number of answers"
+    for given in grades:
+        if not isinstance(given, dict) or not set(given) <= set(CRITERIA):
+            return f"item {item['id']} has grades of unknown criteria"
+        if not all(type(grade) is int and grade in GRADES for grade in given.values()):
+            return f"item {item['id']} has a grade that is not 1 to 5"
+    preference = rating.get("preference")
+    if preference is not None and (len(grades) == 1 or preference not in list(PREFERENCES)):
+        return f"item {item['id']} has the preference {str(preference)[:20]!r}"
+    return ""
+
+
+def read_own(path: Path, items: dict[str, dict]) -> list[dict]:
+    """The ratings of ratings.jsonl, the last word on each item by each rater; [] where there is no file.
+
+    A last line without its end was cut off by a kill: it is taken off the file, the one before it has what it had.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if text and not text.endswith("\n"):
+        say(f"{path}: the last line was cut off when it was written, and is left out")
+        write_text(path, text[: text.rfind("\n") + 1])
+    return merged([], read_checked(path, list(read_json_lines(path)), items))[0]
+
+
+def read_checked(path: Path, ratings: list, items: dict[str, dict]) -> list[dict]:
+    for rating in ratings:
+        wrong = problem(rating, items)
+        if wrong:
+            stop(f"{path}: {wrong}: nothing of it was taken; name the OUTPUT_DIR whose items it rates")
+    return ratings
+
+
+def read_ratings(path: Path, items: dict[str, dict], file: str) -> list[dict]:
+    """The ratings of a page's download or of a ratings.jsonl; one line where they are of other items or broken."""
+    if not path.is_file():
+        stop(f"IMPORT = '{path}' is not there")
+    if path.suffix == ".jsonl":
+        ratings = list(read_json_lines(path))
+        files = {rating.get("file") for rating in ratings}
+    else:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            stop(f"{path} is not the JSON that a rating page lets you download ({str(error)[:100]})")
+        if (
+            not isinstance(content, dict)
+            or content.get("kind") != PAGE_KIND
+            or not isinstance(content["ratings"], list)
+        ):
+            stop(f"{path} is not what a rating page lets you download")
+        ratings, files = content["ratings"], {content.get("file")}
+        ratings = [rating | {"file": file} if isinstance(rating, dict) else rating for rating in ratings]
+    if ratings and files != {file}:
+        stop(f"{path} holds ratings of other items than OUTPUT_DIR does: name the folder that its page was made in")
+    return read_checked(path, ratings, items)
+
+
+def merged(before: list[dict], new: list[dict]) -> tuple[list[dict], int, int]:
+    """(ratings, how many are new, how many took the place of another): of one item by one rater the later counts.
+
+    Later by `at`, and where that is equal the one that comes later here.
+    """
+    found = {(rating["rater"], rating["item"]): rating for rating in before}
+    added = replaced = 0
+    for rating in new:
+        key = (rating["rater"], rating["item"])
+        old = found.get(key)
+        if old is not None and (rating["at"] < old["at"] or rating == old):
+            continue
+        added, replaced = added + (old is None), replaced + (old is not None)
+        found[key] = rating
+    return list(found.values()), added, replaced
+
+
+def append(path: Path, rating: dict) -> None:
+    """Add a line to ratings.jsonl and see it onto the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(rating, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def preference_rows(duels: list[dict]) -> tuple[list[Record], dict[str, int]]:
+    """(rows: prompt, chosen, rejected, chosen_rating, rejected_rating; how many pairs are left out, by reason).
+
+    duels: one each pair of answers, over all raters (utils.agreement.over_raters). The ratings are means of all grades
+    where each pair has all of them, else the shares of the raters. A pair that grades and preference rank in
+    different ways is left out: a row can say one thing only.
+    """
+    graded = all(None not in duel["grades"] for duel in duels)
+    plain = all(prompt_turns(duel["prompt"]) == duel["turns"] for duel in duels)
+    rows, left_out = [], {"tie": 0, "grades_disagree": 0, "equal_answers": 0}
+    for duel in duels:
+        ratings = duel["grades"] if graded else (1 - duel["outcome"], duel["outcome"])
+        better = int(duel["outcome"] > 0.5)
+        if duel["answers"][0] == duel["answers"][1]:
+            left_out["equal_answers"] += 1
+        elif duel["outcome"] == 0.5:
+            left_out["tie"] += 1
+        elif ratings[better] <= ratings[1 - better]:
+            left_out["grades_disagree"] += 1
+        else:
+            row = {"prompt": duel["prompt"] if plain else duel["turns"]}
+            row |= {"chosen": duel["answers"][better], "rejected": duel["answers"][1 - better]}
+            rows.append(row | {"chosen_rating": ratings[better], "rejected_rating": ratings[1 - better]})
+    return rows, {reason: count for reason, count in left_out.items() if count}
+
+
+def write_own(path: Path, ratings: list[dict]) -> None:
+    """ratings.jsonl with one line for each item and rater."""
+    write_lines(path, ratings)
