@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from utils.config import override_constants
 from utils.pairing import checked_pairs, rating_columns
-from utils.processed import check_folder, describe, replace_folder, report, row_features, write_rows
+from utils.processed import check_folder, describe, replace_folder, report, row_features, save_parts, write_rows
 from utils.rows import RATINGS, Ledger, finished_row
 from utils.runs import at_least, pick, script, stop, write_json
 from utils.sources import Source, head_of, open_source
@@ -129,8 +129,7 @@ def main(settings: dict) -> None:
             stop(f"no pair is left for training: all prompts of {DATASET} are like some in its test split")
         # 4. save beside the old folder, then take its place
         whole = Path(work) / "whole"
-        for name, part in parts.items():
-            part.save_to_disk(whole / name, num_shards=None if len(part) else 1)  # without a file it cannot be loaded
+        save_parts(parts, whole)
         metadata = describe(parts, source, ledger, tokenizer, settings)
         write_json(whole / "metadata.json", metadata)
         ledger.write(whole / "dropped.jsonl")

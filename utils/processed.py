@@ -49,6 +49,12 @@ def write_rows(rows: Iterable[Record], features: Features, path: str) -> Dataset
     return Dataset.from_file(path)
 
 
+def save_parts(parts: dict[str, Dataset], folder: Path) -> None:
+    """Write each split into a folder of its own name."""
+    for name, part in parts.items():
+        part.save_to_disk(folder / name, num_shards=None if len(part) else 1)  # without a file it cannot be loaded
+
+
 def fingerprint(parts: dict[str, Dataset]) -> str:
     """A hash of all prompts, ratings and ids in their order: two folders with the same one hold the same rows."""
     digest = hashlib.sha256()
