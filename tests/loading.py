@@ -1,9 +1,10 @@
-"""Run load_helpsteer_dataset.py on some rows in a test, and read what it has written."""
+"""Run a loader on some rows in a test, and read what it has written."""
 
 import gzip
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from datasets import Dataset, load_from_disk
 
@@ -45,13 +46,16 @@ def rows_of(count: int, start: int = 0, gap: int = 1) -> Iterator[dict]:
 
 
 def load_rows(
-    tokenizer_folder: str, dataset: str | Path | Iterable[dict], **constants: object
+    tokenizer_folder: str,
+    dataset: str | Path | Iterable[dict],
+    script: ModuleType = load_helpsteer_dataset,
+    **constants: object,
 ) -> tuple[dict, dict[str, Dataset], list[dict]]:
     """Run the script on a path or on rows: (metadata, {split: rows}, ledger) of what it writes (to out/)."""
     if not isinstance(dataset, (str, Path)):
         dataset = write_lines(Path("source.jsonl").absolute(), dataset)
     defaults = {"DATASET": dataset, "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 128, "OUTPUT_DIR": "out"}
-    run_script(load_helpsteer_dataset, **{**defaults, **constants})
+    run_script(script, **{**defaults, **constants})
     folder = Path(constants.get("OUTPUT_DIR", "out"))
     parts = {path.parent.name: load_from_disk(str(path.parent)) for path in folder.glob("*/state.json")}
     ledger = [json.loads(line) for line in (folder / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
