@@ -86,20 +86,20 @@ def test_pairs_of_the_sample_are_a_processed_folder_like_any_other(load, tokeniz
 
 
 def test_later_turns_have_the_conversation_before_them(load):
-    rows = [*tree("a", 1, 0), message("a.1.1"), message("a.1.1.1", rank=2), message("a.1.1.2", rank=1)]
-    rows += [message("a.1.1.3", rank=4), message("a.1.1.2.1"), message("a.1.1.2.1.1")]
+    rows = [*tree("a", 1, 0, None), message("a.3.1"), message("a.3.1.1", rank=2), message("a.3.1.2", rank=1)]
+    rows += [message("a.3.1.3", rank=4), message("a.3.1.2.1"), message("a.3.1.2.1.1")]
     metadata, parts, ledger = load(rows, TURNS="all")
     found = {len(row["chosen"]): row for row in rows_in(parts)}
     assert sorted(found) == [2, 4]
     said = [turn["content"].split()[0].removeprefix("Текст") for turn in found[4]["chosen"]]
-    assert said == ["a", "a.1", "a.1.1", "a.1.1.2"], "the answer that people liked less, if that is the one built on"
+    assert said == ["a", "a.3", "a.3.1", "a.3.1.2"], "the answer that was built on, though nobody ranked it"
     assert [turn["role"] for turn in found[4]["rejected"]] == ["user", "assistant"] * 2
-    assert found[4]["prompt"].startswith("user: Текстa про") and "assistant: Текстa.1 " in found[4]["prompt"]
+    assert found[4]["prompt"].startswith("user: Текстa про") and "assistant: Текстa.3 " in found[4]["prompt"]
     assert (found[4]["chosen_rating"], found[4]["rejected_rating"]) == (-1.0, -4.0)
-    assert reasons(ledger) == {4: "between_best_and_worst", 7: "unpaired", 8: "unranked"}
-    assert metadata["counts"]["rows_used"] == 6, "a message that is context is used, once"
+    assert reasons(ledger) == {5: "between_best_and_worst", 8: "unpaired", 9: "unranked"}
+    assert metadata["counts"]["rows_used"] == 7, "a message that is context is used"
     _, parts, ledger = load(rows)
-    assert len(rows_in(parts)) == 1 and reasons(ledger) == dict.fromkeys(range(3, 9), "later_turn")
+    assert len(rows_in(parts)) == 1 and reasons(ledger) == {3: "unranked", **dict.fromkeys(range(4, 10), "later_turn")}
 
 
 def test_every_message_that_is_left_out_has_its_reason(load):
