@@ -1,7 +1,7 @@
 """extras/load_oasst_dataset.py: trees of messages to pairs or answers, with the books kept for every message."""
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import dataset_summary
 import train_dpo
 from extras import load_oasst_dataset
 from tests.conftest import ROOT, run_script
-from tests.loading import load_rows, write_lines, write_rows
+from tests.loading import load_rows, message, nested, tree, write_lines, write_rows
 from tests.test_load import COLUMNS, METADATA, check_books
 from utils.pairs import load_pairs
 
@@ -22,33 +22,6 @@ SAMPLE = ROOT / "sample_data" / "oasst_sample.jsonl"
 def load(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return partial(load_rows, tokenizer_folder, script=load_oasst_dataset)
-
-
-def message(name, text=None, rank=None, lang="ru", **others):
-    """A message whose place is in its name: `a` is a prompt, `a.1` an answer to it, `a.1.1` the next prompt."""
-    parent = name.rpartition(".")[0] or None
-    role = "assistant" if name.count(".") % 2 else "prompter"
-    plain = {"deleted": False, "synthetic": False, "review_result": True, "tree_state": "ready_for_export"}
-    text = f"Текст{name} про{name} это{name}" if text is None else text
-    fields = {"message_id": name, "parent_id": parent, "text": text, "role": role, "lang": lang, "rank": rank}
-    return {**fields, **plain, **others}
-
-
-def tree(name, *ranks, **others):
-    """A prompt and an answer with each of these ranks."""
-    return [message(name, **others), *(message(f"{name}.{i}", rank=r, **others) for i, r in enumerate(ranks, 1))]
-
-
-def nested(messages):
-    """The same messages as trees, one record each; what hangs below no root is left out."""
-    replies = defaultdict(list)
-    for each in messages:
-        replies[each["parent_id"]].append(each)
-
-    def grown(each):
-        return {**each, "replies": [grown(reply) for reply in replies[each["message_id"]]]}
-
-    return [{"message_tree_id": m["message_id"], "tree_state": "x", "prompt": grown(m)} for m in replies[None]]
 
 
 def reasons(ledger):
