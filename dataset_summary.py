@@ -21,6 +21,7 @@ import numpy as np
 from utils.config import override_constants
 from utils.evaluation import interval, wins
 from utils.leaks import first_rows, leaking_groups, repeats
+from utils.processed import refuse_sft_rows
 from utils.rows import hundredths
 from utils.runs import needs, say, script, stop, write_json, write_text
 from utils.shortcuts import SHORTCUTS, bands_of
@@ -60,6 +61,7 @@ def load_data(folder: Path) -> tuple[dict, dict[str, Dataset]]:
         parts = {name: load_from_disk(str(folder / name)) for name, size in sizes.items() if size}
     except (ValueError, KeyError, TypeError, OSError) as error:
         stop(f"{folder} is damaged ({type(error).__name__}: {str(error)[:120]}): {again}")
+    refuse_sft_rows(folder, metadata)
     for name, part in parts.items():
         if len(part) != sizes[name] or part.column_names != metadata.get("columns"):
             stop(f"{folder / name} does not fit its metadata.json (rows or columns differ): {again}")

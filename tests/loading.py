@@ -1,9 +1,11 @@
-"""Run load_helpsteer_dataset.py on some rows in a test, and read what it has written."""
+"""Run a loader on some rows in a test, and read what it has written."""
 
 import gzip
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from datasets import Dataset, load_from_disk
 
@@ -44,14 +46,44 @@ def rows_of(count: int, start: int = 0, gap: int = 1) -> Iterator[dict]:
             yield {"prompt": f"Question{i} asks{i} about{i}?", "response": f"Answer {k} to {i}.", **grades}
 
 
+def message(name: str, text: str | None = None, rank: int | None = None, lang: str = "ru", **others: object) -> dict:
+    """A message whose place is in its name: `a` is a prompt, `a.1` an answer to it, `a.1.1` the next prompt."""
+    parent = name.rpartition(".")[0] or None
+    role = "assistant" if name.count(".") % 2 else "prompter"
+    plain = {"deleted": False, "synthetic": False, "review_result": True, "tree_state": "ready_for_export"}
+    text = f"Текст{name} про{name} это{name}" if text is None else text
+    fields = {"message_id": name, "parent_id": parent, "text": text, "role": role, "lang": lang, "rank": rank}
+    return {**fields, **plain, **others}
+
+
+def tree(name: str, *ranks: int | None, **others: object) -> list[dict]:
+    """A prompt and an answer with each of these ranks."""
+    return [message(name, **others), *(message(f"{name}.{i}", rank=r, **others) for i, r in enumerate(ranks, 1))]
+
+
+def nested(messages: list[dict]) -> list[dict]:
+    """The same messages as trees, one record each; what hangs below no root is left out."""
+    replies = defaultdict(list)
+    for each in messages:
+        replies[each["parent_id"]].append(each)
+
+    def grown(each: dict) -> dict:
+        return {**each, "replies": [grown(reply) for reply in replies[each["message_id"]]]}
+
+    return [{"message_tree_id": m["message_id"], "tree_state": "x", "prompt": grown(m)} for m in replies[None]]
+
+
 def load_rows(
-    tokenizer_folder: str, dataset: str | Path | Iterable[dict], **constants: object
+    tokenizer_folder: str,
+    dataset: str | Path | Iterable[dict],
+    script: ModuleType = load_helpsteer_dataset,
+    **constants: object,
 ) -> tuple[dict, dict[str, Dataset], list[dict]]:
     """Run the script on a path or on rows: (metadata, {split: rows}, ledger) of what it writes (to out/)."""
     if not isinstance(dataset, (str, Path)):
         dataset = write_lines(Path("source.jsonl").absolute(), dataset)
     defaults = {"DATASET": dataset, "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 128, "OUTPUT_DIR": "out"}
-    run_script(load_helpsteer_dataset, **{**defaults, **constants})
+    run_script(script, **{**defaults, **constants})
     folder = Path(constants.get("OUTPUT_DIR", "out"))
     parts = {path.parent.name: load_from_disk(str(path.parent)) for path in folder.glob("*/state.json")}
     ledger = [json.loads(line) for line in (folder / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]

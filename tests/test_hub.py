@@ -1,9 +1,11 @@
 """Datasets of the hub: what is asked for, what is recorded, and how a refusal is told."""
 
+from fnmatch import fnmatch
+
 import pytest
 
-from tests.loading import write_lines
-from utils.sources import open_source
+from tests.loading import write_lines, write_rows
+from utils.sources import TREE_LAYOUTS, open_source
 
 ROWS = [{"prompt": f"Q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(5)]
 PAIR = ROWS[0]
@@ -62,6 +64,24 @@ def test_hub_folder_and_hub_split(hub):
     source = open_source("owner/name/goodness_split", "average")
     assert read(source) == [PAIR] and source.split_used == {"train": "goodness_split"} and source.revision
     fails("owner/name/prefrence", "no folder or split 'prefrence' there, splits: goodness_split, train")
+
+
+def test_of_message_trees_the_tables_are_read_and_not_the_exports_beside_them(hub):
+    folder, calls, _ = hub
+    (folder / "data").mkdir()
+    message = {"message_id": "1", "parent_id": None, "role": "prompter", "text": "Q"}
+    write_rows(folder / "data" / "train-00000-of-00001-b42a.parquet", [{**message, "text": "of the table"}])
+    write_rows(folder / "data" / "validation-00000-of-00001-134b.parquet", [message])
+    write_lines(folder / "2023-04-12_oasst_all.messages.jsonl.gz", [message])
+    write_lines(folder / "2023-04-12_oasst_all.trees.jsonl.gz", [{"message_tree_id": "1", "prompt": message}])
+    source = open_source("OpenAssistant/oasst1", "", TREE_LAYOUTS)
+    assert source.split_used == {"train": "train", "test": "validation"}
+    assert read(source) == [{**message, "text": "of the table"}] and source.layouts["train"] == "messages"
+    names = ("2023-04-12_oasst_all.messages.jsonl.gz", "2023-04-12_oasst_all.trees.jsonl.gz")
+    assert all(any(fnmatch(name, pattern) for pattern in calls[0][1]["ignore_patterns"]) for name in names)
+    assert not any(fnmatch("data/train-00000.parquet", pattern) for pattern in calls[0][1]["ignore_patterns"])
+    source = open_source("OpenAssistant/oasst1/2023-04-12_oasst_all.trees", "", TREE_LAYOUTS)
+    assert source.layouts == {"train": "trees"} and not calls[1][1]["ignore_patterns"], "asked for by name"
 
 
 def test_local_mirror_wins_over_the_hub(hub, tmp_path):

@@ -18,7 +18,16 @@ SCRIPTS = [
 ]
 MODULES = sorted(ROOT.glob("utils/*.py"))
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "matplotlib", "scipy", "pandas"}
-LIGHT_MODULES = ("config", "runs", "rows", "sources", "pairing", "split")  # importable without torch
+LIGHT_MODULES = (
+    "config",
+    "runs",
+    "rows",
+    "sources",
+    "pairing",
+    "split",
+    "oasst",
+    "processed",
+)  # importable without torch
 HELP_SECONDS = 1.0  # of processor time; half of it in practice
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 

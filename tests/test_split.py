@@ -84,6 +84,13 @@ def test_groups_come_whole_to_one_side():
         assert len(validation) == 11, "ceil of 42 / 4: single rows fill up what groups leave"
 
 
+def test_a_few_large_groups_leave_neither_side_empty():
+    for seed in range(5):
+        train, validation = split_indices([0] * 5 + [1] * 3 + [2] * 5, 0.1, seed)
+        assert sorted(validation) == [5, 6, 7] and len(train) == 10
+        assert split_indices([0] * 5 + [1] * 3, 0.0, seed)[1] == [], "no share, no validation"
+
+
 @pytest.mark.parametrize(
     "rows, share, wanted",
     [(8678, 0.2, 1736), (8678, 0.1, 868), (100, 0.07, 7), (10, 0.25, 3), (7, 0.0, 0), (1, 0.5, 0)],

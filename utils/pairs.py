@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from utils.hidden import CHOSEN, PADDING, PROMPT, REJECTED
+from utils.processed import refuse_sft_rows
 from utils.runs import needs, read_json, say, stop
 from utils.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
 
@@ -30,6 +31,7 @@ def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
     Pairs that are equal in the window teach nothing and are left out; how many is printed.
     """
     rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
+    refuse_sft_rows(data_dir, read_json(Path(data_dir) / "metadata.json"))
     rows = rows.add_column("row", np.arange(len(rows)))
     if max_rows:
         rows = rows.select(range(min(max_rows, len(rows))))
@@ -54,7 +56,7 @@ def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrai
         if metadata[f"{what}_sha256"] != value:
             stop(
                 f"{data_dir} was made with another {what.replace('_', ' ')} than that of {constant} = {name!r}: "
-                f"run `python load_helpsteer_dataset.py --tokenizer {name}` again"
+                f"run `python {metadata.get('made_by', 'load_helpsteer_dataset.py')} --tokenizer {name}` again"
             )
     return tokenizer, metadata
 

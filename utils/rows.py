@@ -27,7 +27,8 @@ TURN_MARKER = re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)[ \t\r]*(?:\n|$)"
 class Ledger:
     """Every row or pair that is left out, with its reason, so that rows read = rows used + rows in here."""
 
-    def __init__(self):
+    def __init__(self, count_rows: bool = False):
+        self.count_rows = count_rows  # for sources in which an entry has many rows: counts() counts these
         self.entries = []
         self.rows_read = 0
         self.rows_used = 0
@@ -46,7 +47,10 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """Entries by reason: pairs for ties and equal answers, rows for what was left out by itself."""
-        return dict(sorted(Counter(entry["reason"] for entry in self.entries).items()))
+        found = Counter()
+        for entry in self.entries:
+            found[entry["reason"]] += len(entry["rows"]) if self.count_rows else 1
+        return dict(sorted(found.items()))
 
     def totals(self) -> dict[str, int]:
         """Rows read, used and left out; an assertion holds the books: read = used + left out."""

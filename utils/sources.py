@@ -25,6 +25,11 @@ LAYOUTS = {  # name: sets of columns, each enough to recognise the layout
         {"context", "response1", "response2", "overall_preference"},  # HelpSteer3
     ],
 }
+TREE_LAYOUTS = {  # messages of OpenAssistant: a record is a tree of them, or one
+    "trees": [{"message_tree_id", "prompt"}, {"role", "text", "replies"}],
+    "messages": [{"message_id", "parent_id", "role", "text"}],
+}
+EXPORTS = ("*.messages.jsonl.gz", "*.trees.jsonl.gz")  # beside the tables of oasst1 and oasst2: the same rows again
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # names of a split that is not for training
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002, older ones with a hash after it
@@ -45,24 +50,25 @@ class Source:
     rating: str = ""  # what the ratings are if RATING has decided it: by weights, or by the split
 
 
-def open_source(dataset: str, rating: str) -> Source:
+def open_source(dataset: str, rating: str, layouts: dict = LAYOUTS) -> Source:
     """The source called `dataset`: a local file or folder, or owner/name[/part] on the hub.
 
     part is a folder of the repository (`nvidia/HelpSteer2/preference`) or a split. rating picks the split of a
-    source that has one split a rating. Ends the script where the dataset cannot be had; there is no second choice.
+    source that has one split a rating, "" for sources without such. layouts: those that the caller can read.
+    Ends the script where the dataset cannot be had; there is no second choice.
     """
     path = Path(dataset).expanduser()
     if path.exists():
-        return from_files(dataset, "", files_of(path), rating)
+        return from_files(dataset, "", files_of(path), rating, layouts)
     if suffix_of(path) or dataset.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(dataset):
         stop(f"DATASET = {dataset!r} is not there: neither a file nor a folder, and not a hub name such as owner/name")
     folder, part = download(dataset)
     if part and (folder / part).is_dir():
-        return from_files(dataset, folder.name, files_of(folder / part), rating)
+        return from_files(dataset, folder.name, files_of(folder / part), rating, layouts)
     files = files_of(folder)
     if part and part not in files:
         stop(f"DATASET = {dataset!r}: no folder or split {part!r} there, splits: {', '.join(files)}")
-    return from_files(dataset, folder.name, {part: files[part]} if part else files, rating)
+    return from_files(dataset, folder.name, {part: files[part]} if part else files, rating, layouts)
 
 
 def download(dataset: str) -> tuple[Path, str]:
@@ -75,7 +81,12 @@ def download(dataset: str) -> tuple[Path, str]:
     if part:
         wanted = [pattern for suffix in READERS for pattern in (f"{part[0]}/*{suffix}", f"*{part[0]}*{suffix}")]
     try:
-        folder = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=wanted)
+        folder = snapshot_download(
+            f"{owner}/{name}",
+            repo_type="dataset",
+            allow_patterns=wanted,
+            ignore_patterns=None if part else list(EXPORTS),
+        )
     except GatedRepoError:
         stop(f"DATASET = {dataset!r} is gated: accept its terms on the hub and set HF_TOKEN in the environment")
     except (RepositoryNotFoundError, HFValidationError):
@@ -114,7 +125,7 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     return files
 
 
-def from_files(dataset: str, revision: str, files: dict[str, list[Path]], rating: str) -> Source:
+def from_files(dataset: str, revision: str, files: dict[str, list[Path]], rating: str, layouts: dict) -> Source:
     train = choose_split(dataset, list(files), rating)
     held_out = next((name for name in HELD_OUT if name in files and train == "train"), "")
     unread = [name for name in files if name not in (train, held_out)]
@@ -130,11 +141,11 @@ def from_files(dataset: str, revision: str, files: dict[str, list[Path]], rating
     for role, head in heads.items():
         if not head:
             stop(f"DATASET = {dataset!r} has no rows in its split {used[role]!r}")
-    layouts = {role: recognise(dataset, head) for role, head in heads.items()}
-    decided = layouts["train"] == "attributes" or named_after(rating, train)
-    if not decided and rating != "average":
+    found = {role: recognise(dataset, head, layouts) for role, head in heads.items()}
+    decided = found["train"] == "attributes" or named_after(rating, train)
+    if not decided and rating not in ("", "average"):
         say(f"RATING = {rating!r} decides nothing here: {dataset} has its pairs already, and one split for training")
-    return Source(dataset, revision, splits, used, layouts, rating if decided else "")
+    return Source(dataset, revision, splits, used, found, rating if decided else "")
 
 
 def held_out_by_column(record: Record) -> bool:
@@ -156,11 +167,12 @@ def choose_split(dataset: str, names: list[str], rating: str) -> str:
     for name in names:
         if named_after(rating, name):
             return name
-    stop(f"DATASET = {dataset!r} has no split for RATING = {rating!r}, it has: {', '.join(names)}")
+    wanted = f"for RATING = {rating!r}" if rating else "called train: name one of its files"
+    stop(f"DATASET = {dataset!r} has no split {wanted}, it has: {', '.join(names)}")
 
 
 def named_after(rating: str, split: str) -> bool:
-    return split.removesuffix("_split") in (rating, f"{rating}_rating", f"{rating}_score")
+    return rating != "" and split.removesuffix("_split") in (rating, f"{rating}_rating", f"{rating}_score")
 
 
 def reader_of(files: list[Path]) -> Callable[[], Iterator[Record]]:
@@ -260,11 +272,20 @@ def head_of(records: Iterator[Record]) -> list[Record]:
     return list(islice(records, HEAD))
 
 
-def recognise(name: str, head: list[Record]) -> str:
+def recognise(name: str, head: list[Record], layouts: dict) -> str:
     """The layout of records that begin like `head`, or an end to the script that lists what is known."""
+    layout, other = layout_of(head, layouts), layout_of(head, TREE_LAYOUTS)
+    if layout:
+        return layout
+    columns = f"DATASET = {name!r} has columns {' '.join(sorted(set().union(*head)))}"
+    if other:
+        stop(f"{columns}, these are message trees: `python -m extras.load_oasst_dataset --dataset {name}` reads them")
+    known = "; ".join(" ".join(sorted(needed)) for alternatives in layouts.values() for needed in alternatives)
+    stop(f"{columns}, needed is one of: {known}")
+
+
+def layout_of(head: list[Record], layouts: dict) -> str:
+    """The first of the layouts whose columns the records have, "" if none fits."""
     columns = set().union(*head)
-    for layout, alternatives in LAYOUTS.items():
-        if any(needed <= columns for needed in alternatives):
-            return layout
-    known = "; ".join(" ".join(sorted(needed)) for alternatives in LAYOUTS.values() for needed in alternatives)
-    stop(f"DATASET = {name!r} has columns {' '.join(sorted(columns))}, needed is one of: {known}")
+    fits = (name for name, alternatives in layouts.items() if any(needed <= columns for needed in alternatives))
+    return next(fits, "")

@@ -84,7 +84,8 @@ def split_indices(
 
     groups: the group number of each row. never_train: groups that must not be trained on, since held-out rows of
     the source belong to them too; they come into validation first, all of them. Train keeps at least one of the
-    other groups. The validation count is exact wherever groups allow it, as they do when some hold a single row.
+    other groups, and where all of several groups are too large, validation has the smallest of them. The validation
+    count is exact wherever groups allow it, as they do when some hold a single row.
     """
     rows_of = defaultdict(list)
     for row, group in enumerate(groups):
@@ -99,5 +100,9 @@ def split_indices(
         fits = len(validation) + len(rows_of[group]) <= wanted
         keep_one = not train and group == free[-1]
         (validation if fits and not keep_one else train).extend(rows_of[group])
+    if wanted and not validation and len(free) > 1:
+        smallest = min(free, key=lambda group: len(rows_of[group]))
+        validation = rows_of[smallest]
+        train = [row for group in free if group != smallest for row in rows_of[group]]
     random = np.random.default_rng(seed + 1)
     return random.permutation(train).astype(int).tolist(), random.permutation(validation).astype(int).tolist()

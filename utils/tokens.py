@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,8 +32,6 @@ PROBES = (  # texts on which tokenizers differ: two that agree here on every id 
     "def f(x):\n    return x ** 2  # comment",
     "Привет, мир! Как дела? 你好 🙂 naïve café",
 )
-
-
 ROWS_IN_MEMORY = 256  # rows tokenised at once
 LETTERS_PER_TOKEN = 16  # of a text that is cut at its start, so many letters are looked at for each id wanted
 
@@ -237,14 +236,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
 
 
 def tokenised(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """The rows with their token columns; no rows keep the columns too, which a map() over nothing would not add."""
+    """Pairs or sft rows with token columns; no rows keep the columns too, which a map() over nothing would not add."""
     from datasets import Dataset, Features
 
-    features = Features({**part.features, **token_features()})
+    columns_of = sft_columns if "messages" in part.column_names else token_columns
+    features = Features({**part.features, **token_features(columns_of)})
     if not len(part):
         return Dataset.from_dict({name: [] for name in features}, features=features)
     return part.map(
-        partial(token_columns, tokenizer=tokenizer, max_length=max_length),
+        partial(columns_of, tokenizer=tokenizer, max_length=max_length),
         batched=True,
         batch_size=ROWS_IN_MEMORY,
         features=features,
@@ -275,10 +275,24 @@ def token_columns(batch: dict, tokenizer: PreTrainedTokenizerBase, max_length: i
     }
 
 
-def token_features() -> dict:
+def sft_columns(batch: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
+    """input_ids (prompt and answer), completion_mask (1 on the answer: what trl.SFTTrainer learns) and *_cut flags."""
+    prompts, answers = zip(*((messages[:-1], messages[-1]["content"]) for messages in batch["messages"]), strict=True)
+    encoded = encode_answers(tokenizer, list(prompts), [(answer,) for answer in answers], max_length)
+    return {
+        "input_ids": [row.prompt_ids + row.answer_ids[0] for row in encoded],
+        "completion_mask": [[0] * len(row.prompt_ids) + [1] * len(row.answer_ids[0]) for row in encoded],
+        "prompt_cut": [row.prompt_cut for row in encoded],
+        "answer_cut": [row.answer_cut[0] for row in encoded],
+    }
+
+
+def token_features(columns_of: Callable) -> dict:
     """The columns that tokenising adds; small integer types, since token ids are most of the file."""
     from datasets import List, Value
 
-    columns = {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8"))}
-    columns |= {"chosen_ids": List(Value("int32")), "rejected_ids": List(Value("int32"))}
-    return columns | {name: Value("bool") for name in ("prompt_cut", "chosen_cut", "rejected_cut", "equal_after_cut")}
+    ids, flags = List(Value("int32")), List(Value("int8"))
+    if columns_of is sft_columns:
+        return {"input_ids": ids, "completion_mask": flags} | dict.fromkeys(("prompt_cut", "answer_cut"), Value("bool"))
+    columns = {"input_ids": ids, "attention_mask": flags, "chosen_ids": ids, "rejected_ids": ids}
+    return columns | dict.fromkeys(("prompt_cut", "chosen_cut", "rejected_cut", "equal_after_cut"), Value("bool"))

@@ -1,0 +1,163 @@
+"""The processed folder: its columns and metadata, and how it takes the place of an older one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from utils.rows import Ledger
+from utils.runs import say, stop, versions
+from utils.sources import Record, Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+    from transformers import PreTrainedTokenizerBase
+
+HASHED = (  # what the fingerprint is of, as far as rows have it
+    *("prompt", "chosen_rating", "rejected_rating", "rating"),
+    *("input_ids", "completion_mask", "chosen_ids", "rejected_ids"),
+)
+
+
+def row_features(rows: str = "pairs") -> Features:
+    """The columns that a row has before it is tokenised, and their types. rows: pairs | sft (one answer each)."""
+    from datasets import Features, List, Value
+
+    conversation = List({"role": Value("string"), "content": Value("string")})
+    if rows == "sft":
+        return Features({"prompt": Value("string"), "messages": conversation, "rating": Value("float64")})
+    columns = {"prompt": Value("string"), "chosen": conversation, "rejected": conversation}
+    columns |= {f"{side}_rating": Value("float64") for side in ("chosen", "rejected")}
+    columns |= {f"{side}_attributes": List(Value("int8")) for side in ("chosen", "rejected")}
+    return Features(columns)
+
+
+def write_rows(rows: Iterable[Record], features: Features, path: str) -> Dataset:
+    """The rows, none included, in an Arrow file at `path`: they are read from there and not held in memory."""
+    from datasets import Dataset
+    from datasets.arrow_writer import ArrowWriter
+
+    with ArrowWriter(path=path, features=features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()  # from_generator() would fail where there is no row
+    return Dataset.from_file(path)
+
+
+def save_parts(parts: dict[str, Dataset], folder: Path) -> None:
+    """Write each split into a folder of its own name."""
+    for name, part in parts.items():
+        part.save_to_disk(folder / name, num_shards=None if len(part) else 1)  # without a file it cannot be loaded
+
+
+def fingerprint(parts: dict[str, Dataset]) -> str:
+    """A hash of all prompts, ratings and ids in their order: two folders with the same one hold the same rows."""
+    digest = hashlib.sha256()
+    columns = [name for name in HASHED if name in parts["train"].column_names]
+    for name, part in sorted(parts.items()):
+        digest.update(f"{name} {len(part)}".encode())
+        batches = part.select_columns(columns).iter(1000)  # so many rows in memory at once
+        for batch in tqdm(batches, f"hashing {name}", -(-len(part) // 1000), unit=" thousand"):
+            digest.update(repr(batch).encode())
+    return digest.hexdigest()
+
+
+def describe(
+    parts: dict[str, Dataset], source: Source, ledger: Ledger, tokenizer: PreTrainedTokenizerBase, settings: dict
+) -> dict:
+    """The content of metadata.json."""
+    from utils.tokens import chat_template_sha256, tokenizer_sha256
+
+    sizes = {f"{name}_size": len(parts.get(name, ())) for name in ("train", "validation", "test")}
+    rows, columns = sum(sizes.values()), parts["train"].column_names
+    cut = {
+        name.removesuffix("_cut"): round(sum(sum(part[name]) for part in parts.values()) / rows, 4)
+        for name in ("prompt_cut", "chosen_cut", "rejected_cut", "answer_cut")
+        if name in columns
+    }
+    of_pairs = "equal_after_cut" in columns
+    equal = {"equal_after_cut": sum(sum(part["equal_after_cut"]) for part in parts.values())} if of_pairs else {}
+    return {
+        "dataset_name": source.name,
+        "revision": source.revision,
+        "split_used": source.split_used,
+        "rating": source.rating,
+        **sizes,
+        "max_length": settings["MAX_LENGTH"],
+        "tokenizer": settings["TOKENIZER"],
+        "chat_template": settings["CHAT_TEMPLATE"],
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "chat_template_sha256": chat_template_sha256(tokenizer),
+        "columns": columns,
+        "split_ratio": settings["VALIDATION_SHARE"],
+        "seed": settings["SEED"],
+        "counts": {**ledger.totals(), "pairs" if of_pairs else "rows": rows, "dropped": ledger.counts()},
+        "cut_share": cut,
+        **equal,
+        "settings": settings,
+        "versions": versions(),
+        "fingerprint": fingerprint(parts),
+    }
+
+
+def check_folder(folder: Path) -> None:
+    """End the script where the output folder holds what is not of this script: it would be lost.
+
+    If an earlier run was killed in the moment between its two renamings, the old rows are put back first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in sorted(folder.parent.glob(f".{folder.name}-*")):
+        if (left / "old").exists() and not folder.exists():
+            os.replace(left / "old", folder)
+        say(f"{left} is left of a run that was killed (or is still at work): delete it when none is running")
+    if folder.is_file() or os.path.ismount(folder):
+        stop(f"OUTPUT_DIR = '{folder}' is a {'file' if folder.is_file() else 'mount point'}: choose another name")
+    ours = {"train", "validation", "test", "metadata.json", "dropped.jsonl"}
+    others = {path.name for path in folder.glob("[!.]*")} - ours if folder.exists() else ()
+    if others:
+        stop(f"OUTPUT_DIR = '{folder}' holds {', '.join(sorted(others)[:5])}, not made here: choose another name")
+
+
+def replace_folder(folder: Path, whole: Path) -> None:
+    """Put the folder `whole` in the place of `folder`: the old one is there until the new one is complete."""
+    old = whole.with_name("old")
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(whole, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+
+
+def report(metadata: dict, folder: Path, next_step: str = "python dataset_summary.py") -> None:
+    """Tell what was read, used and left out."""
+    counts, cut = metadata["counts"], metadata["cut_share"]
+    made = f"{counts['pairs']} pairs" if "pairs" in counts else f"{counts['rows']} answers"
+    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "nothing"
+    say(f"read {counts['rows_read']} rows of {counts['prompts']} prompts: {made}")
+    say(f"left out: {dropped} ({counts['rows_dropped']} rows, each listed in {folder / 'dropped.jsonl'})")
+    say(
+        f"split: {metadata['train_size']} train, {metadata['validation_size']} validation, {metadata['test_size']} test"
+    )
+    window = f"window of {metadata['max_length']} tokens cuts {cut['prompt']:.0%} of the prompts"
+    if "pairs" in counts:
+        say(
+            f"{window}, {cut['chosen']:.0%} of the chosen and {cut['rejected']:.0%} of the rejected answers; "
+            f"{metadata['equal_after_cut']} pairs are equal then"
+        )
+    else:
+        say(f"{window} and {cut['answer']:.0%} of the answers")
+    say(f"written: {folder}\nnext: {next_step}")
+
+
+def refuse_sft_rows(folder: str | Path, metadata: dict) -> None:
+    """End the script where pairs are needed and the folder holds single answers."""
+    if metadata.get("rows") == "sft":
+        stop(f"{folder} holds sft rows, not pairs: `python -m extras.train_sft` reads these, or load with ROWS = pairs")
