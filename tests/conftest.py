@@ -110,3 +110,23 @@ def sample_folder(tmp_path_factory, tokenizer_folder):
         OUTPUT_DIR=folder,
     )
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory, model_folder, tokenizer, sample_folder):
+    """{head: folder of a reward model with a random head}."""
+    import torch
+
+    from utils import rewards
+    from utils.heads import reading_of
+    from utils.pairs import PairCollator, load_pairs
+
+    folders, rows = {}, load_pairs(sample_folder, "train", 8)
+    for head in ("scalar", "distribution"):
+        reading, folder = reading_of(head, "average", [], None), tmp_path_factory.mktemp("judge") / head
+        torch.manual_seed(1)
+        model = rewards.start_model(model_folder, tokenizer, reading)
+        torch.nn.init.normal_(model.score.weight, std=0.3)
+        rewards.save(model, tokenizer, folder, reading, rows, PairCollator(2, 8), max_length=128)
+        folders[head] = str(folder)
+    return folders

@@ -13,9 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import train_reinforce
 from tests.conftest import ROOT, run_script
-from utils import reinforce, rewards
-from utils.heads import reading_of
-from utils.pairs import PairCollator, load_pairs
+from utils import reinforce
 from utils.runs import write_json
 
 SMALL = {"MAX_STEPS": 4, "BATCH_SIZE": 2, "MAX_NEW_TOKENS": 8, "EVAL_PROMPTS": 6, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -28,20 +26,6 @@ def read(path):
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(scope="session")
-def judges(tmp_path_factory, model_folder, tokenizer, sample_folder):
-    """{head: folder of a reward model with a random head}."""
-    folders, rows = {}, load_pairs(sample_folder, "train", 8)
-    for head in ("scalar", "distribution"):
-        reading, folder = reading_of(head, "average", [], None), tmp_path_factory.mktemp("judge") / head
-        torch.manual_seed(1)
-        model = rewards.start_model(model_folder, tokenizer, reading)
-        torch.nn.init.normal_(model.score.weight, std=0.3)
-        rewards.save(model, tokenizer, folder, reading, rows, PairCollator(2, 8), max_length=128)
-        folders[head] = str(folder)
-    return folders
 
 
 @pytest.fixture

@@ -159,7 +159,8 @@ def why(by_head: dict[str, list[dict]], models: dict[str, dict | None]) -> list[
             result = model["result"]
             lines.append(
                 f"The {head} reward model ranks {result['accuracy']:.3f} of {result['pairs']} held-out pairs right and "
-                f"is {result['verdict']}. Its reward and log length correlate at {result['length_correlation']:.2f}."
+                f"is {result['verdict']}. Its reward and log length correlate at {result['length_correlation']:.2f}; "
+                f"its rewards have a standard deviation of {result['reward_std']:.2f}, which KL_BETA has to hold."
             )
     for run in (run for runs in by_head.values() for run in runs):
         result = run["result"]

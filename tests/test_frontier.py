@@ -1,0 +1,160 @@
+"""Several policies in one comparison, runs of one recipe together, and the drafted answers made of their figures."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from extras import evaluate, make_report
+from tests.conftest import run_script
+from utils.frontier import names_of, over_seeds, recipes
+from utils.questions import questions
+from utils.runs import write_json
+
+SMALL = {"PROMPTS": 6, "MAX_NEW_TOKENS": 6, "DEVICE": "cpu", "PRECISION": "fp32", "BEST_OF_N": 3}
+
+
+def test_policies_are_called_by_the_last_part_of_their_folders():
+    assert names_of(("outputs/a", "outputs/b/")) == {"a": "outputs/a", "b": "outputs/b"}
+    assert list(names_of(("one/run", "two/run"))) == ["one/run", "two/run"]
+    for wrong in (("a", "a"), ("start",)):
+        with pytest.raises(SystemExit, match="POLICIES = "):
+            names_of(wrong)
+
+
+def test_runs_that_differ_in_their_seed_only_are_one_recipe(tmp_path):
+    for name, settings in {
+        "a1": {"SEED": 1, "KL_BETA": 0.1, "OUTPUT_DIR": "a1"},
+        "a2": {"SEED": 2, "KL_BETA": 0.1, "OUTPUT_DIR": "a2"},
+        "b1": {"SEED": 1, "KL_BETA": 0.2, "OUTPUT_DIR": "b1"},
+    }.items():
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "run.json", {"settings": settings})
+    policies = {name: str(tmp_path / name) for name in ("a1", "b1", "a2")} | {
+        "hub": "owner/name",
+        "other": "owner/other",
+    }
+    groups = recipes(policies)
+    assert groups == {"a1": ["a1", "a2"], "b1": ["b1"], "hub": ["hub"], "other": ["other"]}
+    random = np.random.default_rng(0)
+    start = random.normal(size=50)
+    rewards = {"start": start, "a1": start + 1.0, "a2": start + 2.0, "b1": start + 0.1 * random.normal(size=50)}
+    found = over_seeds({"a1": ["a1", "a2"], "b1": ["b1"]}, {"judge": rewards})["judge"]
+    assert found["gains"]["a1"]["mean"] == pytest.approx(1.5) and found["gains"]["a1"]["std"] == pytest.approx(0.5**0.5)
+    assert found["gains"]["b1"]["std"] == 0.0
+    (between,) = found["between"]
+    assert between["difference"] == pytest.approx(1.5, abs=0.1) and between["p_value"] < 0.01
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, model_folder, sample_folder, judges, tokenizer):
+    """The folder of a comparison of a copy of the start and of a policy that was pushed away from it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    work = tmp_path_factory.mktemp("compared")
+    shutil.copytree(model_folder, work / "same")
+    shutil.copytree(model_folder, work / "pushed")
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    torch.manual_seed(0)
+    for value in model.parameters():
+        value.data += 0.2 * torch.randn_like(value)
+    model.save_pretrained(work / "pushed")
+    where = {"MODEL": model_folder, "DATA_DIR": sample_folder, "OUTPUT_DIR": work / "comparison"}
+    judged = {"REWARD_MODEL": judges["scalar"], "JUDGE_MODEL": judges["distribution"], "SYSTEM_PROMPT": "Be brief."}
+    run_script(evaluate, **SMALL | where | judged | {"POLICIES": f"{work}/same,{work}/pushed"})
+    return work / "comparison"
+
+
+def test_a_comparison_of_policies(compared):
+    result = json.loads((compared / "eval.json").read_text())
+    for way in ("sampled", "greedy"):
+        found = result["policies"][way]
+        assert {"start", "same", "pushed", "same with persona"} <= set(found)
+        for judge in ("reward", "judge"):
+            same, pushed = found["same"][judge], found["pushed"][judge]
+            assert same["verdict"] == "not shown" and same["win_rate"] == 0.5 and same["difference"] == 0.0
+            assert pushed["difference"] == pytest.approx(pushed["mean"] - found["start"][judge]["mean"])
+        assert abs(found["same"]["kl"]) < 1e-3 and found["pushed"]["kl"] > 0.5
+        assert abs(found["start with persona"]["kl"]) > 1e-4, "another prompt, other log-probs"
+    sampled = result["policies"]["sampled"]
+    assert sampled["best of 3"]["reward"]["difference"] > 0 and "best of 3" not in result["policies"]["greedy"]
+    assert {path.name for path in compared.glob("*.png")} == {"frontier_reward.png", "frontier_judge.png"}
+    lines = [json.loads(line) for line in (compared / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and {line["way"] for line in lines} == {"sampled", "greedy"}
+    mean = np.mean([line["judge"]["pushed"] for line in lines if line["way"] == "sampled"])
+    assert sampled["pushed"]["judge"]["mean"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    "constants, message",
+    [
+        ({"POLICIES": "nowhere"}, "POLICIES = 'nowhere' cannot be had"),
+        ({"POLICIES": "x", "TEMPERATURE": 0.0}, "TEMPERATURE = 0.0: expected more than 0"),
+        ({"POLICIES": "x", "PROMPTS": -1}, "PROMPTS = -1: expected 0 or more"),
+        ({"POLICIES": "x", "JUDGE_MODEL": "nowhere"}, "JUDGE_MODEL = 'nowhere' is not there"),
+    ],
+)
+def test_mistakes_end_in_one_line(constants, message, model_folder, sample_folder, judges, tmp_path):
+    where = {"MODEL": model_folder, "DATA_DIR": sample_folder, "OUTPUT_DIR": tmp_path / "run"}
+    with pytest.raises(SystemExit) as stop:
+        run_script(evaluate, **SMALL | where | {"REWARD_MODEL": judges["scalar"]} | constants)
+    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+# the drafted answers
+
+GREW = {
+    "prompts": 60, "mean_reward_before": 1.0, "mean_reward_after": 1.5, "difference": 0.5, "difference_low": 0.3,
+    "difference_high": 0.7, "p_value": 0.001, "win_rate": 0.7, "verdict": "grew", "kl": 3.0, "length_before": 40.0,
+    "length_after": 50.0, "ended_before": 0.5, "ended_after": 0.2, "repetition_before": 0.01, "repetition_after": 0.02,
+    "difference_at_equal_length": {"difference": 0.1, "low": -0.1, "high": 0.3},
+}  # fmt: skip
+FELL = GREW | {"verdict": "not shown", "p_value": 0.4, "difference_at_equal_length": None, "judge": GREW}
+MODEL = {
+    "accuracy": 0.58, "pairs": 80, "verdict": "not shown to be better than 'longer wins'", "length_correlation": 0.6,
+    "reward_std": 0.4, "ece": 0.07, "brier": 0.24, "coverage_by_margin": [{"coverage": 0.5, "accuracy": 0.65}],
+    "coverage_by_spread": [{"coverage": 0.5, "accuracy": 0.61}],
+}  # fmt: skip
+
+
+def trained(name, head, result):
+    settings = {"REWARD_MODEL": f"outputs/{head}", "SEED": 1}
+    return {"name": name, "kind": "reinforce", "record": {"reward_head": head, "seed": 1, "settings": settings}} | {
+        "result": result
+    }
+
+
+def reward_model(head):
+    record = {"settings": {"RATING_WEIGHT": 0.0}}
+    return {"name": f"outputs/{head}", "kind": "reward", "record": record, "result": MODEL}
+
+
+def test_the_draft_quotes_what_was_measured():
+    runs = [trained("a", "scalar", GREW), trained("b", "scalar", FELL), trained("c", "distribution", GREW)]
+    found = dict(questions([*runs, reward_model("scalar"), reward_model("distribution")]))
+    first, more, read, improved, why, _ = (" ".join(paragraphs) for paragraphs in found.values())
+    assert (
+        "In 1 of 2 runs it grew" in first and "difference +0.500 (95 % interval +0.300 to +0.700, p = 0.001)" in first
+    )
+    assert "By a judge that it was not trained against" in first
+    assert "by spread: 0.610 right, against 0.580 on all 80 pairs" in more
+    assert "Here no ratings anchor the grades" in read
+    assert "Run extras.evaluate with POLICIES" in improved, "two scales cannot be compared"
+    assert "not shown to be better than 'longer wins'" in why and "+0.100 (-0.100 to +0.300)" in why
+
+
+def test_missing_runs_are_named_and_nothing_is_drafted_without_reinforce():
+    assert questions([reward_model("scalar")]) == []
+    found = dict(questions([trained("a", "distribution", FELL)]))
+    texts = [" ".join(paragraphs) for paragraphs in found.values()]
+    assert "No run was trained against a reward model with HEAD = scalar" in texts[0]
+    assert "is not among the runs" in texts[1]
+
+
+def test_the_page_shows_a_comparison(compared, tmp_path):
+    run_script(make_report, RUNS=compared, OUTPUT=tmp_path / "page.html", LOOK_IN=tmp_path)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "best of 3" in page and "Greedy answers" in page and "Answers side by side" in page
+    assert page.count("data:image/png;base64,") == 2
