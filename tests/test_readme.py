@@ -62,6 +62,9 @@ def test_quickstart_runs_and_its_python_examples_work(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert re.search(r"pair accuracy 0\.\d+ \[0\.\d+, [01]\.\d+\] on \d+ pairs; 'the longer answer wins'", done.stdout)
+    assert re.search(r"reward on 32 prompts: .* p = [\d.e-]+: (grew|fell|not shown)", done.stdout), (
+        "REINFORCE's verdict"
+    )
     for kind, _, text in BLOCKS:
         if kind == "python":
             done = subprocess.run([sys.executable, "-c", text], cwd=clone, capture_output=True, text=True)
