@@ -1,6 +1,6 @@
 """One page that needs nothing else: every run's verdict, figures, mistakes, settings, from the files of its folder.
 
-Reads  : run folders (run.json, eval.json, metrics.jsonl, predictions.jsonl, samples.jsonl, PNG files)
+Reads  : run folders (run.json, eval.json, predictions.jsonl, samples.jsonl, PNG files), summaries of the data
 Writes : outputs/report.html
 
 python -m extras.make_report
@@ -29,6 +29,12 @@ FIGURES = {  # file in a run folder: what it shows
     "frontier_reward.png": "Reward against KL and length",
     "frontier_judge.png": "The judge's reward against KL and length",
     "training_curves.png": "Curves of the training",
+}
+DATA = {  # the same of a summary of the data
+    "token_lengths.png": "Lengths, and what the window leaves of them",
+    "rating_gaps.png": "How far the ratings of a pair lie apart",
+    "length_by_gap.png": "The longer answer, by rating gap",
+    "shortcuts.png": "What counting alone gets right",
 }
 # kind of run: a key that only its eval.json has
 KINDS = {"reward": "shortcuts", "comparison": "policies", "policy": "margin", "reinforce": "mean_reward_after"}
@@ -60,12 +66,27 @@ def read_run(folder: Path, shown: int) -> dict:
     return found | {"samples": [json.loads(line) for line in lines]}
 
 
+def read_summaries(places: tuple[str, ...]) -> list[dict]:
+    """What dataset_summary.py left under the places: name, its table as text, its figures."""
+    from utils.tables import summary_text
+
+    found = []
+    for path in sorted(path for place in places for path in Path(place).glob("**/summary.json")):
+        summary = read_json(path)
+        splits = [name for name in ("train", "validation", "test") if name in summary]
+        figures = [
+            (text, picture(path.with_name(name))) for name, text in DATA.items() if path.with_name(name).exists()
+        ]
+        found.append({"name": str(path.parent), "text": summary_text(summary, splits), "figures": figures})
+    return found
+
+
 def read_seeds(places: tuple[str, ...]) -> list[dict]:
     """The summaries of several seeds under the places."""
     return [{"name": str(path), **read_json(path)} for place in places for path in Path(place).glob("**/seeds.json")]
 
 
-def page(runs: list[dict], seeds: list[dict]) -> str:
+def page(runs: list[dict], seeds: list[dict], data: list[dict]) -> str:
     """The report as HTML; texts of the rows are escaped by the template engine."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -80,7 +101,7 @@ def page(runs: list[dict], seeds: list[dict]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(
-        runs=runs, seeds=seeds, names=NAMES, questions=questions(runs)
+        runs=runs, seeds=seeds, data=data, names=NAMES, questions=questions(runs)
     )
 
 
@@ -89,7 +110,7 @@ def main(settings: dict) -> None:
     folders = find_runs(RUNS, LOOK_IN)
     runs = [read_run(folder, SAMPLES) for folder in folders]
     Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(OUTPUT), page(runs, read_seeds(LOOK_IN)))
+    write_text(Path(OUTPUT), page(runs, read_seeds(LOOK_IN), read_summaries(LOOK_IN)))
     unfinished = [run["name"] for run in runs if not run["result"]]
     if unfinished:
         say(f"not finished yet, so without figures: {', '.join(unfinished)}")

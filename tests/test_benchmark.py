@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["reward", "dpo"])
 def test_both_sides_are_measured_on_the_same_pairs(sample_folder, model_folder, tmp_path, method):
     options = {"METHOD": method, "DATA_DIR": sample_folder, "MODEL": model_folder, "MAX_ROWS": 8, "DEVICE": "cpu"}

@@ -63,6 +63,7 @@ def test_an_epoch_chosen_on_the_measured_rows_is_said(model_folder, sample_folde
     assert "The epoch was chosen on the same rows" in (tmp_path / "run/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_several_seeds_give_mean_and_spread(model_folder, sample_folder, tmp_path):
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "SEEDS": "3,4"}
     words = [f"--{name.lower()}={value}" for name, value in options.items()]

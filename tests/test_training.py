@@ -127,6 +127,7 @@ def command(**options):
     return [sys.executable, "train_reward_model.py", *(f"--{name.lower()}={value}" for name, value in options.items())]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(model_folder, sample_folder, tmp_path):
     options = OPTIONS | {"DATA_DIR": sample_folder, "MODEL": model_folder, "MAX_ROWS": 40}
     run_script(train_reward_model, **options, OUTPUT_DIR=tmp_path / "whole")
