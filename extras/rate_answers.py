@@ -18,9 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from utils import agreement, items, ratings, terminal
+from extras.rating import agreement, items, ratings, terminal
+from extras.rating.labels import LABELS as WORDS
 from utils.config import override_constants
-from utils.labels import LABELS as WORDS
 from utils.rows import prompt_text, with_persona
 from utils.runs import at_least, free_name, needs, pick, read_json, say, script, stop, write_json, write_text
 
@@ -79,7 +79,7 @@ def take_folder(folder: Path, chosen: dict) -> bool:
 
 
 def random_prompts(data_dir: str, split: str, count: int, seed: int) -> list[dict]:
-    """What utils.items.make_items takes, still without answers, for random rows; `human` is their chosen answer."""
+    """What items.make_items takes, still without answers, for random rows; `human` is their chosen answer."""
     from datasets import load_from_disk
 
     rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
@@ -159,12 +159,12 @@ def page(asked: list[dict], language: str, rater: str) -> str:
     ]
     data = {"kind": ratings.PAGE_KIND, "file": items.fingerprint(asked), "rater": rater, "language": language}
     data |= {"criteria": ratings.CRITERIA, "words": WORDS[language], "items": seen}
-    folder = FileSystemLoader(Path(__file__).parent)
+    folder = FileSystemLoader(Path(__file__).parent / "rating")
     environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["source_hash"] = source_hash
-    return environment.get_template("rate_answers.html.jinja").render(data=data)
+    return environment.get_template("page.html.jinja").render(data=data)
 
 
 def rate_in_terminal(folder: Path, asked: list[dict], rater: str, words: dict[str, str]) -> list[dict]:

@@ -3,8 +3,8 @@
 import json
 
 from extras import rate_answers
+from extras.rating import items, ratings
 from tests.conftest import run_script
-from utils import items, ratings
 
 TOPICS = ("rain", "bread", "a lost key", "the tram", "two cats", "an old map")
 

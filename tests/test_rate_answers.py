@@ -7,10 +7,11 @@ import json
 import pytest
 
 from extras import rate_answers
+from extras.rating import items, ratings, terminal
+from extras.rating.labels import LABELS
 from tests.conftest import run_script
 from tests.rating_toys import TOPICS, made, rated, read_back, six_pairs
-from utils import items, ratings, sampling, terminal
-from utils.labels import LABELS
+from utils import sampling
 
 EVIL = "</script><img src=x onerror=alert(1)>&\u2028\x1b[2J\x00\u202etxet"
 

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from extras import rate_answers
+from extras.rating import items, ratings
 from tests.browser import Browser, chromium
 from tests.conftest import ROOT, run_script
-from utils import items, ratings
 
 EVIL = (
     "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>&\u2028\x1b[2J\x00"
@@ -95,7 +95,7 @@ def test_page_without_data_says_so(folder, browser, tmp_path):
         bare.write_text(re.sub(r'(id="data">).*?(</script>)', rf"\g<1>{data}\g<2>", text, flags=re.S), encoding="utf-8")
         browser.open(bare)
         assert browser.texts("h1") == ["No answers here"], data
-    template = ROOT / "extras" / "rate_answers.html.jinja"
+    template = ROOT / "extras" / "rating" / "page.html.jinja"
     bare.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     browser.open(bare)
     assert browser.texts("h1") == ["No answers here"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from extras import rate_answers
+from extras.rating import agreement, items, ratings
 from tests.conftest import run_script
 from tests.rating_toys import rated, read_back, six_pairs
-from utils import agreement, items, ratings
 from utils.pairing import checked_pairs
 from utils.rewards import RewardModel
 from utils.rows import Ledger

@@ -9,9 +9,9 @@ from itertools import combinations
 
 import numpy as np
 
+from extras.rating.items import shown
+from extras.rating.ratings import CRITERIA, PREFERENCES, is_complete
 from utils.evaluation import interval, paired_difference, share_right, verdict, wins
-from utils.items import shown
-from utils.ratings import CRITERIA, PREFERENCES, is_complete
 
 
 def duels_of(items: dict[str, dict], ratings: list[dict], conditions: list[str]) -> list[dict]:

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from utils.items import write_lines
+from extras.rating.items import write_lines
 from utils.rows import is_unicode, prompt_turns
 from utils.runs import say, stop, write_text
 from utils.sources import Record, read_json_lines
@@ -128,7 +128,7 @@ def append(path: Path, rating: dict) -> None:
 def preference_rows(duels: list[dict]) -> tuple[list[Record], dict[str, int]]:
     """(rows: prompt, chosen, rejected, chosen_rating, rejected_rating; how many pairs are left out, by reason).
 
-    duels: one each pair of answers, over all raters (utils.agreement.over_raters). The ratings are means of all grades
+    duels: one each pair of answers, over all raters (agreement.over_raters). The ratings are means of all grades
     where each pair has all of them, else the shares of the raters. A pair that grades and preference rank in
     different ways is left out: a row can say one thing only.
     """

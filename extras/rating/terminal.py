@@ -4,8 +4,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from utils.items import shown
-from utils.ratings import CRITERIA, append, is_complete, new_rating
+from extras.rating.items import shown
+from extras.rating.ratings import CRITERIA, append, is_complete, new_rating
 from utils.runs import say
 
 BACK, STOP = "back", "stop"
