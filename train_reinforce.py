@@ -45,7 +45,7 @@ BATCH_SIZE = 4  # prompts a step, on all devices together
 ANSWERS_PER_PROMPT = 1  # answers to each of them
 MAX_NEW_TOKENS = 50  # of an answer
 TEMPERATURE = 1.0  # of the sampling and of the log-probs
-MICRO_BATCH = 8  # answers in memory at once, on each device
+GENERATION_BATCH = 16  # answers that are sampled at once, on each device
 # reward
 KL_BETA = 0.05  # of log pi - log ref of an answer, taken off its reward
 RISK = 0.0  # expected grade minus RISK x spread, for a reward model with a distribution
@@ -100,7 +100,7 @@ def rollout(
 
     ids = prompt_ids_of(tokenizer, list(prompts.values()), window, Guidance())
     answers = generate(model, tokenizer, ids, **how, seed=seed, numbers=list(prompts))
-    at = (how["temperature"], how["batch_size"], how["precision"])
+    at = (how["temperature"], how["precision"])
     logps, entropies = logps_and_entropies_of(model, answers, *at)
     with as_reference(model, reference) as before:
         references = logps_of(before, answers, *at)
@@ -129,23 +129,24 @@ def advantages(
 
 
 def update(
-    engine: Engine, samples: list[Sample], weights: list[float], micro_batch: int, longest: float
+    engine: Engine, samples: list[Sample], weights: list[float], longest: float, tokens: int = 0
 ) -> tuple[float, float]:
     """One step on the loss -mean(A log pi) over all answers of the step; (that loss, the length of its gradient).
 
     samples: this process's share of the answers, of one size on all processes. weights: their advantages. The mean is
     over answers: divided by an answer's own length, a long bad answer would be pushed away less than a short one.
-    Gradients longer than `longest` are cut to it; where the gradient is not finite, nothing moves.
+    Gradients longer than `longest` are cut to it; where the gradient is not finite, nothing moves. Computed in parts of
+    `tokens` positions (0 = as many as keep the device busy): memory does not grow with the number of answers.
     """
     import contextlib
 
     import torch
 
-    from utils.sampling import batch_of
+    from utils.pairs import TOKENS_AT_ONCE
+    from utils.sampling import batch_of, parts_of
 
     policy, device = engine.policy.train(), engine.accelerator.device
-    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].answer.prompt_ids) - len(samples[i].answer.ids))
-    parts = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
+    parts = parts_of([sample.answer for sample in samples], tokens or TOKENS_AT_ONCE[device.type])
     loss = torch.zeros((), device=device)
     for part in parts:
         batch = {name: value.to(device) for name, value in batch_of([samples[i].answer for i in part]).items()}
@@ -175,7 +176,7 @@ def check(batch: int, per_prompt: int, baseline: str, temperature: float, risk: 
 @script
 def main(settings: dict) -> None:
     # 1. check
-    at_least(1, BATCH_SIZE=BATCH_SIZE, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, MICRO_BATCH=MICRO_BATCH)
+    at_least(1, BATCH_SIZE=BATCH_SIZE, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, GENERATION_BATCH=GENERATION_BATCH)
     at_least(1, MAX_NEW_TOKENS=MAX_NEW_TOKENS, MAX_STEPS=MAX_STEPS, LORA_RANK=LORA_RANK)
     at_least(0, MAX_ROWS=MAX_ROWS, EVAL_PROMPTS=EVAL_PROMPTS, KL_BETA=KL_BETA, KL_LIMIT=KL_LIMIT)
     check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE, RISK, WIN_REWARD)
@@ -226,7 +227,7 @@ def main(settings: dict) -> None:
     accelerator, baseline = trainer.accelerator, reinforce.Baseline(BASELINE, BASELINE_DECAY)
     if reference != "adapter":
         reference.to(device)
-    how = {"temperature": TEMPERATURE, "batch_size": MICRO_BATCH, "precision": precision}
+    how = {"temperature": TEMPERATURE, "batch_size": GENERATION_BATCH, "precision": precision}
     how["max_new_tokens"] = MAX_NEW_TOKENS
     window, answers = metadata["max_length"], BATCH_SIZE * ANSWERS_PER_PROMPT
     scoring = reinforce.Scoring(scorer, RISK, WIN_REWARD, LENGTH_PENALTY, CUT_PENALTY, REWARD_CLIP)
@@ -247,7 +248,7 @@ def main(settings: dict) -> None:
             rewards(samples, scoring, opponents.of(chosen.values(), prompts.values()) if WIN_REWARD else None)
             everyone = gather_object(samples)
             found = advantages(everyone, baseline, KL_BETA, ANSWERS_PER_PROMPT, ADVANTAGE_NORM, MASK_CUT)
-            loss, norm = update(trainer, samples, found[own].tolist(), MICRO_BATCH, MAX_GRAD_NORM)
+            loss, norm = update(trainer, samples, found[own].tolist(), MAX_GRAD_NORM)
             figures = reinforce.figures_of(everyone, found, baseline, loss, norm, time.monotonic() - began)
             figures["learning_rate"] = trainer.next_rate()
             run.log(step + 1, **{name: round(value, 6) for name, value in figures.items()})
@@ -270,7 +271,7 @@ def main(settings: dict) -> None:
     result = {}
     if first_process():
         start = models.load_causal(MODEL).to(device) if reference == "adapter" else reference
-        sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision, MICRO_BATCH)
+        sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision, GENERATION_BATCH)
         lines, result = policy_report.before_and_after(start, model, held_out, sampler, judges)
         result |= result.pop("reward")
         # 6. save

@@ -24,7 +24,7 @@ from utils.reinforce import (
     prompt_of,
 )  # fmt: skip
 from utils.runs import Run
-from utils.sampling import Answer, batch_of, generate, logps_and_entropies_of, logps_of
+from utils.sampling import Answer, batch_of, generate, logps_and_entropies_of, logps_of, parts_of
 
 HOW = {"max_new_tokens": 1, "temperature": 1.0, "batch_size": 8, "precision": "fp32"}
 ALL = torch.tensor([True] * 4)
@@ -66,7 +66,7 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path)
     engine = engine_of(model, tmp_path / "run")
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    update(engine, samples, weights, micro_batch=1, longest=1e9)
+    update(engine, samples, weights, longest=1e9, tokens=1)
     gradients = {name: before[name] - value.detach() for name, value in model.named_parameters()}
     for name, value in model.named_parameters():
         value.data.copy_(before[name])
@@ -87,11 +87,11 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path)
 def test_micro_batches_do_not_change_the_step(model_folder, tmp_path):
     answers = [[9, 8, 2], [7], [20, 21, 22, 23], [30, 2]]
     found = []
-    for size in (1, 3, 4):
+    for size in (1, 20, 1000):  # positions: each answer alone, two parts, one part
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         engine = engine_of(model, tmp_path / f"{size}")
         engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        loss, norm = update(engine, [sample_of(ids) for ids in answers], [1.0, -2.0, 0.5, 3.0], size, longest=1e9)
+        loss, norm = update(engine, [sample_of(ids) for ids in answers], [1.0, -2.0, 0.5, 3.0], 1e9, size)
         found.append((loss, norm, model.model.layers[0].mlp.up_proj.weight.detach().clone()))
     sums = logps_of(AutoModelForCausalLM.from_pretrained(model_folder), [sample_of(ids).answer for ids in answers])
     assert found[0][0] == pytest.approx(-(sums @ torch.tensor([1.0, -2.0, 0.5, 3.0])).item() / 4, rel=1e-4)
@@ -103,7 +103,7 @@ def test_micro_batches_do_not_change_the_step(model_folder, tmp_path):
 def test_a_gradient_that_is_not_finite_moves_nothing(model_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    loss, norm = update(engine_of(model, tmp_path / "run"), [sample_of([5])], [float("nan")], 1, 1.0)
+    loss, norm = update(engine_of(model, tmp_path / "run"), [sample_of([5])], [float("nan")], 1.0)
     assert loss != loss and norm != norm
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -113,7 +113,7 @@ def test_entropies_and_log_probs_equal_a_plain_loop(model_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     answers = generate(model, tokenizer, [[1, 4, 5], [1, 4, 5, 6, 7, 8]], 6, 0.8, seed=0)
     answers[0].ids = [5, 2, 2]
-    logps, entropies = logps_and_entropies_of(model, answers, 0.8, 2, "fp32")
+    logps, entropies = logps_and_entropies_of(model, answers, 0.8, "fp32")
     torch.testing.assert_close(logps, logps_of(model, answers, 0.8))
     for answer, found in zip(answers, entropies.tolist(), strict=True):
         with torch.no_grad():
@@ -220,7 +220,7 @@ def learned(model_folder, tokenizer, folder, kind, kl_beta=0.0, steps=40):
         samples = rollout(model, reference, tokenizer, prompts, 64, 0, HOW)
         rewards(samples, scoring, None)
         weights = advantages(samples, baseline, kl_beta, 4, "none", False)
-        update(engine, samples, weights.tolist(), 8, 1.0)
+        update(engine, samples, weights.tolist(), 1.0)
         shares.append(sum(sample.reward for sample in samples) / 16)
     for name, value in reference.state_dict().items():
         assert torch.equal(value, frozen[name]), "the reference moved"
@@ -352,3 +352,10 @@ def test_a_grad_scaler_may_skip_a_step(model_folder, tmp_path):
     engine = engine_of(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "run")
     engine.accelerator = SimpleNamespace(scaler=object(), clip_grad_norm_=lambda *_: float("inf"))
     assert engine.step(1.0) == 0.0
+
+
+def test_parts_hold_so_many_positions_and_every_answer_once():
+    lengths = ((3, 2), (10, 10), (1, 1), (4, 3), (30, 9))  # of prompt and answer
+    answers = [Answer([1] * prompt, [5] * answer, "", True) for prompt, answer in lengths]
+    assert parts_of(answers, 14) == [[4], [1], [3, 0], [2]]
+    assert parts_of(answers, 1000) == [[4, 1, 3, 0, 2]] and parts_of([], 10) == []

@@ -119,7 +119,7 @@ def test_an_alarm_saves_the_state_and_ends_the_run(options, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(options, tmp_path):
-    options = options | {"MICRO_BATCH": 2, "BATCH_SIZE": 4}
+    options = options | {"GENERATION_BATCH": 2, "BATCH_SIZE": 4}
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29562")
     for name, how in {"two": launcher, "one": ()}.items():
         words = [f"--{key.lower()}={value}" for key, value in (options | {"OUTPUT_DIR": tmp_path / name}).items()]

@@ -81,7 +81,7 @@ class Sampler:
         written = self.write(policy, prompts if seen is None else seen, guidances[1], progress)
         asked = self.ids(prompts, guidances[0])
         sides = [
-            logps_of(model, said, self.temperature or 1.0, self.batch_size, self.precision, guidance).double().numpy()
+            logps_of(model, said, self.temperature or 1.0, self.precision, guidance).double().numpy()
             for model, said, guidance in (
                 (policy, written, guidances[1]),
                 (start, same_answers(written, asked), guidances[0]),

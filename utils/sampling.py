@@ -12,7 +12,7 @@ from utils.guidance import Guidance
 from utils.hidden import with_vectors
 from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import autocast, plain
-from utils.pairs import PairCollator
+from utils.pairs import TOKENS_AT_ONCE, PairCollator
 from utils.rows import Message
 from utils.tokens import end_of_turn, fitted_prompt
 
@@ -129,7 +129,6 @@ def logps_of(
     model: nn.Module,
     answers: list[Answer],
     temperature: float = 1.0,
-    batch_size: int = 8,
     precision: str = "fp32",
     guidance: Guidance | None = None,
 ) -> torch.Tensor:
@@ -140,42 +139,54 @@ def logps_of(
     def read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return answer_logps(model, batch, vectors, temperature)[0]
 
-    return read_answers(model, answers, read, batch_size, precision, guidance)
+    return read_answers(model, answers, read, precision, guidance)
 
 
 @torch.no_grad()
 def logps_and_entropies_of(
-    model: nn.Module, answers: list[Answer], temperature: float, batch_size: int, precision: str
+    model: nn.Module, answers: list[Answer], temperature: float, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log pi(answer | prompt), entropy of the next token summed over the answer's tokens) [answers], nats."""
 
     def read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack([sums[:, 0] for sums in answer_logps_and_entropies(model, batch, temperature)], dim=1)
 
-    return read_answers(model, answers, read, batch_size, precision, columns=2).unbind(1)
+    return read_answers(model, answers, read, precision, columns=2).unbind(1)
 
 
 def read_answers(
     model: nn.Module,
     answers: list[Answer],
     read: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-    batch_size: int,
     precision: str,
     guidance: Guidance | None = None,
     columns: int = 1,
 ) -> torch.Tensor:
     """What `read` finds in batches of answers of like length [answers] (or [answers, columns]), on the CPU."""
     device = plain(model).device
-    order = sorted(range(len(answers)), key=lambda i: -len(answers[i].prompt_ids) - len(answers[i].ids))
     was, found = model.training, torch.zeros(len(answers), columns)
     model.eval()
-    for start in range(0, len(order), batch_size):
-        mine = order[start : start + batch_size]
+    for mine in parts_of(answers, TOKENS_AT_ONCE[device.type]):
         batch = batch_of([answers[i] for i in mine], guidance)
         with autocast(device, precision):
             found[mine] = read({name: value.to(device) for name, value in batch.items()})[:, :columns].cpu()
     model.train(was)
     return found if columns > 1 else found[:, 0]
+
+
+def parts_of(answers: list[Answer], tokens: int) -> list[list[int]]:
+    """Places in `answers`, in parts of like length, the longest first, of at most `tokens` positions with the padding.
+
+    An answer that is longer is a part of its own.
+    """
+    lengths = [len(answer.prompt_ids) + len(answer.ids) for answer in answers]
+    parts: list[list[int]] = []
+    for i in sorted(range(len(answers)), key=lambda i: -lengths[i]):
+        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= tokens:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
 
 
 def batch_of(answers: list[Answer], guidance: Guidance | None = None, multiple: int = 1) -> dict[str, torch.Tensor]:
