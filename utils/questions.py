@@ -41,8 +41,9 @@ HEADS = ("scalar", "distribution")
 def reward_model_of(trained: list[dict], runs: list[dict]) -> dict | None:
     """The run of the reward model that the first of `trained` used, None where it is not in the report."""
     for run in trained[:1]:
-        wanted = Path(run["record"]["settings"]["REWARD_MODEL"])
-        return next((other for other in runs if Path(other["name"]) == wanted and other["kind"] == "reward"), None)
+        wanted = Path(run["record"]["settings"]["REWARD_MODEL"]).resolve()
+        found = (other for other in runs if other["kind"] == "reward" and Path(other["name"]).resolve() == wanted)
+        return next(found, None)
     return None
 
 
@@ -108,8 +109,9 @@ def how_it_is_read(model: dict | None) -> list[str]:
     """The expected grade, and what it does not mean."""
     lines = [
         "The reward is the expected grade, the sum of k P(k) over the grades 1 to 10. The training maximises P(grade "
-        "of chosen > grade of rejected), which no order-keeping relabelling of the grades changes: so an expected "
-        "grade of 7 is more than one of 6, but it is not the 7 of a person."
+        "of chosen > grade of rejected), which knows the order of the grades and no distance between them. That they "
+        "are equal steps apart is our convention: an expected grade of 7 is not the 7 of a person, and two answers "
+        "whose distributions are wide may change places under other steps."
     ]
     weight = model["record"]["settings"]["RATING_WEIGHT"] if model else None
     if weight:
@@ -157,10 +159,13 @@ def why(by_head: dict[str, list[dict]], models: dict[str, dict | None]) -> list[
     for head, model in models.items():
         if model:
             result = model["result"]
-            lines.append(
+            line = (
                 f"The {head} reward model ranks {result['accuracy']:.3f} of {result['pairs']} held-out pairs right and "
-                f"is {result['verdict']}. Its reward and log length correlate at {result['length_correlation']:.2f}."
+                f"is {result['verdict']}."
             )
+            length = result["length_correlation"]  # None where all rewards are equal
+            known = f" Its reward and log length correlate at {length:.2f}." if length is not None else ""
+            lines.append(line + known)
     for run in (run for runs in by_head.values() for run in runs):
         result = run["result"]
         line = (
