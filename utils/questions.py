@@ -81,7 +81,8 @@ def more(models: dict[str, dict | None]) -> list[str]:
     lines = [
         "Its spread and entropy say how sure the model is of an answer by itself: a policy can be rewarded with the "
         "expected grade minus RISK times the spread, and a judge can abstain. Two distributions give P(a beats b), "
-        "ties included, which WIN_REWARD uses against the start's own answer. A number has none of that."
+        "ties included, which WIN_REWARD uses against the start's own answer. A number has no spread, and its P(a beats "
+        "b) is a function of the difference of two rewards alone."
     ]
     if not models["distribution"]:
         return [
@@ -135,9 +136,10 @@ def improved(by_head: dict[str, list[dict]], compared: dict | None) -> list[str]
     for gain in found["gains"].values():
         values = ", ".join(f"{value:+.3f}" for value in gain["values"])
         spread = f" +- {gain['std']:.3f} from seed to seed" if len(gain["values"]) > 1 else " (one run: no spread)"
+        alone = ", ".join(result["policies"]["sampled"][run][name]["verdict"] for run in gain["runs"])
         lines.append(
-            f"{', '.join(gain['runs'])}: mean {name} {gain['mean']:+.3f}{spread} against the start ({values}) on "
-            f"{result['prompts']} prompts."
+            f"{', '.join(gain['runs'])}: by the {name} a mean difference to the start of {gain['mean']:+.3f}{spread} "
+            f"({values}) on {result['prompts']} prompts; each run by itself: {alone}."
         )
     for pair in found["between"]:
         shown = "differ" if pair["p_value"] < 0.05 else "are not shown to differ"
