@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Interrupt, Run, at_least, first_process, needs, pick, say, script, stop
+from utils.runs import Interrupt, Run, at_least, first_process, needs, pick, say, script, shares, stop
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ LEARNING_RATE = 1e-5  # at its highest
 SCHEDULE = "constant"  # cosine | linear | constant
 WARMUP_SHARE = 0.0  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
-MAX_GRAD_NORM = 1.0  # longer gradients are cut to this length
+MAX_GRAD_NORM = 1.0  # longer gradients are cut to this length, 0 = never
 KL_LIMIT = 50.0  # mean nats an answer at which the run saves its state and stops, 0 = never
 LEAST_LENGTH = 2.0  # mean tokens an answer, end of turn included, below which it stops too
 LEAST_ENTROPY = 0.05  # mean nats a token, below which it stops too
@@ -135,8 +135,8 @@ def update(
 
     samples: this process's share of the answers, of one size on all processes. weights: their advantages. The mean is
     over answers: divided by an answer's own length, a long bad answer would be pushed away less than a short one.
-    Gradients longer than `longest` are cut to it; where the gradient is not finite, nothing moves. Computed in parts of
-    `tokens` positions (0 = as many as keep the device busy): memory does not grow with the number of answers.
+    Gradients longer than `longest` are cut to it (0: never); where the gradient is not finite, nothing moves. Computed
+    in parts of `tokens` positions (0: as many as keep the device busy), so memory does not grow with the answers.
     """
     import contextlib
 
@@ -178,7 +178,10 @@ def main(settings: dict) -> None:
     # 1. check
     at_least(1, BATCH_SIZE=BATCH_SIZE, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, GENERATION_BATCH=GENERATION_BATCH)
     at_least(1, MAX_NEW_TOKENS=MAX_NEW_TOKENS, MAX_STEPS=MAX_STEPS, LORA_RANK=LORA_RANK)
-    at_least(0, MAX_ROWS=MAX_ROWS, EVAL_PROMPTS=EVAL_PROMPTS, KL_BETA=KL_BETA, KL_LIMIT=KL_LIMIT)
+    at_least(0, MAX_ROWS=MAX_ROWS, EVAL_PROMPTS=EVAL_PROMPTS, KL_BETA=KL_BETA, KL_LIMIT=KL_LIMIT, SEED=SEED)
+    at_least(0, REWARD_CLIP=REWARD_CLIP, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
+    at_least(0, MAX_GRAD_NORM=MAX_GRAD_NORM, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
+    shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
     check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE, RISK, WIN_REWARD)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     import torch
@@ -261,6 +264,8 @@ def main(settings: dict) -> None:
             due = SAVE_EVERY_STEPS and ((step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == MAX_STEPS)
             if first_process() and (reason or asked or due):
                 trainer.save(run, step + 1, baseline)
+            if reason or asked:
+                accelerator.wait_for_everyone()  # a launcher kills the process that saves once another one has ended
             if reason:
                 stop(f"stopped at step {step + 1}, its state is saved in {run.folder}/checkpoints: {reason}")
             if asked and step + 1 < MAX_STEPS:

@@ -131,6 +131,8 @@ def compare_policies(
     from utils import comparing, frontier, models, pairs
 
     tokenizer, metadata = pairs.matching_tokenizer(data_dir, "MODEL", model)
+    for folder in policies.values():  # all of them before the first one answers: the ids are read by each
+        pairs.matching_tokenizer(data_dir, "POLICIES", folder)
     rows = pairs.load_pairs(data_dir, split, count)
     prompts = [messages[:-1] for messages in rows["chosen"]]
     device = judges["reward"].model.device
@@ -166,10 +168,12 @@ def main(settings: dict) -> None:
     facts = {"device": str(device), "precision": precision}
     # 2. compare policies
     if POLICIES:
+        policies = frontier.names_of(POLICIES)
+        frontier.check_judge(policies, JUDGE_MODEL)
         judges = rewards.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
         how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "seed": SEED, "precision": precision}
         result, *found = compare_policies(
-            frontier.names_of(POLICIES), MODEL, DATA_DIR, SPLIT, PROMPTS, BEST_OF_N, SYSTEM_PROMPT, judges,
+            policies, MODEL, DATA_DIR, SPLIT, PROMPTS, BEST_OF_N, SYSTEM_PROMPT, judges,
             how | {"batch_size": BATCH_SIZE},
         )  # fmt: skip
         run = Run(OUTPUT_DIR, settings, resume=False, **facts)

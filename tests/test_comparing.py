@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from utils.comparing import Answers, Sampler, compared, repetition
-from utils.sampling import Answer, logps_of
+from utils.guidance import Guidance
+from utils.sampling import Answer, generate, logps_of
 
 PROMPTS = [
     [{"role": "user", "content": text}] for text in ("Hi", "Why?", "Say yes.", "One", "Two", "Three", "Go", "On")
@@ -75,6 +76,13 @@ def test_best_of_n_is_the_best_answer_of_the_start(sampler, start):
     tries = [Sampler(**vars(sampler) | {"seed": 5 + i}).answers(start, start, PROMPTS) for i in range(4)]
     assert rewards_of(best).tolist() == np.max([rewards_of(one) for one in tries], axis=0).tolist()
     assert rewards_of(best).sum() > rewards_of(before).sum()
+
+
+def test_answers_that_are_compared_share_no_luck_with_a_training_of_the_same_seed(sampler, start):
+    ids = sampler.ids(PROMPTS, Guidance())
+    compared_with = [answer.ids for answer in sampler.answers(start, start, PROMPTS).answers]
+    trained_on = generate(start, sampler.tokenizer, ids, 16, 1.0, sampler.seed, numbers=range(len(ids)))
+    assert not any(one == other.ids for one, other in zip(compared_with, trained_on, strict=True))
 
 
 def test_greedy_answers_need_no_luck(sampler, start, better):

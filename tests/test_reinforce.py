@@ -10,6 +10,7 @@ from train_reinforce import advantages, rewards, rollout, update
 from utils.engine import start_engine
 from utils.heads import Reading
 from utils.logps import answer_logps_and_entropies
+from utils.models import without_dropout
 from utils.policies import reference_of
 from utils.reinforce import (
     Baseline,
@@ -346,6 +347,26 @@ def test_alarms(change, message):
     reason = alarm(healthy | change, 50.0, 2.0, 0.05)
     assert message in reason and bool(reason) == bool(message)
     assert alarm(healthy | {"kl": 1e9}, 0.0, 2.0, 0.05) == "", "0 = no limit"
+
+
+def test_a_length_of_0_cuts_no_gradient(model_folder, tmp_path):
+    lengths = []
+    for longest in (0.0, 1e9, 0.01):
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+        engine, before = engine_of(model, tmp_path / f"{longest}"), model.lm_head.weight.detach().clone()
+        engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        update(engine, [sample_of([9, 8, 2])], [1.0], longest)
+        lengths.append((model.lm_head.weight - before).norm().item())
+    assert lengths[0] == pytest.approx(lengths[1]) and 0 < lengths[2] < 0.011 < lengths[0]
+
+
+def test_a_policy_and_its_reference_have_no_dropout_wherever_the_rate_is_kept(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attention_dropout=0.5).train()
+    answers, ids = [Answer([1, 4, 5], [9, 8, 7, 6], "", True)], batch_of([Answer([1, 4, 5], [9, 8, 7, 6], "", True)])
+    policy = Policy(model, 1.0)
+    assert not torch.equal(policy(**ids), policy(**ids)), "the rate of the config is in use"
+    without_dropout(model)
+    torch.testing.assert_close(policy(**ids).detach(), logps_of(model, answers))
 
 
 def test_a_grad_scaler_may_skip_a_step(model_folder, tmp_path):

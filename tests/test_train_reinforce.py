@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import train_reinforce
 from tests.conftest import ROOT, run_script
 from utils import reinforce
+from utils.frontier import check_judge
 from utils.runs import write_json
 
 SMALL = {"MAX_STEPS": 4, "BATCH_SIZE": 2, "MAX_NEW_TOKENS": 8, "EVAL_PROMPTS": 6, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -111,6 +112,34 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(options, tmp_path, mon
     assert lines_of(tmp_path / "run/samples.jsonl") == lines_of(tmp_path / "whole/samples.jsonl")
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again_without_its_old_lines(options, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    alarm = reinforce.alarm
+    monkeypatch.setattr(reinforce, "alarm", killed)
+    options |= {"MAX_STEPS": 2, "SAVE_EVERY_STEPS": 0, "SAMPLE_EVERY_STEPS": 1}
+    with pytest.raises(SystemExit):
+        run_script(train_reinforce, **options)
+    monkeypatch.setattr(reinforce, "alarm", alarm)
+    run_script(train_reinforce, **options)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert [line["step"] for line in lines_of(tmp_path / "run" / name)] == [1, 2], name
+
+
+def test_the_processes_wait_for_the_one_that_saves(options, monkeypatch):
+    from accelerate import Accelerator
+
+    from utils.engine import Engine
+
+    order, save, wait = [], Engine.save, Accelerator.wait_for_everyone
+    monkeypatch.setattr(Engine, "save", lambda *args: (save(*args), order.append("saved")))
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: (wait(self), order.append("waited")))
+    with pytest.raises(SystemExit, match="KL_LIMIT"):
+        run_script(train_reinforce, **options | {"KL_LIMIT": 1e-6, "LEARNING_RATE": 1e-2, "SAVE_EVERY_STEPS": 0})
+    assert order == ["waited", "saved", "waited"]
+
+
 def test_an_alarm_saves_the_state_and_ends_the_run(options, tmp_path):
     with pytest.raises(SystemExit, match="stopped at step 2, its state is saved in .*: KL .* is over KL_LIMIT = 1e-06"):
         run_script(train_reinforce, **options | {"KL_LIMIT": 1e-6, "LEARNING_RATE": 1e-2, "SAVE_EVERY_STEPS": 0})
@@ -151,12 +180,26 @@ def test_two_processes_equal_one(options, tmp_path):
         ({"JUDGE_MODEL": "nowhere"}, "JUDGE_MODEL = 'nowhere' is not there"),
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),
         ({"MAX_STEPS": 0}, "MAX_STEPS = 0: expected 1 or more"),
+        ({"MAX_GRAD_NORM": -1.0}, "MAX_GRAD_NORM = -1.0: expected 0 or more"),
+        ({"REWARD_CLIP": -5.0}, "REWARD_CLIP = -5.0: expected 0 or more"),
+        ({"SEED": -1}, "SEED = -1: expected 0 or more"),
+        ({"BASELINE_DECAY": 1.5}, "BASELINE_DECAY = 1.5: expected a share from 0 to 1"),
     ],
 )
 def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
     with pytest.raises(SystemExit) as stop:
         run_script(train_reinforce, **options | constants)
     assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+def test_a_judge_is_another_model_than_the_reward_model(options, judges, tmp_path):
+    same = f"{judges['scalar']}/../scalar"
+    with pytest.raises(SystemExit, match="is REWARD_MODEL itself"):
+        run_script(train_reinforce, **options | {"JUDGE_MODEL": same})
+    write_json(tmp_path / "run.json", {"settings": {"REWARD_MODEL": judges["scalar"]}})
+    check_judge({"a": str(tmp_path), "b": "nowhere"}, judges["distribution"])
+    with pytest.raises(SystemExit, match="was trained on: name one that no policy was trained on"):
+        check_judge({"a": str(tmp_path)}, same)
 
 
 def test_a_reward_model_worse_than_a_coin_is_refused(options, judges, tmp_path):

@@ -15,6 +15,9 @@ from utils.rows import Message
 from utils.sampling import Answer, generate, logps_of, prompt_ids_of
 
 NGRAM = 3  # repetition counts runs of so many tokens
+# Numbers of compared answers count from here, those of training from 0: a policy that met the random numbers of its
+# training again would be pushed towards and away from just the tokens that they favour, and seem to have learned more
+FIRST_NUMBER = 2**40
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Sampler:
     max_length: int  # tokens of a prompt; a longer one loses its start
     max_new_tokens: int
     temperature: float  # 0 = greedy; log-probs are then taken at 1
-    seed: int
+    seed: int  # the luck is another one than that of a training with this seed
     precision: str
     batch_size: int = 8
 
@@ -111,6 +114,7 @@ class Sampler:
             self.precision,
             guidance,
             progress,
+            range(FIRST_NUMBER, FIRST_NUMBER + len(prompts)),
         )
 
     def best_of(self, count: int, start: nn.Module, prompts: list[list[Message]], judge: RewardModel) -> Answers:

@@ -31,12 +31,12 @@ class Engine:
     schedule: LRScheduler
 
     def step(self, longest: float) -> float:
-        """Move along the gradients, cut to the length `longest`, and forget them; their length before.
+        """Move along the gradients, cut to the length `longest` (0: not cut), and forget them; their length before.
 
         A gradient that is not finite moves nothing. Under fp16 a GradScaler takes that for too large a scale, lowers
         it and goes on: the length is then 0.
         """
-        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), longest))
+        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), longest or math.inf))
         if self.accelerator.scaler is not None:
             norm = norm if math.isfinite(norm) else 0.0
         if math.isfinite(norm):
@@ -80,6 +80,7 @@ class Engine:
         """Put all back as the last complete checkpoint of a run has it; the number of steps taken by then."""
         checkpoint = last_checkpoint(run.folder)
         if not checkpoint:
+            forget_steps_after(0, run)  # of a start that was killed before its first checkpoint
             return 0
         state = torch.load(Path(checkpoint) / "state.pt", weights_only=True, map_location="cpu")
         module = self.accelerator.unwrap_model(self.policy)
@@ -88,9 +89,14 @@ class Engine:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
         vars(baseline).update(state["baseline"])
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            run.forget_after(state["step"], name)
+        forget_steps_after(state["step"], run)
         return state["step"]
+
+
+def forget_steps_after(step: int, run: Run) -> None:
+    """Drop the lines of steps that will be done again."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        run.forget_after(step, name)
 
 
 def start_engine(

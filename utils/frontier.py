@@ -38,6 +38,14 @@ def names_of(folders: tuple[str, ...]) -> dict[str, str]:
     return dict(zip(names, folders, strict=True))
 
 
+def check_judge(policies: dict[str, str], judge: str) -> None:
+    """End the script where a policy was trained on the judge."""
+    for folder in policies.values():
+        trained_on = read_json(Path(folder) / "run.json").get("settings", {}).get("REWARD_MODEL")
+        if judge and trained_on and Path(trained_on).resolve() == Path(judge).resolve():
+            stop(f"JUDGE_MODEL = {judge!r} is what {folder} was trained on: name one that no policy was trained on")
+
+
 def answers_of(
     policies: dict[str, str],
     start: nn.Module,

@@ -108,10 +108,14 @@ def load(kind: type, constant: str, name: str, **options: object) -> nn.Module:
 
 def without_dropout(model: nn.Module) -> nn.Module:
     """The model with its own dropout off: a policy and its reference are to be the same function at the start."""
+    names = ("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+        for name in names:  # attention layers copy the rate from the config when they are made
+            if isinstance(getattr(layer, name, None), float):
+                setattr(layer, name, 0.0)
+    for name in names:
         if hasattr(model.config, name):
             setattr(model.config, name, 0.0)
     return model

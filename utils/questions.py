@@ -41,8 +41,9 @@ HEADS = ("scalar", "distribution")
 def reward_model_of(trained: list[dict], runs: list[dict]) -> dict | None:
     """The run of the reward model that the first of `trained` used, None where it is not in the report."""
     for run in trained[:1]:
-        wanted = Path(run["record"]["settings"]["REWARD_MODEL"])
-        return next((other for other in runs if Path(other["name"]) == wanted and other["kind"] == "reward"), None)
+        wanted = Path(run["record"]["settings"]["REWARD_MODEL"]).resolve()
+        found = (other for other in runs if other["kind"] == "reward" and Path(other["name"]).resolve() == wanted)
+        return next(found, None)
     return None
 
 
@@ -80,7 +81,8 @@ def more(models: dict[str, dict | None]) -> list[str]:
     lines = [
         "Its spread and entropy say how sure the model is of an answer by itself: a policy can be rewarded with the "
         "expected grade minus RISK times the spread, and a judge can abstain. Two distributions give P(a beats b), "
-        "ties included, which WIN_REWARD uses against the start's own answer. A number has none of that."
+        "ties included, which WIN_REWARD uses against the start's own answer. A number has no spread, and its "
+        "P(a beats b) is a function of the difference of two rewards alone."
     ]
     if not models["distribution"]:
         return [
@@ -108,8 +110,9 @@ def how_it_is_read(model: dict | None) -> list[str]:
     """The expected grade, and what it does not mean."""
     lines = [
         "The reward is the expected grade, the sum of k P(k) over the grades 1 to 10. The training maximises P(grade "
-        "of chosen > grade of rejected), which no order-keeping relabelling of the grades changes: so an expected "
-        "grade of 7 is more than one of 6, but it is not the 7 of a person."
+        "of chosen > grade of rejected), which knows the order of the grades and no distance between them. That they "
+        "are equal steps apart is our convention: an expected grade of 7 is not the 7 of a person, and two answers "
+        "whose distributions are wide may change places under other steps."
     ]
     weight = model["record"]["settings"]["RATING_WEIGHT"] if model else None
     if weight:
@@ -133,9 +136,10 @@ def improved(by_head: dict[str, list[dict]], compared: dict | None) -> list[str]
     for gain in found["gains"].values():
         values = ", ".join(f"{value:+.3f}" for value in gain["values"])
         spread = f" +- {gain['std']:.3f} from seed to seed" if len(gain["values"]) > 1 else " (one run: no spread)"
+        alone = ", ".join(result["policies"]["sampled"][run][name]["verdict"] for run in gain["runs"])
         lines.append(
-            f"{', '.join(gain['runs'])}: mean {name} {gain['mean']:+.3f}{spread} against the start ({values}) on "
-            f"{result['prompts']} prompts."
+            f"{', '.join(gain['runs'])}: by the {name} a mean difference to the start of {gain['mean']:+.3f}{spread} "
+            f"({values}) on {result['prompts']} prompts; each run by itself: {alone}."
         )
     for pair in found["between"]:
         shown = "differ" if pair["p_value"] < 0.05 else "are not shown to differ"
@@ -157,11 +161,14 @@ def why(by_head: dict[str, list[dict]], models: dict[str, dict | None]) -> list[
     for head, model in models.items():
         if model:
             result = model["result"]
-            lines.append(
+            line = (
                 f"The {head} reward model ranks {result['accuracy']:.3f} of {result['pairs']} held-out pairs right and "
-                f"is {result['verdict']}. Its reward and log length correlate at {result['length_correlation']:.2f}; "
-                f"its rewards have a standard deviation of {result['reward_std']:.2f}, which KL_BETA has to hold."
+                f"is {result['verdict']}. Its rewards have a standard deviation of {result['reward_std']:.2f}, which "
+                "KL_BETA has to hold."
             )
+            length = result["length_correlation"]  # None where all rewards are equal
+            known = f" Its reward and log length correlate at {length:.2f}." if length is not None else ""
+            lines.append(line + known)
     for run in (run for runs in by_head.values() for run in runs):
         result = run["result"]
         line = (

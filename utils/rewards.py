@@ -238,6 +238,8 @@ def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading,
 
 def load_judges(reward_model: str, judge_model: str, device: str, precision: str) -> dict[str, RewardModel]:
     """{"reward": the one a policy is trained on, "judge": a second one it never saw, where it is named}."""
+    if judge_model and Path(judge_model).resolve() == Path(reward_model).resolve():
+        stop(f"JUDGE_MODEL = {judge_model!r} is REWARD_MODEL itself: name a reward model that no policy was trained on")
     require_worth(reward_model)
     judges = {"reward": RewardModel.load(reward_model, device, precision)}
     if judge_model:

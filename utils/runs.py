@@ -74,6 +74,13 @@ def at_least(least: float, **constants: float) -> None:
             stop(f"{name} = {value}: expected {least} or more")
 
 
+def shares(**constants: float) -> None:
+    """End the script where a constant is no share of a whole."""
+    for name, value in constants.items():
+        if not 0 <= value <= 1:
+            stop(f"{name} = {value}: expected a share from 0 to 1")
+
+
 def script(main: Callable) -> Callable:
     """Decorate main(): set the environment before torch is imported, and end in one line what a user can cause.
 

@@ -278,8 +278,7 @@ def train(trainer: Trainer, run: Run) -> None:
     if checkpoint and state["global_step"] >= state["max_steps"]:
         trainer._load_from_checkpoint(checkpoint)  # Trainer would take one step more than it was asked for
         return
-    if checkpoint:
-        run.forget_after(state["global_step"])
+    run.forget_after(state["global_step"] if checkpoint else 0)  # also of a start killed before its first checkpoint
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
