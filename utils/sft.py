@@ -163,7 +163,8 @@ def told(result: dict) -> str:
     interval = f"[{result['difference_low']:+.4f}, {result['difference_high']:+.4f}]"
     return (
         f"perplexity on {result['rows']} answers ({result['tokens']} tokens): {perplexity}\n"
-        f"NLL of a row's token: {result['difference']:+.4f} {interval}, p = {result['p_value']:.2g}: {result['verdict']}"
+        f"NLL of a row's token: {result['difference']:+.4f} {interval}, p = {result['p_value']:.2g}: "
+        f"{result['verdict']}"
     )
 
 
@@ -172,7 +173,7 @@ def write_results(folder: Path, result: dict, record: dict) -> None:
     settings = record["settings"]
     write_json(folder / "eval.json", result)
     title = f"Perplexity on {result['rows']} held-out answers: {result['verdict']}"
-    names = ("loss", "mean_token_accuracy", "entropy", "grad_norm")
+    names = ("loss", "mean_token_accuracy")
     training_curves(folder, names, {}, title, "mean over the steps since the last log")
     head = (
         f"# {folder.name}\n\n`{settings['MODEL']}` trained on {record['train_rows']} answers of "
