@@ -2,7 +2,7 @@
 
 Reads  : processed_helpsteer/ or processed_oasst/ (made by the loaders; pairs or sft rows), a reward model for ranked
 Writes : processed_generated/ (train, validation, metadata.json, dropped.jsonl), as the loaders do, for train_dpo;
-         outputs/generated_answers/ (answers.jsonl: every answer as it comes; run.json)
+         outputs/generated_answers/ (answers.jsonl: every answer as it comes; eval.json, run.json)
 
 python -m extras.generate_pairs --data_dir processed_oasst --model outputs/sft
 python -m extras.generate_pairs --mode ranked --reward_model outputs/reward_model --answers_per_prompt 8
@@ -184,7 +184,8 @@ def main(settings: dict) -> None:
         write_json(whole / "metadata.json", found)
         ledger.write(whole / "dropped.jsonl")
         processed.replace_folder(folder, whole)
-    run.finish(**found["generated"])
+    write_json(run.folder / "eval.json", found["generated"])
+    run.finish()
     # 6. say where it is
     processed.report(found, Path(OUTPUT_DIR), f"python train_dpo.py --data_dir {OUTPUT_DIR} --model {MODEL}")
     cut = found["generated"]["cut_share"]

@@ -1,12 +1,16 @@
 """extras/generate_pairs.py: sampling with top_k and top_p, pairs from a policy's answers, going on after a kill."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file, save_file
 
 import train_dpo
 from extras import generate_pairs, load_oasst_dataset
@@ -14,6 +18,7 @@ from tests.conftest import run_script
 from tests.loading import tree, write_lines
 from utils import generated, rewards, sampling
 from utils.generated import Asked, Written, in_batches, left_open, pairs_of, read_written
+from utils.processed import row_features
 from utils.rows import Ledger
 from utils.sampling import Answer, Luck, draws
 from utils.tokens import end_of_turn, tokenised
@@ -112,10 +117,6 @@ def test_the_best_of_n_stands_against_the_worst_that_is_not_empty():
 def test_an_answer_that_was_cut_has_no_end_of_turn(tokenizer):
     asked, ledger = [one(0), one(1), one(2, human="A human. " * 99)], Ledger()
     written = {i: Written(i, ["Same words"], [i == 1], []) for i in range(3)}
-    from datasets import Dataset
-
-    from utils.processed import row_features
-
     rows, ended = pairs_of(asked, written, "self_align", ledger)["train"]
     rows = tokenised(Dataset.from_list(rows, features=row_features()), tokenizer, 64)
     found = left_open(rows, ended, tokenizer)
@@ -211,14 +212,10 @@ def test_lines_of_a_batch_that_was_not_finished_are_made_again(tmp_path):
 
 
 def test_another_policy_does_not_go_on_with_the_answers_of_the_first(options, tmp_path, monkeypatch, model_folder):
-    from safetensors.torch import load_file, save_file
-
     def killed(*arguments, **named):
         raise RuntimeError("killed")
 
     monkeypatch.setattr(sampling, "generate", killed)
-    import shutil
-
     shutil.copytree(model_folder, tmp_path / "policy")
     for _ in range(2):
         with pytest.raises(RuntimeError, match="killed"):
@@ -253,9 +250,6 @@ def test_ranked_answers_carry_their_rewards(options, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_keeps_what_is_answered(options, tmp_path, monkeypatch, capsys):
-    import os
-    import signal
-
     real = sampling.generate
 
     def interrupted(*arguments, **named):
