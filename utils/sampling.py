@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from utils.guidance import Guidance
 from utils.hidden import with_vectors
@@ -42,6 +43,21 @@ class Luck(LogitsProcessor):
         return scores.float() / self.temperature - noise.log().to(scores.device)
 
 
+def draws(temperature: float, seeds: list[tuple[int, int]], top_k: int = 0, top_p: float = 1.0) -> LogitsProcessorList:
+    """What makes greedy search sample: temperature, then top_k, then top_p, then the luck of each row.
+
+    What top_k and top_p leave out is -inf before the noise is added: no luck can bring it back. Temperature 0 is
+    greedy, and neither matters then.
+    """
+    if not temperature:
+        return LogitsProcessorList()
+    if not top_k and top_p >= 1:
+        return LogitsProcessorList([Luck(temperature, seeds)])
+    kept = [TopKLogitsWarper(top_k)] if top_k else []
+    kept += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *kept, Luck(1.0, seeds)])
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: the tokenizer's end token, and the special token that its template closes a turn with."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -69,10 +85,13 @@ def generate(
     guidance: Guidance | None = None,
     progress: str = "sampling",
     numbers: Sequence[int] | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> list[Answer]:
     """One answer to each prompt (ids), in their order; temperature 0 is greedy.
 
-    Samples from the whole distribution (no top_k, top_p or penalty), in left-padded batches of prompts of like length.
+    Samples from the whole distribution, in left-padded batches of prompts of like length; top_k above 0 keeps the
+    likeliest so many tokens, top_p below 1 the likeliest of them that make up this share.
     Each prompt has random numbers of its own, by `seed` and its number (by default its place in the list): an answer
     does not depend on its batch or process, and two policies with the same seed answer with the same luck.
     """
@@ -86,7 +105,7 @@ def generate(
     for start in tqdm(starts, desc=progress, leave=False, disable=None if len(starts) > 1 else True):
         mine = order[start : start + batch_size]
         given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
-        luck = LogitsProcessorList([Luck(temperature, [(seed, numbers[i]) for i in mine])] if temperature else [])
+        luck = draws(temperature, [(seed, numbers[i]) for i in mine], top_k, top_p)
         with autocast(model.device, precision):
             written = model.generate(
                 **given,

@@ -29,6 +29,7 @@ TREE_LAYOUTS = {  # messages of OpenAssistant: a record is a tree of them, or on
     "trees": [{"message_tree_id", "prompt"}, {"role", "text", "replies"}],
     "messages": [{"message_id", "parent_id", "role", "text"}],
 }
+ANSWER_LAYOUTS = {"messages": [{"messages"}], "completion": [{"prompt", "completion"}]}  # single answers, for SFT
 EXPORTS = ("*.messages.jsonl.gz", "*.trees.jsonl.gz")  # beside the tables of oasst1 and oasst2: the same rows again
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # names of a split that is not for training
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")

@@ -1,0 +1,154 @@
+"""Fine-tune a policy on single answers (SFT): the chosen ones of processed pairs, sft rows, or prompt and completion.
+
+Reads  : processed_helpsteer/ or processed_oasst/ (made by the loaders), or a file or hub dataset
+Writes : outputs/sft/ (the model, eval.json, metrics.jsonl, run.json, training_curves.png, README.md)
+
+python -m extras.train_sft
+python -m extras.train_sft --data_dir processed_oasst --model Qwen/Qwen2.5-0.5B-Instruct --min_rating 0
+python -m extras.train_sft --dataset my_answers.jsonl --max_length 512
+python train_dpo.py --model outputs/sft    # the folder is a start, and a reference
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from utils.config import override_constants
+from utils.runs import Run, at_least, first_process, needs, pick, say, script, stop
+
+# data
+DATA_DIR = "processed_helpsteer"  # rows made by a loader: of pairs the chosen answers, of sft rows all
+DATASET = ""  # in place of DATA_DIR: file, folder or hub name of rows with prompt and completion, or messages
+MAX_ROWS = 0  # use the first so many rows of train and of validation only, 0 = all of them
+MIN_RATING = ""  # answers rated lower, or not rated, are left out: such as 3.5, or 0 for the best of ranked; "" = none
+MAX_LENGTH = 256  # tokens of prompt and answer together, for DATASET; rows of DATA_DIR have their window
+CHAT_TEMPLATE = ""  # for DATASET: "" = the tokenizer's own, "plain" = User: ... Assistant: ... for one without
+VALIDATION_SHARE = 0.2  # of the rows of a DATASET without a held-out split, by prompt
+# model
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
+USE_LORA = False  # train low-rank adapters instead of all weights
+LORA_RANK = 16  # of the adapters
+LORA_ALPHA = 32  # adapters count alpha / rank
+LORA_DROPOUT = 0.05  # on the input of the adapters
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers that get one
+GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long windows in little memory
+# training
+PACKING = False  # fill windows with whole rows, each read as if alone (proved before the first step), else refused
+EPOCHS = 1  # passes over the training rows
+MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
+BATCH_SIZE = 4  # rows in memory at once; with PACKING windows
+ACCUMULATION = 1  # batches a step; the loss is the mean over all answer tokens of a step
+LEARNING_RATE = 2e-5  # at its highest
+SCHEDULE = "cosine"  # cosine | linear | constant
+WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
+WEIGHT_DECAY = 0.0  # of AdamW
+SEED = 42  # of the adapters' start, the order of rows, and the split of DATASET
+DEVICE = ""  # cuda | mps | cpu, "" = the best one here
+PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
+# output
+OUTPUT_DIR = "outputs/sft"  # the run folder
+LOG_EVERY_STEPS = 10  # a line of metrics.jsonl
+EVAL_EVERY_STEPS = 0  # perplexity on validation while training, 0 = before and after only
+SAVE_EVERY_STEPS = 200  # a checkpoint to go on from, 0 = none
+RESUME = True  # go on with an unfinished run of the same settings
+REPORT_TO = "none"  # none | tensorboard | trackio | wandb
+
+
+@script
+def main(settings: dict) -> None:
+    # 1. check
+    at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
+    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, WARMUP_SHARE=WARMUP_SHARE)
+    if not 0 < VALIDATION_SHARE < 1:
+        stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected more than 0 and less than 1")
+    if not DATASET:
+        needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
+    from transformers import set_seed
+
+    from utils import answers, models, pairs, policies, policy_report, sft, tokens, training
+
+    least = answers.least_rating(MIN_RATING)
+    schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
+    training.check_tracker(REPORT_TO)
+    device, precision = models.choose_machine(DEVICE, PRECISION)
+    # 2. load
+    if DATASET:
+        tokenizer = tokens.load_tokenizer(MODEL, CHAT_TEMPLATE, "MODEL")
+        tokens.check_window(tokenizer, MAX_LENGTH, "")
+        found, ledger = answers.answers_of_source(DATASET, tokenizer, MAX_LENGTH, VALIDATION_SHARE, SEED, MAX_ROWS)
+        facts = {"dataset_name": DATASET, "max_length": MAX_LENGTH, "counts": ledger.totals() | ledger.counts()}
+    else:
+        tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
+        found = {name: answers.load_answers(DATA_DIR, name, MAX_ROWS) for name in ("train", "validation")}
+        facts = {"dataset_name": metadata["dataset_name"], "max_length": metadata["max_length"]}
+        facts["data_fingerprint"] = metadata["fingerprint"]
+    origin = DATASET or DATA_DIR
+    rows, left_out = answers.learnable(found["train"], least, f"{origin}, train")
+    validation, _ = answers.learnable(found["validation"], least, f"{origin}, validation")
+    set_seed(SEED)
+    model = models.load_causal(MODEL)
+    policies.check_architecture(model, rows)
+    if PACKING:
+        sft.check_packing(model, rows)
+    if USE_LORA:
+        model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
+    if GRADIENT_CHECKPOINTING:
+        training.use_gradient_checkpointing(model)
+    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} answers, {len(validation)} for validation")
+    # 3. build
+    facts |= {"train_rows": len(rows), "left_out": left_out, "device": str(device), "precision": precision}
+    run = Run(OUTPUT_DIR, settings, RESUME, **facts)
+    arguments = partial(
+        training.training_arguments,
+        folder=run.folder,
+        device=device,
+        precision=precision,
+        num_train_epochs=EPOCHS,
+        max_steps=MAX_STEPS or -1,
+        per_device_train_batch_size=BATCH_SIZE,
+        gradient_accumulation_steps=ACCUMULATION,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type=schedule,
+        warmup_steps=WARMUP_SHARE,
+        weight_decay=WEIGHT_DECAY,
+        logging_steps=LOG_EVERY_STEPS,
+        eval_steps=EVAL_EVERY_STEPS,
+        save_steps=SAVE_EVERY_STEPS,
+        report_to=REPORT_TO,
+        run_name=run.folder.name,
+        seed=SEED,
+    )
+    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
+    module = policies.PolicyPairs(model)
+
+    def scored(what: str) -> dict:
+        return pairs.forward_pairs(module, validation, collator, 2 * BATCH_SIZE, trainer.accelerator, what)
+
+    def figures() -> dict[str, float]:
+        return {"loss": sft.mean_nll(scored("scoring validation"))}
+
+    trainer = sft.answer_trainer(model, rows, tokenizer, run, arguments, facts["max_length"], PACKING, figures)
+    module.to(trainer.accelerator.device)
+    before = scored("perplexity before")
+    # 4. train
+    began = time.monotonic()
+    training.train(trainer, run)
+    run.note(train_seconds=round(time.monotonic() - began, 2))
+    # 5. evaluate
+    result = sft.perplexity_figures(before, scored("perplexity after"))
+    # 6. save
+    if first_process():
+        policy_report.save(model, tokenizer, run.folder, rows, collator)
+        sft.write_results(run.folder, result, run.record)
+    trainer.accelerator.wait_for_everyone()
+    training.remove_checkpoints(run.folder)
+    run.finish()
+    # 7. say where it is
+    say(sft.told(result))
+    say(f"written: {run.folder}\nnext: python train_dpo.py --model {run.folder}")
+    say(f"      python train_reinforce.py --model {run.folder}")
+
+
+if __name__ == "__main__":
+    main(override_constants(globals()))

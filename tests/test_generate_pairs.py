@@ -1,0 +1,301 @@
+"""extras/generate_pairs.py: sampling with top_k and top_p, pairs from a policy's answers, going on after a kill."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file, save_file
+
+import train_dpo
+from extras import generate_pairs, load_oasst_dataset
+from tests.conftest import run_script
+from tests.loading import tree, write_lines
+from utils import generated, rewards, sampling
+from utils.generated import Asked, Written, in_batches, left_open, pairs_of, read_written
+from utils.processed import row_features
+from utils.rows import Ledger
+from utils.sampling import Answer, Luck, draws
+from utils.tokens import end_of_turn, tokenised
+
+SMALL = {"MAX_ROWS": 12, "MAX_NEW_TOKENS": 8, "BATCH_SIZE": 4, "DEVICE": "cpu", "PRECISION": "fp32"}
+
+
+def read(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def answers_in(folder):
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").split("\n")
+    return {line["number"]: line for line in map(json.loads, filter(None, lines))}
+
+
+@pytest.fixture
+def options(model_folder, sample_folder, tmp_path):
+    where = {"DATA_DIR": sample_folder, "MODEL": model_folder}
+    return SMALL | where | {"OUTPUT_DIR": tmp_path / "pairs", "ANSWERS_DIR": tmp_path / "answers"}
+
+
+# sampling
+
+
+def allowed(logits, top_k, top_p):
+    """The tokens that may be drawn, by the definition: k likeliest, of them the fewest that make up top_p."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or None]
+    p = torch.tensor([logits[i] for i in order]).double().softmax(0).tolist()
+    kept, mass = [], 0.0
+    for i, share in zip(order, p, strict=True):
+        if mass >= top_p:
+            break
+        kept.append(i)
+        mass += share
+    return kept
+
+
+@pytest.mark.parametrize("top_k, top_p", [(5, 1.0), (0, 0.6), (8, 0.7), (1, 1.0), (3, 0.01)])
+def test_only_what_top_k_and_top_p_keep_is_drawn_and_as_often_as_it_should(top_k, top_p):
+    torch.manual_seed(0)
+    logits, temperature, count = torch.randn(30) * 2, 0.7, 3000
+    process = draws(temperature, [(3, i) for i in range(count)], top_k, top_p)
+    drawn = process(None, logits.repeat(count, 1)).argmax(dim=1)
+    kept = allowed((logits / temperature).tolist(), top_k, top_p)
+    assert set(drawn.tolist()) <= set(kept) and len(kept) < 30
+    p = (logits[kept] / temperature).softmax(0)
+    found = torch.bincount(drawn, minlength=30)[kept] / count
+    torch.testing.assert_close(found, p, atol=0.04, rtol=0)
+
+
+def test_without_top_k_and_top_p_nothing_changes():
+    seeds, logits = [(1, 2), (1, 3)], torch.randn(2, 50)
+    assert torch.equal(draws(0.7, seeds)(None, logits), Luck(0.7, seeds)(None, logits))
+    assert len(draws(0.0, seeds, 5, 0.5)) == 0, "greedy"
+
+
+# pairs of answers
+
+
+def one(number, human="A human.", split="train", prompt="Hi"):
+    return Asked(number, split, number, prompt, [{"role": "user", "content": prompt}], human)
+
+
+def test_the_human_answer_is_chosen_and_empty_or_equal_answers_are_counted():
+    asked, ledger = [one(i) for i in range(3)] + [one(3, split="validation")], Ledger()
+    for each in asked:
+        ledger.read(each.prompt)
+    texts = ["A model.", " ", "A human. ", "Other."]
+    written = {i: Written(i, [text], [i != 3], []) for i, text in enumerate(texts)}
+    made = pairs_of(asked, written, "self_align", ledger)
+    assert ledger.counts() == {"empty_answer": 1, "equal_answers": 1} and ledger.totals()["rows_used"] == 2
+    ((row,), ended) = made["train"]
+    assert [row[side][-1]["content"] for side in ("chosen", "rejected")] == ["A human.", "A model."]
+    assert row["chosen_rating"] is None and ended == [(True, True)]
+    assert made["validation"][0][0]["rejected"][-1]["content"] == "Other." and made["validation"][1] == [(True, False)]
+
+
+def test_the_best_of_n_stands_against_the_worst_that_is_not_empty():
+    asked, ledger = [one(i) for i in range(4)], Ledger()
+    for each in asked:
+        ledger.read(each.prompt)
+    written = {
+        0: Written(0, ["a", "b", "", "c"], [True, False, True, True], [0.5, 2.0, -9.0, -1.0]),
+        1: Written(1, ["a", "a "], [True] * 2, [1.0, 2.0]),
+        2: Written(2, ["", " "], [True] * 2, [1.0, 2.0]),
+        3: Written(3, ["a", "b"], [True] * 2, [1.0, 1.0]),
+    }
+    made = pairs_of(asked, written, "ranked", ledger)
+    ((row,), ended) = made["train"]
+    assert [row[side][-1]["content"] for side in ("chosen", "rejected")] == ["b", "c"]
+    assert (row["chosen_rating"], row["rejected_rating"]) == (2.0, -1.0) and ended == [(False, True)]
+    assert ledger.counts() == {"empty_answer": 1, "equal_answers": 1, "tie": 1}
+
+
+def test_an_answer_that_was_cut_has_no_end_of_turn(tokenizer):
+    asked, ledger = [one(0), one(1), one(2, human="A human. " * 99)], Ledger()
+    written = {i: Written(i, ["Same words"], [i == 1], []) for i in range(3)}
+    rows, ended = pairs_of(asked, written, "self_align", ledger)["train"]
+    rows = tokenised(Dataset.from_list(rows, features=row_features()), tokenizer, 64)
+    found = left_open(rows, ended, tokenizer)
+    closing = end_of_turn(tokenizer)
+    assert found["rejected_cut"][:] == [True, False, True] and found["chosen_cut"][:] == [False, False, True]
+    assert [tokenizer.decode(ids) for ids in found["rejected_ids"]] == [
+        "Same words",
+        "Same words<|im_end|>\n",
+        "Same words",
+    ]
+    assert found["chosen_ids"][0][-len(closing) :] == closing and found["chosen_ids"][2] == rows["chosen_ids"][2]
+
+
+def test_half_a_letter_at_the_end_of_a_cut_answer_goes():
+    assert generated.whole_letters("мир и м\ufffd", False) == "мир и м"
+    assert generated.whole_letters("what is \ufffd", True) == "what is \ufffd"
+
+
+def test_a_prompt_is_asked_once_with_its_best_rated_answer(tokenizer_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [*tree("a", 1, 0, None), *tree("b", 0, 1)]
+    source = write_lines(tmp_path / "trees.jsonl", rows)
+    loading = {"TOKENIZER": tokenizer_folder, "ROWS": "sft", "SYSTEM_PROMPT": "Ты кот.", "VALIDATION_SHARE": 0}
+    run_script(load_oasst_dataset, DATASET=source, OUTPUT_DIR="out", **loading)
+    ledger = Ledger()
+    asked = generated.asked_of("out", ("train",), 0, ledger)
+    assert sorted(each.human for each in asked) == [rows[2]["text"], rows[5]["text"]], "those of rank 0"
+    assert all(each.turns[0] == {"role": "system", "content": "Ты кот."} for each in asked)
+    assert ledger.counts() == {"same_prompt": 3} and ledger.rows_read == 5
+    assert len({entry["rows"][0] for entry in ledger.entries} | {each.row for each in asked}) == 5
+
+
+# the script
+
+
+def test_the_folder_keeps_the_split_and_train_dpo_takes_it(options, sample_folder, tokenizer, tmp_path):
+    run_script(generate_pairs, **options)
+    metadata, said = read(tmp_path / "pairs/metadata.json"), answers_in(tmp_path / "answers")
+    assert metadata["counts"]["rows_read"] == 24 == metadata["counts"]["pairs"] + metadata["counts"]["rows_dropped"]
+    closing, texts = end_of_turn(tokenizer), {text for line in said.values() for text in line["texts"]}
+    for split in ("train", "validation"):
+        before = {row["prompt"]: row for row in load_from_disk(f"{sample_folder}/{split}").select(range(12))}
+        rows = load_from_disk(str(tmp_path / "pairs" / split))
+        assert len(rows) >= 10
+        for row in rows:
+            assert row["chosen"] == before[row["prompt"]]["chosen"] and row["rejected"][:-1] == row["chosen"][:-1]
+            assert row["rejected"][-1]["content"] in texts
+            assert row["rejected_cut"] and row["rejected_ids"][-len(closing) :] != closing, "eight tokens are no answer"
+    small = {"DATA_DIR": tmp_path / "pairs", "MODEL": options["MODEL"], "OUTPUT_DIR": tmp_path / "dpo"}
+    small |= {"MAX_STEPS": 3, "SAMPLE_PROMPTS": 0, "REFERENCE_CACHE": "", "DEVICE": "cpu", "PRECISION": "fp32"}
+    run_script(train_dpo, **small, LOG_EVERY_STEPS=1)
+    lines = (tmp_path / "dpo/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[0])["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_killed_run_goes_on_to_the_same_pairs(options, tmp_path, monkeypatch, capsys):
+    options = options | {"TEMPERATURE": 1.5, "SPLITS": "train"}
+    run_script(generate_pairs, **options | {"OUTPUT_DIR": tmp_path / "whole", "ANSWERS_DIR": tmp_path / "once"})
+    real, calls = sampling.generate, []
+
+    def until_the_third(*arguments, **named):
+        calls.append(named["numbers"])
+        if len(calls) == 3:
+            raise RuntimeError("killed")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(sampling, "generate", until_the_third)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_script(generate_pairs, **options)
+    assert not (tmp_path / "pairs").exists() and len(answers_in(tmp_path / "answers")) == 8
+    with open(tmp_path / "answers/answers.jsonl", "ab") as file:
+        file.write('{"number": 11, "texts": ["поло'.encode()[:-1])  # half a line that ends in half a letter
+    run_script(generate_pairs, **options)
+    assert "8 of 12 prompts are answered already" in capsys.readouterr().out
+    assert calls[3:] == calls[2:3], "only what was missing"
+    assert (
+        read(tmp_path / "pairs/metadata.json")["fingerprint"] == read(tmp_path / "whole/metadata.json")["fingerprint"]
+    )
+    assert answers_in(tmp_path / "answers") == answers_in(tmp_path / "once")
+    other = options | {"OUTPUT_DIR": tmp_path / "other", "ANSWERS_DIR": tmp_path / "small", "BATCH_SIZE": 5}
+    run_script(generate_pairs, **other)
+    assert answers_in(tmp_path / "small") == answers_in(tmp_path / "once"), "luck does not depend on the batch"
+
+
+def test_lines_of_a_batch_that_was_not_finished_are_made_again(tmp_path):
+    batches = in_batches([one(i) for i in range(5)], [3, 9, 9, 1, 5], 2)
+    assert [[each.number for each in batch] for batch in batches] == [[1, 2], [4, 0], [3]], "the longest first"
+    path = tmp_path / "answers.jsonl"
+    lines = [Written(number, ["line\u2028break\x85"], [True], [0.5]) for number in (1, 2, 4)]
+    generated.append_written(path, lines)
+    found = read_written(path, batches)
+    assert found == {line.number: line for line in lines[:2]} and set(answers_in(tmp_path)) == {1, 2}
+
+
+def test_another_policy_does_not_go_on_with_the_answers_of_the_first(options, tmp_path, monkeypatch, model_folder):
+    def killed(*arguments, **named):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(sampling, "generate", killed)
+    shutil.copytree(model_folder, tmp_path / "policy")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="killed"):
+            run_script(generate_pairs, **options | {"MODEL": tmp_path / "policy"})
+    assert len(list(tmp_path.glob("answers*"))) == 1, "the same run"
+    state = load_file(tmp_path / "policy/model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"] * 1.5
+    save_file(state, tmp_path / "policy/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="killed"):
+        run_script(generate_pairs, **options | {"MODEL": tmp_path / "policy"})
+    assert len(list(tmp_path.glob("answers*"))) == 2, "moved aside"
+
+
+def test_ranked_answers_carry_their_rewards(options, tmp_path, monkeypatch):
+    judge = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), score=lambda talks: torch.tensor([len(t[-1]["content"]) for t in talks]).float()
+    )
+    monkeypatch.setattr(rewards, "require_worth", lambda folder: None)
+    monkeypatch.setattr(rewards.RewardModel, "load", lambda *arguments: judge)
+    run_script(generate_pairs, **options | {"MODE": "ranked", "ANSWERS_PER_PROMPT": 3, "SPLITS": "train"})
+    metadata, said = read(tmp_path / "pairs/metadata.json"), answers_in(tmp_path / "answers")
+    assert (
+        metadata["rating"] == "reward" and metadata["generated"]["answers"] == 36 and metadata["validation_size"] == 0
+    )
+    assert all(line["rewards"] == [len(text) for text in line["texts"]] for line in said.values())
+    found = load_from_disk(str(tmp_path / "pairs/train"))
+    assert len(found) >= 10
+    for row in found:
+        (line,) = [line for line in said.values() if row["chosen"][-1]["content"] in line["texts"]]
+        assert row["chosen_rating"] == max(line["rewards"]) == len(row["chosen"][-1]["content"])
+        assert row["rejected_rating"] == min(line["rewards"]) == len(row["rejected"][-1]["content"])
+
+
+def test_ctrl_c_keeps_what_is_answered(options, tmp_path, monkeypatch, capsys):
+    real = sampling.generate
+
+    def interrupted(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(sampling, "generate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run_script(generate_pairs, **options)
+    assert stop.value.code == 130 and len(answers_in(tmp_path / "answers")) == 4
+    assert "stopped after 4 of 24 prompts: start the same command again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "constants, message",
+    [
+        ({"MODE": "song"}, "MODE = 'song' is not known, choose one of: self_align, ranked"),
+        ({"MODE": "ranked", "TEMPERATURE": 0.0}, "MODE = 'ranked' compares different answers to a prompt"),
+        ({"MODE": "ranked", "ANSWERS_PER_PROMPT": 1}, "ANSWERS_PER_PROMPT = 1 must be 2 or more"),
+        ({"MODE": "ranked", "REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
+        ({"TOP_P": 0.0}, "TOP_P = 0.0: expected more than 0"),
+        ({"TOP_K": -1}, "TOP_K = -1: expected 0 or more"),
+        ({"SPLITS": "validation"}, "SPLITS = 'validation': expected train"),
+        ({"SPLITS": "train,test"}, "test is not there yet"),
+        ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),
+    ],
+)
+def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
+    with pytest.raises(SystemExit) as stop:
+        run_script(generate_pairs, **options | constants)
+    assert message in str(stop.value) and "\n" not in str(stop.value)
+    assert not (tmp_path / "pairs").exists() and not (tmp_path / "answers").exists()
+
+
+def test_the_rows_that_it_reads_are_never_overwritten(options, sample_folder):
+    before = read(f"{sample_folder}/metadata.json")
+    with pytest.raises(SystemExit, match="is DATA_DIR, whose rows would be lost"):
+        run_script(generate_pairs, **options | {"OUTPUT_DIR": sample_folder})
+    assert read(f"{sample_folder}/metadata.json") == before
+
+
+def test_no_pair_at_all_is_said_and_nothing_is_written(options, tmp_path, monkeypatch):
+    def silent(model, tokenizer, ids, **named):
+        return [Answer(prompt, [2], "", True) for prompt in ids]
+
+    monkeypatch.setattr(sampling, "generate", silent)
+    with pytest.raises(SystemExit, match="no pair is left for training of 24 prompts, left out: {'empty_answer': 24}"):
+        run_script(generate_pairs, **options)
+    assert not (tmp_path / "pairs").exists()

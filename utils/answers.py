@@ -1,0 +1,209 @@
+"""Single answers to learn from: the chosen ones of pairs, sft rows, or a source with completions or messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.processed import row_features
+from utils.rows import (
+    Ledger,
+    Message,
+    hundredths,
+    is_text,
+    is_unicode,
+    messages_of,
+    prompt_text,
+    prompt_turns,
+    real_number,
+)
+from utils.runs import needs, say, stop
+from utils.sources import ANSWER_LAYOUTS, Record, open_source
+from utils.split import near_duplicate_groups, split_indices
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant")
+
+
+def load_answers(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
+    """The answers of one split of a processed folder, at most max_rows (0 = all); see `as_answers`.
+
+    Of pairs the chosen answers, of sft rows all of them.
+    """
+    from datasets import load_from_disk
+
+    rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
+    return as_answers(rows.select(range(min(max_rows, len(rows)))) if max_rows else rows)
+
+
+def as_answers(rows: Dataset) -> Dataset:
+    """Rows of one answer each, in memory: prompt, messages, rating, answer_cut, and the token columns of a pair.
+
+    input_ids and attention_mask are the prompt without padding, chosen_ids the answer, rejected_ids are empty, so that
+    PairCollator makes batches of these rows too.
+    """
+    from datasets import Features, List, Value
+
+    ids, flags, number = List(Value("int32")), List(Value("int8")), Value("float64")
+    features = row_features("sft") | {"input_ids": ids, "attention_mask": flags, "chosen_ids": ids}
+    features |= {"rejected_ids": ids, "chosen_rating": number, "rejected_rating": number}
+    features |= {"answer_cut": Value("bool"), "row": Value("int64")}
+    return rows.map(
+        answer_columns,
+        with_indices=True,
+        batched=True,
+        remove_columns=rows.column_names,
+        features=Features(features),
+        keep_in_memory=True,  # no cache files in the processed folder
+        desc="reading answers",
+    )
+
+
+def answer_columns(batch: dict, numbers: list[int]) -> dict:
+    """The columns of `as_answers`, of pairs or of sft rows."""
+    of_pairs = "chosen" in batch
+    count = len(batch["prompt"])
+    if of_pairs:
+        prompts = [ids[: sum(mask)] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        answers = batch["chosen_ids"]
+    else:
+        starts = [mask.index(1) if 1 in mask else len(mask) for mask in batch["completion_mask"]]
+        prompts = [ids[:start] for ids, start in zip(batch["input_ids"], starts, strict=True)]
+        answers = [ids[start:] for ids, start in zip(batch["input_ids"], starts, strict=True)]
+    return {
+        "prompt": batch["prompt"],
+        "messages": batch["chosen" if of_pairs else "messages"],
+        "rating": batch["chosen_rating" if of_pairs else "rating"],
+        "input_ids": prompts,
+        "attention_mask": [[1] * len(prompt) for prompt in prompts],
+        "chosen_ids": answers,
+        "rejected_ids": [[]] * count,
+        "chosen_rating": [None] * count,
+        "rejected_rating": [None] * count,
+        "answer_cut": batch["chosen_cut" if of_pairs else "answer_cut"],
+        "row": numbers,
+    }
+
+
+def least_rating(text: str) -> float | None:
+    """The number that MIN_RATING is, None where it is empty."""
+    number = real_number(text)
+    if text and number is None:
+        stop(f"MIN_RATING = {text!r}: expected a number such as 3.5, or nothing")
+    return number
+
+
+def learnable(rows: Dataset, least: float | None, where: str) -> tuple[Dataset, dict[str, int]]:
+    """(the rows with an answer in the window, rated `least` or more, {reason: how many are left out}).
+
+    A row without a rating is left out where `least` is a number. where: what the rows are, for the message.
+    """
+    reasons = []
+    for rating, answer in zip(rows["rating"], rows["chosen_ids"], strict=True):
+        if not answer:
+            reasons.append("empty_answer")
+        elif least is not None and rating is None:
+            reasons.append("no_rating")
+        else:
+            reasons.append("low_rating" if least is not None and hundredths(rating) < hundredths(least) else "")
+    found = {reason: reasons.count(reason) for reason in sorted(set(reasons)) if reason}
+    if found:
+        say(f"{where}: left out of {len(rows)} rows: {', '.join(f'{n} {reason}' for reason, n in found.items())}")
+    if not len(rows) or all(reasons):
+        stop(f"{where} has no answer to use{': lower MIN_RATING' if found else ', make it with more rows'}")
+    return rows.select([i for i, reason in enumerate(reasons) if not reason]), found
+
+
+# a source in place of a processed folder
+
+
+def answers_of_source(
+    dataset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    share: float,
+    seed: int,
+    max_rows: int = 0,
+) -> tuple[dict[str, Dataset], Ledger]:
+    """({"train", "validation"}: answers as `load_answers` gives them, what was left out) of a file or hub dataset.
+
+    Its own held-out split becomes validation; where it has none, `share` of the rows does, by prompt.
+    """
+    from datasets import Dataset
+
+    from utils.tokens import tokenised
+
+    source, ledger = open_source(dataset, "", ANSWER_LAYOUTS), Ledger()
+    rows = {
+        role: list(checked_answers(read, source.layouts[role], role, ledger)) for role, read in source.splits.items()
+    }
+    parts = divided(rows["train"], rows.get("test", []), share, seed, ledger)
+    for name, some in parts.items():
+        stored = [{key: row[key] for key in ("prompt", "messages", "rating")} for row in some[: max_rows or None]]
+        part = Dataset.from_list(stored, features=row_features("sft"))
+        parts[name] = as_answers(tokenised(part, tokenizer, max_length))
+    if ledger.entries:
+        say("left out: " + ", ".join(f"{count} {reason}" for reason, count in ledger.counts().items()))
+    return parts, ledger
+
+
+def checked_answers(read: Callable[[], Iterator[Record]], layout: str, split: str, ledger: Ledger) -> Iterator[dict]:
+    """The rows of one split of a source that pass every check; the ledger takes the rest."""
+    seen = set()
+    for number, record in enumerate(read()):
+        turns, answer = conversation_of(record, layout)
+        text = prompt_text(record.get("prompt"), turns)
+        ledger.read(text)
+        content = hash((str(turns), answer))
+        reason = check_answer(turns, answer) or ("duplicate" if content in seen else "")
+        if reason:
+            ledger.drop(reason, split, [number], text)
+            continue
+        seen.add(content)
+        ledger.rows_used += 1
+        messages = [*turns, {"role": "assistant", "content": answer}]
+        yield {"prompt": text, "messages": messages, "rating": real_number(record.get("rating")), "number": number}
+
+
+def conversation_of(record: Record, layout: str) -> tuple[list[Message], str]:
+    """(the turns before the answer, the answer) of a record; of a conversation the last answer is the one to learn."""
+    if layout == "completion":
+        answer = messages_of(record.get("completion"))
+        return prompt_turns(record.get("prompt")), answer[-1]["content"] if answer else ""
+    messages = messages_of(record.get("messages"))
+    while messages and messages[-1]["role"] == "user":
+        messages.pop()
+    if not messages or messages[-1]["role"] != "assistant":
+        return messages, ""
+    return messages[:-1], messages[-1]["content"]
+
+
+def check_answer(turns: list[Message], answer: str) -> str:
+    """The reason why an answer cannot be learned from, "" if it can."""
+    if not all(is_unicode(text) for text in [answer, *(turn["content"] for turn in turns)]):
+        return "broken_text"
+    if not is_text(answer):
+        return "empty_answer"
+    if not turns or turns[-1]["role"] != "user":
+        return "empty_prompt"
+    return "" if all(turn["role"] in ROLES for turn in turns) else "bad_turn"
+
+
+def divided(train: list[dict], held_out: list[dict], share: float, seed: int, ledger: Ledger) -> dict[str, list[dict]]:
+    """{"train", "validation"}: rows, with like prompts on one side."""
+    groups = near_duplicate_groups(row["prompt"] for row in [*train, *held_out]).tolist()
+    if not held_out:
+        chosen = split_indices(groups, share, seed)
+        return {name: [train[i] for i in some] for name, some in zip(("train", "validation"), chosen, strict=True)}
+    kept, known = [], set(groups[len(train) :])
+    for row, group in zip(train, groups[: len(train)], strict=True):
+        if group in known:
+            ledger.drop("like_validation", "train", [row["number"]], row["prompt"])
+            ledger.rows_used -= 1
+        else:
+            kept.append(row)
+    return {"train": kept, "validation": held_out}

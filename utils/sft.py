@@ -1,0 +1,183 @@
+"""Supervised fine-tuning: trl.SFTTrainer on our token ids, perplexity before and after, and the files of a run."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from utils import training
+from utils.curves import training_curves
+from utils.evaluation import LEVEL, paired_difference
+from utils.pairs import LengthSampler
+from utils.runs import Run, stop, write_json, write_text
+
+PACKING_ERROR = 1e-3  # by which a logit may differ between a document in a pack and the same one alone
+
+
+class AnswerTrainer(SFTTrainer):
+    """trl.SFTTrainer over rows of like length, which stops at a loss that is not finite.
+
+    figures: () -> metrics on validation, exact; called every EVAL_EVERY_STEPS on all processes.
+    """
+
+    def __init__(self, figures: Callable[[], dict[str, float]], **named: object):
+        super().__init__(**named)
+        self.figures = figures
+        lengths = np.array([len(ids) for ids in self.train_dataset["input_ids"]])
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self.sampler = LengthSampler(lengths, rows_per_step, self.args.seed)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthSampler:
+        return self.sampler
+
+    def training_step(self, *arguments: object, **named: object) -> torch.Tensor:
+        loss = super().training_step(*arguments, **named)
+        if not torch.isfinite(loss):  # Trainer would go on, with weights that are lost
+            sys.exit(
+                f"the loss is not finite at step {self.state.global_step + 1}: lower LEARNING_RATE or look at the "
+                "rows; the last checkpoint is kept"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_runtime" not in logs:
+            super().log(logs, start_time)
+
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        """Metrics of `figures` under eval_*, logged."""
+        metrics = {f"eval_{name}": value for name, value in self.figures().items()}
+        Trainer.log(self, dict(metrics))  # TRL's would put the means of the training on this line and forget them
+        return metrics
+
+
+def answer_trainer(
+    model: nn.Module,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+    arguments: Callable,
+    window: int,
+    packing: bool,
+    figures: Callable[[], dict[str, float]],
+) -> AnswerTrainer:
+    """The trainer of answers (see utils.answers). packing: several rows in one of `window` tokens."""
+    args = arguments(
+        SFTConfig,
+        completion_only_loss=True,  # without it TRL learns the prompts of rows that are tokenised already
+        max_length=window if packing else None,  # the rows fit
+        packing=packing,
+        eval_packing=False,
+        gradient_checkpointing=False,  # where it is wanted, the model has it
+    )
+    trainer = AnswerTrainer(
+        figures,
+        model=model,
+        args=args,
+        train_dataset=trl_rows(rows),
+        eval_dataset=trl_rows(rows.select([0])),  # Trainer asks for some; ours knows its own
+        processing_class=tokenizer,
+    )
+    training.attach(trainer, run)
+    return trainer
+
+
+def trl_rows(rows: Dataset) -> Dataset:
+    """The rows as TRL takes tokens as they are: input_ids, and completion_mask, 1 on the answer."""
+
+    def whole(row: dict) -> dict:
+        prompt, answer = row["input_ids"], row["chosen_ids"]
+        return {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)}
+
+    return rows.map(whole, remove_columns=rows.column_names, keep_in_memory=True, desc="rows for TRL")
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, rows: Dataset) -> None:
+    """End the script where the model does not read a row in a pack as it reads it alone.
+
+    TRL packs whole rows (best fit) and lets positions start again with each; transformers makes of these a mask that
+    keeps the rows apart, for sdpa and eager attention on every device. A model without positions, such as one with
+    a state, lets the rows see each other, and no message would say so.
+    """
+    texts = [row["input_ids"] + row["chosen_ids"] for row in rows.select(range(min(2, len(rows))))]
+    texts = texts if len(texts) > 1 else texts * 2
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    pack = {"input_ids": sum(texts, []), "seq_lengths": [len(ids) for ids in texts]}
+    batch = collator([{**pack, "labels": pack["input_ids"]}])
+    was = model.training
+    model.eval()
+    packed = model(**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits[0]
+    alone = torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in texts])
+    model.train(was)
+    difference = (packed - alone).abs().max().item()
+    if not difference <= PACKING_ERROR:
+        stop(
+            f"PACKING = True: in this model packed rows see each other (logits differ by {difference:.2g}): set it to "
+            "False"
+        )
+
+
+def mean_nll(outputs: dict[str, np.ndarray]) -> float:
+    """NLL of an answer token in nats: the sum over all answers by the number of their tokens.
+
+    outputs: of forward_pairs over answers.
+    """
+    return float(-outputs["logps"][:, 0].sum(dtype=float) / outputs["tokens"][:, 0].sum(dtype=float))
+
+
+def perplexity_figures(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, object]:
+    """The content of eval.json.
+
+    perplexity: e^NLL of an answer token, over all tokens. difference: mean over the rows of (NLL of a row's token after
+    - before), with its 95 % interval and two-sided p. verdict: fell (better) | grew | not shown.
+    """
+    sides = [-outputs["logps"][:, 0] / outputs["tokens"][:, 0] for outputs in (before, after)]
+    against = paired_difference(sides[1].astype(float), sides[0].astype(float))
+    shown = against["p_value"] < 1 - LEVEL and against["difference"] != 0
+    nll = [mean_nll(outputs) for outputs in (before, after)]
+    return {
+        "rows": len(sides[0]),
+        "tokens": int(after["tokens"][:, 0].sum(dtype=float)),
+        "nll_before": nll[0],
+        "nll_after": nll[1],
+        "perplexity_before": float(np.exp(nll[0])),
+        "perplexity_after": float(np.exp(nll[1])),
+        "difference": against["difference"],
+        "difference_low": against["low"],
+        "difference_high": against["high"],
+        "p_value": against["p_value"],
+        "verdict": ("fell" if against["difference"] < 0 else "grew") if shown else "not shown",
+    }
+
+
+def told(result: dict) -> str:
+    """The result in two lines."""
+    perplexity = f"{result['perplexity_before']:.3f} before, {result['perplexity_after']:.3f} after"
+    interval = f"[{result['difference_low']:+.4f}, {result['difference_high']:+.4f}]"
+    return (
+        f"perplexity on {result['rows']} answers ({result['tokens']} tokens): {perplexity}\n"
+        f"NLL of a row's token: {result['difference']:+.4f} {interval}, p = {result['p_value']:.2g}: "
+        f"{result['verdict']}"
+    )
+
+
+def write_results(folder: Path, result: dict, record: dict) -> None:
+    """eval.json, the curves and the model card."""
+    settings = record["settings"]
+    write_json(folder / "eval.json", result)
+    title = f"Perplexity on {result['rows']} held-out answers: {result['verdict']}"
+    names = ("loss", "mean_token_accuracy")
+    training_curves(folder, names, {}, title, "mean over the steps since the last log")
+    head = (
+        f"# {folder.name}\n\n`{settings['MODEL']}` trained on {record['train_rows']} answers of "
+        f"`{record['dataset_name']}` (loss on the answers only, learning rate {settings['LEARNING_RATE']}, window "
+        f"{record['max_length']} tokens)."
+    )
+    write_text(folder / "README.md", f"{head}\n\n{told(result)}\n")
