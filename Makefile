@@ -12,10 +12,10 @@ QUICK = outputs/quickstart
 WORK ?= outputs/assignment
 DATASET ?= nvidia/HelpSteer2
 START ?= HuggingFaceTB/SmolLM2-135M-Instruct
-PAIRS ?= 320
-STEPS ?= 30
-ANSWERS ?= 16
-PROMPTS ?= 64
+PAIRS ?= 200
+STEPS ?= 20
+ANSWERS ?= 8
+PROMPTS ?= 48
 SEEDS ?= 1 2
 
 .PHONY: quickstart assignment test test-fast lint
