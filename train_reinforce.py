@@ -142,14 +142,15 @@ def update(
 
     import torch
 
-    from utils.pairs import TOKENS_AT_ONCE
+    from utils.pairs import TOKENS_AT_ONCE, row_multiple
     from utils.sampling import batch_of, parts_of
 
     policy, device = engine.policy.train(), engine.accelerator.device
     parts = parts_of([sample.answer for sample in samples], tokens or TOKENS_AT_ONCE[device.type])
     loss = torch.zeros((), device=device)
     for part in parts:
-        batch = {name: value.to(device) for name, value in batch_of([samples[i].answer for i in part]).items()}
+        batch = batch_of([samples[i].answer for i in part], multiple=row_multiple(device))
+        batch = {name: value.to(device) for name, value in batch.items()}
         advantage = torch.tensor([weights[i] for i in part], device=device)
         with contextlib.nullcontext() if part is parts[-1] else engine.accelerator.no_sync(policy):
             share = -(advantage * policy(**batch)).sum() / len(samples)
@@ -268,7 +269,7 @@ def main(settings: dict) -> None:
                 accelerator.wait_for_everyone()  # a launcher kills the process that saves once another one has ended
             if reason:
                 stop(f"stopped at step {step + 1}, its state is saved in {run.folder}/checkpoints: {reason}")
-            if asked and step + 1 < MAX_STEPS:
+            if asked:
                 say(f"stopped and saved at step {step + 1}: start the same command again to go on")
                 sys.exit(130)
     run.note(baseline=baseline.value)

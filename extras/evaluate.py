@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Run, at_least, needs, say, script, stop
+from utils.runs import Run, at_least, check_run_folder, needs, say, script, stop
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -160,6 +160,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, CONTROL_PAIRS=CONTROL_PAIRS, PROMPTS=PROMPTS, BEST_OF_N=BEST_OF_N)
     if TEMPERATURE <= 0:
         stop(f"TEMPERATURE = {TEMPERATURE}: expected more than 0; greedy answers are compared anyway")
+    check_run_folder(OUTPUT_DIR)
     if not DATASET or POLICIES:
         needs(f"{DATA_DIR}/{SPLIT}", made_by="load_helpsteer_dataset.py")
     from utils import frontier, models, pairs, quality, quality_plots, rewards

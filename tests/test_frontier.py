@@ -28,21 +28,22 @@ def test_runs_that_differ_in_their_seed_only_are_one_recipe(tmp_path):
         "a1": {"SEED": 1, "KL_BETA": 0.1, "OUTPUT_DIR": "a1"},
         "a2": {"SEED": 2, "KL_BETA": 0.1, "OUTPUT_DIR": "a2"},
         "b1": {"SEED": 1, "KL_BETA": 0.2, "OUTPUT_DIR": "b1"},
+        "again": {"SEED": 2, "KL_BETA": 0.1, "OUTPUT_DIR": "again"},
     }.items():
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "run.json", {"settings": settings})
-    policies = {name: str(tmp_path / name) for name in ("a1", "b1", "a2")} | {
+    policies = {name: str(tmp_path / name) for name in ("a1", "b1", "a2", "again")} | {
         "hub": "owner/name",
         "other": "owner/other",
     }
     groups = recipes(policies)
-    assert groups == {"a1": ["a1", "a2"], "b1": ["b1"], "hub": ["hub"], "other": ["other"]}
+    assert groups == {"a1": ["a1", "a2"], "b1": ["b1"], "again": ["again"], "hub": ["hub"], "other": ["other"]}
     random = np.random.default_rng(0)
     start = random.normal(size=50)
     rewards = {"start": start, "a1": start + 1.0, "a2": start + 2.0, "b1": start + 0.1 * random.normal(size=50)}
     found = over_seeds({"a1": ["a1", "a2"], "b1": ["b1"]}, {"judge": rewards})["judge"]
     assert found["gains"]["a1"]["mean"] == pytest.approx(1.5) and found["gains"]["a1"]["std"] == pytest.approx(0.5**0.5)
-    assert found["gains"]["b1"]["std"] == 0.0
+    assert found["gains"]["b1"]["std"] is None
     (between,) = found["between"]
     assert between["difference"] == pytest.approx(1.5, abs=0.1) and between["p_value"] < 0.01
 
@@ -76,6 +77,9 @@ def test_a_comparison_of_policies(compared):
             same, pushed = found["same"][judge], found["pushed"][judge]
             assert same["verdict"] == "not shown" and same["win_rate"] == 0.5 and same["difference"] == 0.0
             assert pushed["difference"] == pytest.approx(pushed["mean"] - found["start"][judge]["mean"])
+        if way == "greedy":
+            assert found["pushed"]["kl"] is None, "the log-ratio of the likeliest answer is no KL"
+            continue
         assert abs(found["same"]["kl"]) < 1e-3 and found["pushed"]["kl"] > 0.5
         assert abs(found["start with persona"]["kl"]) > 1e-4, "another prompt, other log-probs"
     sampled = result["policies"]["sampled"]

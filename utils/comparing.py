@@ -22,10 +22,13 @@ FIRST_NUMBER = 2**40
 
 @dataclass
 class Answers:
-    """What a policy answered to some prompts, in their order; kl [prompts] is log pi - log start of each answer."""
+    """What a policy answered to some prompts, in their order.
+
+    kl [prompts]: log pi - log start of each answer; None for greedy ones, whose mean would be no KL.
+    """
 
     answers: list[Answer]
-    kl: np.ndarray
+    kl: np.ndarray | None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -60,7 +63,7 @@ class Sampler:
     tokenizer: PreTrainedTokenizerBase
     max_length: int  # tokens of a prompt; a longer one loses its start
     max_new_tokens: int
-    temperature: float  # 0 = greedy; log-probs are then taken at 1
+    temperature: float  # 0 = greedy, without log-probs
     seed: int  # the luck is another one than that of a training with this seed
     precision: str
     batch_size: int = 8
@@ -80,11 +83,13 @@ class Sampler:
         """
         if policy is start and seen is None:
             written = self.write(start, prompts, guidances[0], progress)
-            return Answers(written, np.zeros(len(prompts)))
+            return Answers(written, np.zeros(len(prompts)) if self.temperature else None)
         written = self.write(policy, prompts if seen is None else seen, guidances[1], progress)
+        if not self.temperature:
+            return Answers(written, None)
         asked = self.ids(prompts, guidances[0])
         sides = [
-            logps_of(model, said, self.temperature or 1.0, self.precision, guidance).double().numpy()
+            logps_of(model, said, self.temperature, self.precision, guidance).double().numpy()
             for model, said, guidance in (
                 (policy, written, guidances[1]),
                 (start, same_answers(written, asked), guidances[0]),

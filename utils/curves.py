@@ -35,7 +35,7 @@ def curves(
     subtitle = f"dots: {dots}; line: mean of the last {WINDOW} of them"
     figure, axes = new_figure(title, subtitle, height=1.6 + 2.2 * len(names), rows=len(names), gap=0.15, left=0.14)
     for axis, name in zip(axes, names, strict=True):
-        steps, values = np.array([(line["step"], line[name]) for line in metrics if name in line]).T
+        steps, values = np.array([(line["step"], line[name]) for line in metrics if line.get(name) is not None]).T
         axis.plot(steps, values, ".", color=BLUE, alpha=0.35, markersize=5)
         axis.plot(steps, smooth(values), color=BLUE, linewidth=2)
         checked = [(line["step"], line[f"eval_{name}"]) for line in metrics if f"eval_{name}" in line]
@@ -64,6 +64,6 @@ def training_curves(
 ) -> None:
     """Write training_curves.png beside metrics.jsonl; no picture where nothing was logged."""
     metrics = read_metrics(folder)
-    logged = tuple(name for name in names if any(name in line for line in metrics))
+    logged = tuple(name for name in names if any(line.get(name) is not None for line in metrics))
     if logged:
         save(curves(metrics, logged, baselines, title, dots), folder / "training_curves.png")

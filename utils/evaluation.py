@@ -83,11 +83,12 @@ def coverage(right: np.ndarray, sure: np.ndarray) -> list[dict[str, float]]:
     return [{"coverage": share / 100, "accuracy": float(ordered[:n].mean())} for share, n in counts.items()]
 
 
-def comparison(before: np.ndarray, after: np.ndarray, kl: np.ndarray) -> dict[str, object]:
+def comparison(before: np.ndarray, after: np.ndarray, kl: np.ndarray | None) -> dict[str, object]:
     """Did the reward grow? Two policies on the same prompts.
 
     before, after [prompts]: rewards of their answers. kl [prompts]: log pi(answer) - log ref(answer) of the answers
-    after, whose mean is the KL to the policy before in nats an answer. verdict is grew, fell or not shown.
+    after, whose mean is the KL to the policy before in nats an answer; None for greedy answers. verdict is grew, fell
+    or not shown.
     """
     against, won = paired_difference(after, before), wins(after, before)
     low, high = interval(won)
@@ -131,7 +132,9 @@ def at_equal_length(differences: np.ndarray, longer: np.ndarray, seed: int = 0) 
     return {"difference": intercept(differences, longer), "low": float(found.low), "high": float(found.high)}
 
 
-def mean_kl(kl: np.ndarray) -> dict[str, float]:
-    """kl, its mean [nats an answer], and kl_error, the standard error of it."""
+def mean_kl(kl: np.ndarray | None) -> dict[str, float | None]:
+    """kl, its mean [nats an answer], and kl_error, the standard error of it; None for answers that are no samples."""
+    if kl is None:
+        return {"kl": None, "kl_error": None}
     error = float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else 0.0
     return {"kl": float(kl.mean()), "kl_error": error}

@@ -24,6 +24,8 @@ NOT_THE_WORK = {
     "RESUME",
     "DEVICE",
     "REPORT_TO",
+    "EVAL_PROMPTS",
+    "JUDGE_MODEL",
 }  # in which runs of one recipe may differ
 Prompts = list[list[Message]]
 
@@ -100,20 +102,25 @@ def side_by_side(
 
 
 def recipes(policies: dict[str, str]) -> dict[str, list[str]]:
-    """{recipe: names}: policies whose runs differ in their seed only; the recipe is called by its first name."""
-    found: dict[str, list[str]] = {}
+    """{recipe: names}: policies whose runs differ in their seed only; the recipe is called by its first name.
+
+    A second run with a seed that is there already is no second draw, and stands for itself.
+    """
+    found: dict[str, dict[int, str]] = {}
     for name, folder in policies.items():
         settings = read_json(Path(folder) / "run.json").get("settings", {"folder": folder})
         key = json.dumps({k: v for k, v in settings.items() if k not in NOT_THE_WORK}, sort_keys=True)
-        found.setdefault(key, []).append(name)
-    return {names[0]: names for names in found.values()}
+        seed = settings.get("SEED", 0)
+        key = key if seed not in found.get(key, {}) else name
+        found.setdefault(key, {})[seed] = name
+    return {names[0]: names for names in (list(runs.values()) for runs in found.values())}
 
 
 def over_seeds(groups: dict[str, list[str]], scores: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
     """For each judge: what every recipe gains over the start, from seed to seed, and the recipes against each other.
 
-    gains: {recipe: values (one a run), mean, std (of a sample; 0 for one run)}. between: the paired difference of the
-    means over runs of two recipes, on the same prompts; its interval covers the prompts, not the chance of training.
+    gains: {recipe: values (one a run), mean, std (of a sample; None for one run)}. between: the paired difference of
+    the means over runs of two recipes, on the same prompts; its interval covers the prompts, not the training's chance.
     """
     found = {}
     for judge, by_name in scores.items():
@@ -121,7 +128,7 @@ def over_seeds(groups: dict[str, list[str]], scores: dict[str, dict[str, np.ndar
         gains = {}
         for group, names in groups.items():
             values = [float((by_name[name] - by_name[START]).mean()) for name in names]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            spread = statistics.stdev(values) if len(values) > 1 else None
             gains[group] = {"runs": names, "values": values, "mean": statistics.fmean(values), "std": spread}
         between = [{"one": a, "other": b, **paired_difference(means[a], means[b])} for a, b in combinations(groups, 2)]
         found[judge] = {"gains": gains, "between": between}
@@ -157,7 +164,8 @@ def told(figures: dict[str, dict], judges: tuple[str, ...]) -> str:
     lines = [f"{'':{width}}  " + "  ".join(f"{judge:>7}" for judge in judges) + "       kl  tokens  ended  repetition"]
     for name, found in figures.items():
         means = "  ".join(f"{found[judge]['mean']:7.3f}" for judge in judges)
-        rest = f"{found['kl']:7.2f}  {found['length']:6.1f}  {found['ended']:5.2f}  {found['repetition']:10.3f}"
+        kl = "-" if found["kl"] is None else f"{found['kl']:.2f}"
+        rest = f"{kl:>7}  {found['length']:6.1f}  {found['ended']:5.2f}  {found['repetition']:10.3f}"
         lines.append(f"{name:{width}}  {means}  {rest}")
     for name, found in figures.items():
         for judge in judges:
@@ -181,7 +189,7 @@ def write_results(
             "prompt": prompt,
             "way": way,
             "answers": {name: side.answers[i].text for name, side in sides.items()},
-            "log_ratios": {name: float(side.kl[i]) for name, side in sides.items()},
+            "log_ratios": {name: float(side.kl[i]) for name, side in sides.items() if side.kl is not None},
         }
         | {judge: {name: float(values[i]) for name, values in one.items()} for judge, one in scores[way].items()}
         for way, sides in answers.items()

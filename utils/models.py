@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,7 +32,10 @@ def choose_device(name: str = "") -> torch.device:
     kind = name or next(kind for kind, is_there in there.items() if is_there)
     if not pick(there, "DEVICE", kind):
         stop(f"DEVICE = {kind!r} is not there on this machine, here: {', '.join(k for k in there if there[k])}")
-    return PartialState(cpu=kind == "cpu").device if kind != "mps" else torch.device("mps")
+    if kind == "mps":
+        return torch.device("mps")
+    # the others wait while the first process evaluates, which may take longer than the ten minutes NCCL allows
+    return PartialState(cpu=kind == "cpu", timeout=timedelta(days=1)).device
 
 
 def choose_machine(device_name: str, precision_name: str) -> tuple[torch.device, str]:

@@ -69,10 +69,11 @@ def before_and_after(
     prompts = [messages[:-1] for messages in rows["chosen"]]
     before = sampler.answers(start, start, prompts, guidances, "answers before")
     after = sampler.answers(policy, start, prompts, guidances, "answers after")
+    ratios = [None] * len(prompts) if after.kl is None else after.kl
     lines = [
         {"prompt": row["prompt"], "before": one.text, "after": other.text}
-        | {"ended_before": one.ended, "ended_after": other.ended, "log_ratio": float(kl)}
-        for row, one, other, kl in zip(rows, before.answers, after.answers, after.kl, strict=True)
+        | {"ended_before": one.ended, "ended_after": other.ended, "log_ratio": None if kl is None else float(kl)}
+        for row, one, other, kl in zip(rows, before.answers, after.answers, ratios, strict=True)
     ]
     found = {}
     for name, judge in judges.items():
@@ -106,7 +107,7 @@ def told(result: dict) -> str:
             f"{result['accuracy_high']:.3f}] on {result['pairs']} pairs, margin {result['margin']:.3f}, "
             f"loss {result['loss']:.3f}"
         )
-    if "kl" in result:
+    if result.get("kl") is not None:
         lines.append(f"KL to the start {result['kl']:.2f} +- {result['kl_error']:.2f} nats an answer")
     compared = {"reward": result.get("comparison", result), "a judge's reward": result.get("judge", {})}
     lines += [told_comparison(found, name) for name, found in compared.items() if "mean_reward_after" in found]

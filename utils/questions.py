@@ -135,7 +135,8 @@ def improved(by_head: dict[str, list[dict]], compared: dict | None) -> list[str]
     found = result["over_seeds"][name]
     for gain in found["gains"].values():
         values = ", ".join(f"{value:+.3f}" for value in gain["values"])
-        spread = f" +- {gain['std']:.3f} from seed to seed" if len(gain["values"]) > 1 else " (one run: no spread)"
+        alone = " (one run, so nothing is known of another seed)"
+        spread = alone if gain["std"] is None else f" +- {gain['std']:.3f} from seed to seed"
         alone = ", ".join(result["policies"]["sampled"][run][name]["verdict"] for run in gain["runs"])
         lines.append(
             f"{', '.join(gain['runs'])}: by the {name} a mean difference to the start of {gain['mean']:+.3f}{spread} "

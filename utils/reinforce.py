@@ -1,5 +1,6 @@
 """What REINFORCE is made of, beside its loop: samples, their rewards, baselines, figures and alarms."""
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -152,6 +153,7 @@ class Baseline:
     decay: float = 0.9
     value: float = 0.0
     seen: int = 0
+    used: float = 0.0  # what was taken off in the last step, on average
 
     def advantages(self, rewards: torch.Tensor, kept: torch.Tensor, answers_per_prompt: int = 1) -> torch.Tensor:
         """rewards [answers] minus the baseline, 0 where not `kept` [answers] (bool); those to one prompt lie together.
@@ -160,16 +162,21 @@ class Baseline:
         no answer has its own reward in its baseline. What is not kept is in no baseline either.
         """
         weights, count = kept.float(), int(kept.sum())
+        self.used = 0.0
         if self.kind == "none" or not count:
             return rewards * weights
         if self.kind == "leave_one_out":
             group, there = rewards.view(-1, answers_per_prompt), weights.view(-1, answers_per_prompt)
             total, others = (group * there).sum(1, keepdim=True), there.sum(1, keepdim=True) - there
             found = (group - (total - group * there) / others.clamp(min=1)) * there
+            self.used = total.sum().item() / count  # each reward is in the baselines of the others
             return torch.where(others > 0, found, 0.0).flatten()  # an answer alone has nothing to be compared with
         mean = (rewards * weights).sum().item() / count
+        if not math.isfinite(mean):  # an alarm will end the run, and its state is to be of use
+            return rewards - self.value
         if not self.seen:
             self.value = mean
+        self.used = self.value
         found = (rewards - self.value) * weights
         if self.kind == "moving_average":
             self.value = self.decay * self.value + (1 - self.decay) * mean
@@ -197,7 +204,7 @@ def figures_of(
         "loss": loss,
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
-        "baseline": baseline.value,
+        "baseline": baseline.used,
         "advantage": advantages.mean().item(),
         "advantage_std": advantages.std(correction=0).item(),
         "kl": sum(sample.kl for sample in samples) / len(samples),

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -178,14 +179,14 @@ class Run:
             aside = free_name(f"{self.folder.resolve()}-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(self.folder.resolve(), aside)
             say(f"{self.folder} held another run: moved aside to {aside}")
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            stop(f"OUTPUT_DIR = '{self.folder}' holds files but no run of a script here: choose another name")
+        check_run_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "run.json", self.record)
         (self.folder / "metrics.jsonl").touch()
 
     def log(self, step: int, **metrics: float) -> None:
-        """Append one line of metrics.jsonl."""
+        """Append one line of metrics.jsonl; null for what is not finite, which JSON has no word for."""
+        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.append("metrics.jsonl", {"step": step, **metrics})
 
     def append(self, name: str, line: dict) -> None:
@@ -210,6 +211,13 @@ class Run:
     def finish(self, **facts: object) -> None:
         """Close the run: a later start with the same folder moves it aside instead of going on."""
         self.note(**facts, finished=time.strftime("%F %T"))
+
+
+def check_run_folder(folder: str | Path) -> None:
+    """End the script where OUTPUT_DIR holds files that are of no run: they are nobody's to move aside."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
+        stop(f"OUTPUT_DIR = '{folder}' holds files but no run of a script here: choose another name")
 
 
 def free_name(name: str) -> Path:

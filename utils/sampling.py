@@ -13,7 +13,7 @@ from utils.guidance import Guidance
 from utils.hidden import with_vectors
 from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import autocast, plain
-from utils.pairs import TOKENS_AT_ONCE, PairCollator
+from utils.pairs import TOKENS_AT_ONCE, PairCollator, row_multiple
 from utils.rows import Message
 from utils.tokens import end_of_turn, fitted_prompt
 
@@ -186,7 +186,7 @@ def read_answers(
     was, found = model.training, torch.zeros(len(answers), columns)
     model.eval()
     for mine in parts_of(answers, TOKENS_AT_ONCE[device.type]):
-        batch = batch_of([answers[i] for i in mine], guidance)
+        batch = batch_of([answers[i] for i in mine], guidance, row_multiple(device))
         with autocast(device, precision):
             found[mine] = read({name: value.to(device) for name, value in batch.items()})[:, :columns].cpu()
     model.train(was)
