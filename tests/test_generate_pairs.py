@@ -115,9 +115,9 @@ def test_the_best_of_n_stands_against_the_worst_that_is_not_empty():
 
 
 def test_an_answer_that_was_cut_has_no_end_of_turn(tokenizer):
-    asked, ledger = [one(0), one(1), one(2, human="A human. " * 99)], Ledger()
+    asked = [one(0), one(1), one(2, human="A human. " * 99)]
     written = {i: Written(i, ["Same words"], [i == 1], []) for i in range(3)}
-    rows, ended = pairs_of(asked, written, "self_align", ledger)["train"]
+    rows, ended = pairs_of(asked, written, "self_align", Ledger())["train"]
     rows = tokenised(Dataset.from_list(rows, features=row_features()), tokenizer, 64)
     found = left_open(rows, ended, tokenizer)
     closing = end_of_turn(tokenizer)
