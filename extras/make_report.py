@@ -10,11 +10,10 @@ python -m extras.make_report --runs outputs/reward_model,outputs/evaluation --ou
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
 
 from utils.config import override_constants
-from utils.runs import needs, read_json, say, script, stop, write_text
+from utils.runs import needs, read_json, read_lines, say, script, stop, write_text
 
 RUNS = ()  # run folders such as outputs/reward_model, () = all that lie under LOOK_IN
 LOOK_IN = ("outputs", "model_output")  # where run folders are looked for
@@ -61,9 +60,9 @@ def read_run(folder: Path, shown: int) -> dict:
     record, result = read_json(folder / "run.json"), read_json(folder / "eval.json")
     kind = next((kind for kind, key in KINDS.items() if key in result), "other")
     file = folder / ("samples.jsonl" if kind == "policy" else "predictions.jsonl")
-    lines = file.read_text(encoding="utf-8").splitlines()[:shown] if kind != "reward" and file.exists() else []
+    lines = read_lines(file)[:shown] if kind != "reward" and file.exists() else []
     found = {"name": str(folder), "record": record, "result": result, "figures": figures, "kind": kind}
-    return found | {"samples": [json.loads(line) for line in lines]}
+    return found | {"samples": lines}
 
 
 def read_summaries(places: tuple[str, ...]) -> list[dict]:

@@ -1,19 +1,19 @@
 """The curves of a run, drawn from its metrics.jsonl."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
+from utils.runs import read_lines
 
 WINDOW = 10  # logged lines that the smooth line averages
 
 
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_lines(folder / "metrics.jsonl")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

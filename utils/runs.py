@@ -198,9 +198,8 @@ class Run:
     def forget_after(self, step: int, name: str = "metrics.jsonl") -> None:
         """Drop the lines of steps that a resumed run will do again."""
         if first_process() and (self.folder / name).exists():
-            lines = (self.folder / name).read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_text(self.folder / name, "".join(line + "\n" for line in kept))
+            kept = [line for line in read_lines(self.folder / name) if line["step"] <= step]
+            write_text(self.folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def note(self, **facts: object) -> None:
         """Put facts, the time so far and the peak memory into run.json."""
@@ -247,6 +246,14 @@ def write_json(path: str | Path, content: object) -> None:
 def read_json(path: str | Path) -> dict:
     """The content of a JSON file, {} where there is none."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """The objects of a .jsonl file of ours; a last line that a kill has cut off is left out.
+
+    Only a line feed ends a line: splitlines() would also cut a text at U+2028.
+    """
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def commit() -> str:
