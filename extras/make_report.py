@@ -35,18 +35,20 @@ DATA = {  # the same of a summary of the data
     "length_by_gap.png": "The longer answer, by rating gap",
     "shortcuts.png": "What counting alone gets right",
 }
-# kind of run: a key that only its eval.json has
-KINDS = {"reward": "shortcuts", "comparison": "policies", "policy": "margin", "reinforce": "mean_reward_after"}
+KINDS = {  # kind of run: a key of its eval.json, looked for in this order, and what makes such a run
+    "reward": ("shortcuts", "train_reward_model.py"),
+    "comparison": ("policies", "-m extras.evaluate with POLICIES"),
+    "policy": ("margin", "train_dpo.py"),
+    "sft": ("perplexity_after", "-m extras.train_sft"),
+    "reinforce": ("mean_reward_after", "train_reinforce.py"),
+}
 
 
 def find_runs(named: tuple[str, ...], places: tuple[str, ...]) -> list[Path]:
-    """The folders named, or all with a run.json under the places; an end to the script where one or all are missing."""
+    """The folders named, or all with a run.json under the places; an end to the script where a named one is missing."""
     if named:
         return [needs(Path(name) / "run.json", made_by="train_reward_model.py").parent for name in named]
-    found = sorted(path.parent for place in places for path in Path(place).glob("**/run.json"))
-    if not found:
-        stop(f"no run.json under {' or '.join(places)}: run `python train_reward_model.py` first, or name RUNS")
-    return found
+    return sorted(path.parent for place in places for path in Path(place).glob("**/run.json"))
 
 
 def picture(path: Path) -> str:
@@ -58,7 +60,7 @@ def read_run(folder: Path, shown: int) -> dict:
     """What the template needs of a run folder: name, record (run.json), result (eval.json), figures, some samples."""
     figures = [(text, picture(folder / name)) for name, text in FIGURES.items() if (folder / name).exists()]
     record, result = read_json(folder / "run.json"), read_json(folder / "eval.json")
-    kind = next((kind for kind, key in KINDS.items() if key in result), "other")
+    kind = next((kind for kind, (key, _) in KINDS.items() if key in result), "other")
     file = folder / ("samples.jsonl" if kind == "policy" else "predictions.jsonl")
     lines = read_lines(file)[:shown] if kind != "reward" and file.exists() else []
     found = {"name": str(folder), "record": record, "result": result, "figures": figures, "kind": kind}
@@ -85,6 +87,13 @@ def read_seeds(places: tuple[str, ...]) -> list[dict]:
     return [{"name": str(path), **read_json(path)} for place in places for path in Path(place).glob("**/seeds.json")]
 
 
+def missing(runs: list[dict], data: list[dict]) -> list[str]:
+    """The commands of which there is no run in the report."""
+    made = {run["kind"] for run in runs}
+    absent = [command for kind, (_, command) in KINDS.items() if kind not in made]
+    return [f"python {command}" for command in absent + ([] if data else ["dataset_summary.py"])]
+
+
 def page(runs: list[dict], seeds: list[dict], data: list[dict]) -> str:
     """The report as HTML; texts of the rows are escaped by the template engine."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -100,16 +109,18 @@ def page(runs: list[dict], seeds: list[dict], data: list[dict]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(
-        runs=runs, seeds=seeds, data=data, names=NAMES, questions=questions(runs)
+        runs=runs, seeds=seeds, data=data, missing=missing(runs, data), names=NAMES, questions=questions(runs)
     )
 
 
 @script
 def main(settings: dict) -> None:
     folders = find_runs(RUNS, LOOK_IN)
-    runs = [read_run(folder, SAMPLES) for folder in folders]
+    runs, data = [read_run(folder, SAMPLES) for folder in folders], read_summaries(LOOK_IN)
+    if not runs and not data:
+        stop(f"no run.json under {' or '.join(LOOK_IN)}: run `python train_reward_model.py` first, or name RUNS")
     Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(OUTPUT), page(runs, read_seeds(LOOK_IN), read_summaries(LOOK_IN)))
+    write_text(Path(OUTPUT), page(runs, read_seeds(LOOK_IN), data))
     unfinished = [run["name"] for run in runs if not run["result"]]
     if unfinished:
         say(f"not finished yet, so without figures: {', '.join(unfinished)}")
