@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 
 from extras import evaluate, make_report
+from tests.browser import Browser
 from tests.conftest import run_script
 from utils.frontier import names_of, over_seeds, recipes
 from utils.questions import questions
@@ -158,7 +160,23 @@ def test_missing_runs_are_named_and_nothing_is_drafted_without_reinforce():
 
 
 def test_the_page_shows_a_comparison(compared, tmp_path):
+    """In a real browser: nothing is fetched, a sample opens at a click, and a phone needs no scrolling sideways."""
     run_script(make_report, RUNS=compared, OUTPUT=tmp_path / "page.html", LOOK_IN=tmp_path)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "best of 3" in page and "Greedy answers" in page and "Answers side by side" in page
-    assert page.count("data:image/png;base64,") == 2
+    assert "best of 3" in page and "Greedy answers" in page and page.count("data:image/png;base64,") == 2
+    assert "Not here: a run of python train_reward_model.py" in page
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(tmp_path / "page.html")
+        assert browser.texts("h3")[:2] == ["Sampled answers", "Greedy answers"]
+        assert browser.value("document.querySelectorAll('details[open]').length") == 0
+        loaded = "[...document.images].every((image) => image.complete && image.naturalWidth > 0)"
+        browser.value("[...document.images].forEach((image) => { image.loading = 'eager'; })")  # else the page moves
+        assert any(browser.value(loaded) or time.sleep(0.1) for _ in range(100))
+        browser.click("details summary")
+        assert browser.value("document.querySelectorAll('details[open]').length") == 1
+        asked = [
+            event["params"]["request"]["url"] for event in browser.events if "requestWillBeSent" in event["method"]
+        ]
+        assert all(url.startswith(("file:", "data:")) for url in asked)
+        browser.screenshot(tmp_path / "phone.png", 390, 800, dark=True)
+        assert browser.value("document.documentElement.scrollWidth <= window.innerWidth")
