@@ -12,10 +12,10 @@ QUICK = outputs/quickstart
 WORK ?= outputs/assignment
 DATASET ?= nvidia/HelpSteer2
 START ?= HuggingFaceTB/SmolLM2-135M-Instruct
-PAIRS ?= 200
-STEPS ?= 20
+PAIRS ?= 160
+STEPS ?= 15
 ANSWERS ?= 8
-PROMPTS ?= 48
+PROMPTS ?= 40
 SEEDS ?= 1 2
 
 .PHONY: quickstart assignment test test-fast lint
