@@ -113,14 +113,16 @@ def sample_folder(tmp_path_factory, tokenizer_folder):
 
 
 @pytest.fixture(scope="session")
-def judges(tmp_path_factory, model_folder, tokenizer, sample_folder):
+def judges(tmp_path_factory, model_folder, sample_folder):
     """{head: folder of a reward model with a random head}."""
     import torch
 
     from utils import rewards
     from utils.heads import reading_of
     from utils.pairs import PairCollator, load_pairs
+    from utils.tokens import load_tokenizer
 
+    tokenizer = load_tokenizer(model_folder)  # of its own: a reward model changes the padding
     folders, rows = {}, load_pairs(sample_folder, "train", 8)
     for head in ("scalar", "distribution"):
         reading, folder = reading_of(head, "average", [], None), tmp_path_factory.mktemp("judge") / head
