@@ -1,4 +1,4 @@
-"""REINFORCE itself: the gradient, the baselines, rewards and alarms, on problems whose answer is known."""
+"""REINFORCE itself: its gradient, its learning and its reference, on problems whose answer is known."""
 
 from types import SimpleNamespace
 
@@ -6,40 +6,27 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
+from tests.toys import sample_of
 from train_reinforce import advantages, rewards, rollout, update
 from utils.engine import start_engine
-from utils.heads import Reading
 from utils.logps import answer_logps_and_entropies
 from utils.models import without_dropout
 from utils.policies import reference_of
 from utils.reinforce import (
     Baseline,
-    Opponents,
     Policy,
     Sample,
-    Scoring,
-    alarm,
     as_reference,
-    figures_of,
-    normalised,
-    prompt_of,
-)  # fmt: skip
+)
 from utils.runs import Run
 from utils.sampling import Answer, batch_of, generate, logps_and_entropies_of, logps_of, parts_of
 
 HOW = {"max_new_tokens": 1, "temperature": 1.0, "batch_size": 8, "precision": "fp32"}
-ALL = torch.tensor([True] * 4)
 
 
 def engine_of(model, folder, rate=1e-2, steps=100):
     return start_engine(
         Policy(model, 1.0), torch.device("cpu"), "fp32", (rate, 0.0, "constant", 0.0, steps), "none", Run(folder, {})
-    )
-
-
-def sample_of(ids, number=0, ended=True, **more):
-    return Sample(
-        number, [{"role": "user", "content": "Hi"}], Answer([1, 4, 5], ids, "text", ended), 0.0, 0.0, 0.0, **more
     )
 
 
@@ -126,84 +113,6 @@ def test_entropies_and_log_probs_equal_a_plain_loop(model_folder, tokenizer):
     assert not sums.requires_grad
 
 
-# baselines
-
-
-def test_a_moving_average_begins_at_the_first_step_and_moves_after_it_was_used():
-    baseline = Baseline("moving_average", decay=0.9)
-    first = baseline.advantages(torch.tensor([1.0, 3.0]), ALL[:2])
-    assert first.tolist() == [-1.0, 1.0] and baseline.value == baseline.used == 2.0
-    second = baseline.advantages(torch.tensor([10.0, 12.0]), ALL[:2])
-    assert second.tolist() == [8.0, 10.0], "its own reward is not in it yet"
-    assert baseline.value == pytest.approx(0.9 * 2.0 + 0.1 * 11.0) and baseline.seen == 4 and baseline.used == 2.0
-    baseline.advantages(torch.tensor([float("nan"), 1.0]), ALL[:2])
-    assert baseline.value == pytest.approx(2.9), "a bad step leaves a state to go on from"
-
-
-def test_a_running_mean_is_that_of_all_rewards_before():
-    baseline, past = Baseline("running_mean"), []
-    for step, values in enumerate(([1.0, 3.0], [10.0], [4.0, 4.0, 7.0])):
-        found = baseline.advantages(torch.tensor(values), torch.tensor([True] * len(values)))
-        mean = sum(past) / len(past) if step else sum(values) / len(values)
-        assert found.tolist() == pytest.approx([value - mean for value in values])
-        past += values
-    assert baseline.value == pytest.approx(sum(past) / len(past))
-
-
-def test_leave_one_out_is_its_formula_and_none_takes_nothing_off():
-    values = [1.0, 2.0, 6.0, 4.0, 4.0, 5.0]
-    found = Baseline("leave_one_out").advantages(torch.tensor(values), torch.tensor([True] * 6), 3).tolist()
-    for i, value in enumerate(values):
-        group = values[i // 3 * 3 : i // 3 * 3 + 3]
-        assert found[i] == pytest.approx(value - (sum(group) - value) / 2)
-    assert Baseline("none").advantages(torch.tensor(values), torch.tensor([True] * 6)).tolist() == values
-
-
-@pytest.mark.parametrize("kind", ["moving_average", "running_mean", "leave_one_out", "none"])
-def test_masked_answers_are_in_no_baseline(kind):
-    values, kept = torch.tensor([1.0, 3.0, 100.0, 5.0]), torch.tensor([True, True, False, True])
-    baseline = Baseline(kind)
-    found = baseline.advantages(values, kept, 4)
-    assert found[2] == 0.0 and baseline.value < 50
-    expected = {"none": [1.0, 3.0, 5.0], "leave_one_out": [-3.0, 0.0, 3.0]}.get(kind, [-2.0, 0.0, 2.0])
-    assert found[kept].tolist() == pytest.approx(expected)
-    before = baseline.value, baseline.seen
-    assert baseline.advantages(values, ~ALL, 4).tolist() == [0.0] * 4 and (baseline.value, baseline.seen) == before
-    alone = baseline.advantages(values, torch.tensor([True, False, False, False]), 4)
-    assert alone[0] == 0.0 or kind != "leave_one_out", "nothing to be compared with"
-
-
-def test_leave_one_out_equals_the_advantages_of_rloo_trainer(model_folder, tmp_path):
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl import RLOOConfig, RLOOTrainer
-
-    def lengths(completions, **_):
-        return [float(len(text) % 7) for text in completions]
-
-    args = RLOOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=6,
-        max_steps=1, beta=0.0, normalize_advantages=False, use_cpu=True, bf16=False, report_to="none",
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    rows = Dataset.from_list([{"prompt": text} for text in ("Hi", "Why?")])
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    trainer = RLOOTrainer(model_folder, lengths, args, train_dataset=rows, processing_class=tokenizer)
-    trainer.train()
-    scores = torch.tensor(list(trainer._logs["rewards"]["lengths"]))
-    theirs = list(trainer._logs["advantages"])
-    ours = Baseline("leave_one_out").advantages(scores, torch.ones(8, dtype=torch.bool), 4)
-    assert len(theirs) == 8 and scores.std() > 0 and ours.tolist() == pytest.approx(theirs, abs=1e-5)
-
-
-def test_normalised_advantages_have_unit_spread_and_equal_ones_stay_zero():
-    values, kept = torch.tensor([1.0, -1.0, 3.0, 9.0]), torch.tensor([True, True, True, False])
-    found = normalised(values, kept, "std")
-    assert found[kept].std().item() == pytest.approx(1.0, abs=1e-3)
-    assert torch.equal(normalised(values, kept, "none"), values)
-    assert normalised(torch.zeros(4), ALL, "std").tolist() == [0.0] * 4
-
-
 # learning
 
 
@@ -242,64 +151,6 @@ def test_the_kl_keeps_the_policy_near_its_start(model_folder, tokenizer, tmp_pat
     assert abs(held) < 0.3 * free
 
 
-# rewards
-
-
-class Judge:
-    """A reward model whose output is the number of characters, or logits that put all on one grade."""
-
-    def __init__(self, head="scalar"):
-        self.reading = Reading(head, [1.0] if head == "scalar" else [float(grade) for grade in range(1, 11)])
-
-    def read(self, prompts, answers):
-        lengths = torch.tensor([[float(len(text)) for text in side] for side in answers])
-        if self.reading.head == "scalar":
-            return lengths[:, :, None], lengths
-        grades = torch.nn.functional.one_hot(lengths.long().clamp(1, 10) - 1, 10).float()
-        return 50 * grades, lengths
-
-
-def answered(*texts, ended=True, tokens=10):
-    return [Answer([1], [5] * tokens, text, ended) for text in texts]
-
-
-def test_rewards_are_clipped_first_and_penalties_come_after():
-    prompts = [[{"role": "user", "content": "Hi"}]] * 2
-    cut = [*answered("abc", tokens=50), *answered("a" * 9, ended=False, tokens=200)]
-    assert Scoring(Judge())(prompts, cut).tolist() == [3.0, 9.0]
-    found = Scoring(Judge(), clip=4.0, length_penalty=1.0, cut_penalty=0.25)(prompts, cut)
-    assert found.tolist() == pytest.approx([3.0 - 0.5, 4.0 - 2.0 - 0.25])
-
-
-def test_risk_takes_the_spread_off_and_a_win_is_counted_against_the_start():
-    prompts = [[{"role": "user", "content": "Hi"}]] * 2
-    texts = answered("abc", "abcdef")
-    assert Scoring(Judge("distribution"))(prompts, texts).tolist() == pytest.approx([3.0, 6.0], abs=1e-3)
-    both = Scoring(Judge("distribution"), win=True)(prompts, texts, ["abcd", "abcd"])
-    assert both.tolist() == pytest.approx([0.0, 1.0], abs=1e-3)
-
-    class Unsure(Judge):
-        def read(self, prompts, answers):
-            return torch.zeros(len(prompts), 1, 10), torch.ones(len(prompts), 1)
-
-    spread = sum((grade - 5.5) ** 2 / 10 for grade in range(1, 11)) ** 0.5
-    found = Scoring(Unsure("distribution"), risk=0.5)(prompts, texts)
-    assert found.tolist() == pytest.approx([5.5 - 0.5 * spread] * 2, abs=1e-4)
-
-
-def test_the_start_answers_each_prompt_once():
-    asked = []
-
-    def write(prompts):
-        asked.extend(prompts)
-        return [f"to {prompt[0]['content']}" for prompt in prompts]
-
-    opponents = Opponents(write)
-    prompts = [[{"role": "user", "content": word}] for word in ("a", "b", "a")]
-    assert opponents.of([0, 1, 0], prompts) == ["to a", "to b", "to a"]
-    assert opponents.of([1], prompts[1:2]) == ["to b"] and len(asked) == 2
-
-
 def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder):
     from utils.models import add_lora
 
@@ -313,42 +164,6 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder):
     with as_reference(model, reference_of(model, True)) as reference:
         torch.testing.assert_close(logps_of(reference, answers), start)
     assert not torch.allclose(moved, start) and torch.equal(logps_of(model, answers), moved)
-
-
-# the order of prompts, figures, alarms
-
-
-def test_each_prompt_comes_once_an_epoch_in_an_order_of_its_own():
-    epochs = [[prompt_of(number, 2, 7, seed=3) for number in range(14 * e, 14 * e + 14, 2)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
-    assert prompt_of(0, 2, 7, 3) == prompt_of(1, 2, 7, 3), "both answers of a prompt"
-    assert [prompt_of(number, 1, 7, 4) for number in range(7)] != epochs[0], "the seed decides"
-
-
-def test_figures_of_a_step():
-    samples = [sample_of([5, 6], reward=1.0), sample_of([5] * 6, ended=False, reward=3.0)]
-    samples[0].logp, samples[0].reference, samples[0].entropy, samples[1].entropy = -3.0, -5.0, 4.0, 12.0
-    found = figures_of(samples, torch.tensor([-1.0, 1.0]), Baseline("none"), 0.5, 2.0, seconds=2.0)
-    assert found["reward"] == 2.0 and found["reward_std"] == 1.0 and found["kl"] == 1.0 and found["entropy"] == 2.0
-    assert found["completions/mean_length"] == 4.0 and found["completions/ended"] == found["completions/clipped_ratio"]
-    assert found["completions/repetition"] == pytest.approx((0 + 3 / 4) / 2) and found["tokens_per_second"] == 4.0
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({}, ""),
-        ({"kl": 51.0}, "KL 51.0 is over KL_LIMIT = 50.0"),
-        ({"loss": float("nan")}, "loss of this step is not finite"),
-        ({"completions/mean_length": 1.0}, "collapsed to 1.0 tokens"),
-        ({"entropy": 0.01}, "entropy has collapsed to 0.010 nats"),
-    ],
-)
-def test_alarms(change, message):
-    healthy = {"loss": 1.0, "grad_norm": 1.0, "reward": 1.0, "kl": 3.0, "entropy": 1.0, "completions/mean_length": 30.0}
-    reason = alarm(healthy | change, 50.0, 2.0, 0.05)
-    assert message in reason and bool(reason) == bool(message)
-    assert alarm(healthy | {"kl": 1e9}, 0.0, 2.0, 0.05) == "", "0 = no limit"
 
 
 def test_a_length_of_0_cuts_no_gradient(model_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""A toy problem for every trainer of pairs: one token decides, and it is learned in a minute at most."""
+"""A toy problem for every trainer of pairs: one token decides, and it is learned in a minute; a sampled answer."""
 
 from pathlib import Path
 
@@ -8,7 +8,9 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from utils.pairs import PairCollator
+from utils.reinforce import Sample
 from utils.runs import Run
+from utils.sampling import Answer
 from utils.training import PairTrainer, training_arguments
 
 MARKS = [0, 0, 0]  # ids whose embeddings vectors take the place of
@@ -55,3 +57,9 @@ def toy_trainer(module, losses, rows, folder, rates=None, **options) -> PairTrai
     """PairTrainer over toy rows."""
     args, run = toy_arguments(folder, **options), Run(folder, {"SEED": 0})
     return PairTrainer(module, args, rows, PairCollator(2, 8), losses, run, dict, rates)
+
+
+def sample_of(ids: list[int], number: int = 0, ended: bool = True, **more: float) -> Sample:
+    """A sampled answer of these tokens to `Hi`."""
+    answer = Answer([1, 4, 5], ids, "text", ended)
+    return Sample(number, [{"role": "user", "content": "Hi"}], answer, 0.0, 0.0, 0.0, **more)
