@@ -158,9 +158,10 @@ def test_two_processes_equal_one(options, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     assert read(tmp_path / "two/run.json")["processes"] == 2
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
-    for name in one:
-        # a step of Adam is 1e-3 here, also where a gradient is little more than rounding
-        torch.testing.assert_close(two[name], one[name], atol=5e-5, rtol=1e-4)
+    start = load_file(f"{options['MODEL']}/model.safetensors")
+    for name in one:  # in all, not each entry: Adam takes a whole step where a gradient is little more than rounding
+        moved, apart = (one[name] - start[name]).norm(), (two[name] - one[name]).norm()
+        assert moved > 0 and apart <= 1e-3 * moved, f"{name}: {apart:.2e} apart after moving {moved:.2e}"
     logged = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
     for mine, theirs in zip(*logged, strict=True):
         for key in ("loss", "reward", "baseline", "kl", "completions/mean_length", "grad_norm"):
