@@ -139,20 +139,24 @@ def over_seeds(groups: dict[str, list[str]], scores: dict[str, dict[str, np.ndar
 def frontier(figures: dict[str, dict], judge: str, prompts: int) -> Figure:
     """Reward (y, with its interval over prompts) against KL and against length, a dot for each policy."""
     best = max(figures, key=lambda name: figures[name][judge]["mean"])
+    by = "by the judge" if judge == "judge" else "by the reward model"
     figure, panels = new_figure(
-        f"The highest mean reward is that of {best}",
-        f"Mean {judge} on the same {prompts} prompts, with 95 % intervals over prompts. Above, by its cost: the KL\n"
-        "to the start (for best of n a bound); below, by the length of the answers.",
-        height=8.0, rows=2, gap=0.3,
+        f"The highest mean reward {by} is that of {best}",
+        f"Mean reward {by} on the same {prompts} prompts, with 95 % intervals over prompts. Above, by its cost: the\n"
+        "KL to the start (for best of n a bound); below, by the length of the answers.",
+        height=8.0, rows=2, gap=0.32, one_x=False,
     )  # fmt: skip
+    names = sorted(figures, key=lambda name: figures[name][judge]["mean"])
     for axes, key, label in zip(panels, ("kl", "length"), ("KL to the start (nats an answer)", "tokens"), strict=True):
-        for name, found in figures.items():
+        for i, name in enumerate(names):
+            found = figures[name]
             color = MUTED if name == START else ORANGE if name.startswith("best of") else BLUE
             x, y = found[key], found[judge]["mean"]
             axes.plot([x, x], [found[judge]["low"], found[judge]["high"]], color=color, linewidth=1.5, alpha=0.6)
             axes.plot(x, y, "o", color=color, markersize=7)
-            axes.annotate(name, (x, y), (7, 4), textcoords="offset points", color=INK, fontsize=9.5)
-        axes.set(xlabel=label, ylabel=f"mean {judge}")
+            below = i % 2 == 0  # neighbours in height on different sides: names of near dots stay apart
+            axes.annotate(name, (x, y), (7, -13 if below else 5), textcoords="offset points", color=INK, fontsize=9.5)
+        axes.set(xlabel=label, ylabel="mean reward")
         axes.margins(x=0.18)
         axes.grid(axis="y")
     return figure

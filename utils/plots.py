@@ -52,16 +52,23 @@ def in_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def new_figure(
-    title: str, subtitle: str, height: float, rows: int = 1, left: float = 0.1, right: float = 0.97, gap: float = 0.0
+    title: str,
+    subtitle: str,
+    height: float,
+    rows: int = 1,
+    left: float = 0.1,
+    right: float = 0.97,
+    gap: float = 0.0,
+    one_x: bool = True,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with its finding on top, and `rows` axes with one x axis below it.
+    """A figure with its finding on top, and `rows` axes below it, with one x axis or (one_x = False) one each.
 
     height: of the whole figure in inches. left, right: where the axes begin and end, shares of the width. gap:
     between the axes, as a share of their height.
     """
     title = textwrap.fill(title, 68)
     figure = Figure(figsize=(WIDTH, height))
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    axes = figure.subplots(rows, 1, sharex=one_x, squeeze=False)[:, 0]
     below_title = 0.22 + 0.26 * (title.count("\n") + 1)  # inches from the top
     below_all = below_title + 0.3 + 0.2 * (subtitle.count("\n") + 1)
     figure.text(0.02, 1 - 0.15 / height, title, fontsize=14.5, fontweight="bold", va="top", linespacing=1.2)
