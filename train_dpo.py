@@ -152,7 +152,7 @@ def main(settings: dict) -> None:
     judges = {}
     if REWARD_MODEL:
         rewards.require_worth(REWARD_MODEL)
-        judges["comparison"] = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
+        judges["reward"] = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     window, both = metadata["max_length"], LOSS == "new_pref_po"
@@ -242,6 +242,8 @@ def main(settings: dict) -> None:
             few = validation.select(range(min(SAMPLE_PROMPTS, len(validation))))
             sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)
             samples, compared = policy_report.before_and_after(start, model, few, sampler, judges, spoken)
+            if judges:
+                compared["comparison"] = compared.pop("reward")
             result |= compared
         if trains_vectors:
             guidance.save_vectors(module.vectors, run.folder)

@@ -14,7 +14,7 @@ from utils.comparing import Answers, Sampler, compared, rewards_of
 from utils.evaluation import interval, mean_kl, paired_difference
 from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
 from utils.rewards import RewardModel
-from utils.rows import Message
+from utils.rows import Message, with_persona
 from utils.runs import read_json, stop, write_json, write_text
 
 START = "start"
@@ -62,7 +62,7 @@ def answers_of(
 
     persona: a system turn, with which the start and every policy also answer, as `NAME with persona`.
     """
-    played = [[{"role": "system", "content": persona}, *(m for m in said if m["role"] != "system")] for said in prompts]
+    played = [with_persona(said, persona) for said in prompts]
     found = {way: {START: sampler.answers(start, start, prompts)} for way, sampler in samplers.items()}
     if best_of > 1:
         first = next(iter(samplers))  # greedy answers would all be the same

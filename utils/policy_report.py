@@ -78,9 +78,8 @@ def before_and_after(
     found = {}
     for name, judge in judges.items():
         scores = [rewards_of(judge, prompts, side.answers) for side in (before, after)]
-        said = name.replace("comparison", "reward")
         for line, *pair in zip(lines, *scores, strict=True):
-            line |= {f"{said}_before": float(pair[0]), f"{said}_after": float(pair[1])}
+            line |= {f"{name}_before": float(pair[0]), f"{name}_after": float(pair[1])}
         found[name] = compared(before, after, tuple(scores))
     return lines, {**mean_kl(after.kl), **found}
 
