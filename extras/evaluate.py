@@ -172,12 +172,12 @@ def main(settings: dict) -> None:
         policies = frontier.names_of(POLICIES)
         frontier.check_judge(policies, JUDGE_MODEL)
         judges = rewards.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
+        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "seed": SEED, "precision": precision}
         result, *found = compare_policies(
             policies, MODEL, DATA_DIR, SPLIT, PROMPTS, BEST_OF_N, SYSTEM_PROMPT, judges,
             how | {"batch_size": BATCH_SIZE},
         )  # fmt: skip
-        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         frontier.write_results(run.folder, result, *found)
         for way, figures in result["policies"].items():
             say(f"\n{way}:\n{frontier.told(figures, tuple(judges))}")
@@ -185,9 +185,9 @@ def main(settings: dict) -> None:
     else:
         model = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
         rows = pairs_of_another_origin(DATASET, MAX_ROWS) if DATASET else pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
+        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, SHORTCUT_MODEL, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
-        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         quality_plots.write_results(run.folder, result, lines)
         say(quality.told(result))
         for name, part in result["by_subset"].items():

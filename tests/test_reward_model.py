@@ -119,6 +119,14 @@ def test_a_finished_run_is_moved_aside_and_nothing_is_lost(model_folder, sample_
     assert (aside / "run.json").read_text() == first and f"moved aside to {aside}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("engine", "said"), [("pairs", r"the loss of training rows \["), ("trl", "the loss is not")])
+def test_a_loss_that_is_not_finite_ends_the_run(model_folder, sample_folder, tmp_path, engine, said):
+    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
+    options |= {"ENGINE": engine, "LEARNING_RATE": 1e38, "WARMUP_SHARE": 0, "SCHEDULE": "constant"}
+    with pytest.raises(SystemExit, match=said):
+        run_script(train_reward_model, **options)
+
+
 @pytest.mark.parametrize("engine", ["pairs", "trl"])
 def test_what_fails_after_training_does_not_cost_the_training(
     model_folder, sample_folder, tmp_path, monkeypatch, engine

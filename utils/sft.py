@@ -1,6 +1,5 @@
 """Supervised fine-tuning: trl.SFTTrainer on our token ids, perplexity before and after, and the files of a run."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from utils.curves import training_curves
 from utils.evaluation import LEVEL, paired_difference
 from utils.pairs import LengthSampler
 from utils.runs import Run, stop, write_json, write_text
+from utils.trl_engine import StopsAtBadLoss
 
 PACKING_ERROR = 1e-3  # by which a logit may differ between a document in a pack and the same one alone
 
 
-class AnswerTrainer(SFTTrainer):
+class AnswerTrainer(StopsAtBadLoss, SFTTrainer):
     """trl.SFTTrainer over rows of like length, which stops at a loss that is not finite.
 
     figures: () -> metrics on validation, exact; called every EVAL_EVERY_STEPS on all processes.
@@ -36,15 +36,6 @@ class AnswerTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthSampler:
         return self.sampler
-
-    def training_step(self, *arguments: object, **named: object) -> torch.Tensor:
-        loss = super().training_step(*arguments, **named)
-        if not torch.isfinite(loss):  # Trainer would go on, with weights that are lost
-            sys.exit(
-                f"the loss is not finite at step {self.state.global_step + 1}: lower LEARNING_RATE or look at the "
-                "rows; the last checkpoint is kept"
-            )
-        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_runtime" not in logs:

@@ -1,8 +1,10 @@
 """Stock TRL on the rows of a processed folder: the other engine, and the oracle of the tests."""
 
 import copy
+import sys
 from collections.abc import Callable
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -19,14 +21,30 @@ DPO_LOSSES = {  # LOSS: loss_type and loss_weights of trl.DPOConfig
 }
 
 
+class StopsAtBadLoss:
+    """Before a Trainer among the bases: a loss that is not finite ends the run, which Trainer would go on with."""
+
+    def training_step(self, *arguments: object, **named: object) -> torch.Tensor:
+        loss = super().training_step(*arguments, **named)
+        if not torch.isfinite(loss):
+            sys.exit(
+                f"the loss is not finite at step {self.state.global_step + 1}: lower LEARNING_RATE or look at the "
+                "rows; the last checkpoint is kept"
+            )
+        return loss
+
+
 def reward_trainer(
     model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run: Run, arguments: Callable
 ) -> Trainer:
     """trl.RewardTrainer; its max_length would filter out long pairs, so it gets ids that fit already."""
     from trl import RewardConfig, RewardTrainer
 
+    class Stopping(StopsAtBadLoss, RewardTrainer):
+        pass
+
     args = arguments(RewardConfig, max_length=None, disable_dropout=False, gradient_checkpointing=False)
-    trainer = RewardTrainer(model=model, args=args, train_dataset=whole_rows(rows), processing_class=tokenizer)
+    trainer = Stopping(model=model, args=args, train_dataset=whole_rows(rows), processing_class=tokenizer)
     training.attach(trainer, run)
     return trainer
 
@@ -43,12 +61,15 @@ def dpo_trainer(
     """trl.DPOTrainer; the reference is a copy of the model as it is, where TRL would read one from the disk."""
     from trl import DPOConfig, DPOTrainer
 
+    class Stopping(StopsAtBadLoss, DPOTrainer):
+        pass
+
     kinds, weights = DPO_LOSSES[loss]
     args = arguments(
         DPOConfig, loss_type=kinds, loss_weights=weights, beta=beta, max_length=None, gradient_checkpointing=False
     )
     adapted = hasattr(model, "disable_adapter")
-    trainer = DPOTrainer(
+    trainer = Stopping(
         model=model,
         ref_model=None if adapted else copy.deepcopy(model),
         args=args,
