@@ -40,7 +40,7 @@ MAX_NEW_TOKENS = 50  # of an answer
 TEMPERATURE = 1.0  # of the sampled answers; each policy also answers greedily
 SYSTEM_PROMPT = ""  # a persona, with which each policy also answers, "" = none
 # running
-BATCH_SIZE = 8  # answers in memory at once
+BATCH_SIZE = 16  # answers or pairs in memory at once
 SEED = 42  # of the untrained head that a reward model is compared with, and of the samples
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively

@@ -7,7 +7,9 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from torch import nn
 
 from utils.comparing import Answers, Sampler, compared, rewards_of
@@ -146,20 +148,32 @@ def frontier(figures: dict[str, dict], judge: str, prompts: int) -> Figure:
         "KL to the start (for best of n a bound); below, by the length of the answers.",
         height=8.0, rows=2, gap=0.32, one_x=False,
     )  # fmt: skip
-    names = sorted(figures, key=lambda name: figures[name][judge]["mean"])
     for axes, key, label in zip(panels, ("kl", "length"), ("KL to the start (nats an answer)", "tokens"), strict=True):
-        for i, name in enumerate(names):
-            found = figures[name]
+        for name, found in figures.items():
             color = MUTED if name == START else ORANGE if name.startswith("best of") else BLUE
             x, y = found[key], found[judge]["mean"]
             axes.plot([x, x], [found[judge]["low"], found[judge]["high"]], color=color, linewidth=1.5, alpha=0.6)
             axes.plot(x, y, "o", color=color, markersize=7)
-            below = i % 2 == 0  # neighbours in height on different sides: names of near dots stay apart
-            axes.annotate(name, (x, y), (7, -13 if below else 5), textcoords="offset points", color=INK, fontsize=9.5)
         axes.set(xlabel=label, ylabel="mean reward")
         axes.margins(x=0.18)
         axes.grid(axis="y")
+        name_dots(axes, {name: (found[key], found[judge]["mean"]) for name, found in figures.items()})
     return figure
+
+
+def name_dots(axes: Axes, dots: dict[str, tuple[float, float]]) -> None:
+    """Write names beside dots (x, y), the lowest first; one that would lie on another goes up until it does not."""
+    axes.autoscale_view()
+    placed: list[Bbox] = []
+    points = 72 / axes.figure.dpi
+    for name, dot in sorted(dots.items(), key=lambda item: item[1][1]):
+        left, middle = axes.transData.transform(dot) * points + (7, 5)
+        box = Bbox.from_bounds(left, middle, 6 * len(name), 11)  # about what it takes at this size
+        while any(box.overlaps(other) for other in placed):
+            box = box.translated(0, 1)
+        placed.append(box)
+        up = box.y0 - middle
+        axes.annotate(name, dot, (7, 5 + up), textcoords="offset points", color=INK, fontsize=9.5)
 
 
 def told(figures: dict[str, dict], judges: tuple[str, ...]) -> str:
