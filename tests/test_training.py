@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import train_reward_model
 from tests import toys
 from tests.conftest import ROOT, run_script
 from tests.toys import toy_rows
+from utils import models
 from utils.heads import PairLoss, Reading
 from utils.losses import bradley_terry
 from utils.models import load_classifier
@@ -166,3 +168,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_folder, sample_folder, tmp_pat
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "start the same command again to go on" in out and "Traceback" not in err
     assert last_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.skipif(not hasattr(models.LIBC, "malloc_trim"), reason="another C library")
+def test_memory_that_tensors_left_goes_back_to_the_system():
+    def held():  # pages of this process
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = held()
+    tensors = [torch.ones(60_000 + i) for i in range(1000)]
+    kept, full = tensors[::50], held()  # what is kept lies all over the heap, so nothing falls off its end
+    del tensors
+    models.release_memory()
+    assert len(kept) == 20 and held() - before < 0.3 * (full - before)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from utils.models import release_memory
 from utils.reinforce import Baseline, Policy
 from utils.runs import Run
 from utils.training import COMPLETE, last_checkpoint, trained_state
@@ -42,6 +43,7 @@ class Engine:
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
+        release_memory()
         return norm
 
     def next_rate(self) -> float:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from utils.models import plain
+from utils.models import plain, release_memory
 from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
 from utils.runs import Interrupt, Run, pick, read_json, say, stop, write_json
 
@@ -173,6 +173,7 @@ class Steps(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.bar.update()
+        release_memory()
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last steps too, where LOG_EVERY_STEPS does not divide their number
         asked = torch.tensor(float(self.interrupt.asked), device=self.trainer.accelerator.device)
