@@ -11,6 +11,7 @@ python -m extras.evaluate --policies outputs/reinforce --judge_model outputs/jud
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
@@ -155,6 +156,7 @@ def compare_policies(
 
 @script
 def main(settings: dict) -> None:
+    began = time.monotonic()
     # 1. check
     at_least(1, BATCH_SIZE=BATCH_SIZE, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
     at_least(0, MAX_ROWS=MAX_ROWS, CONTROL_PAIRS=CONTROL_PAIRS, PROMPTS=PROMPTS, BEST_OF_N=BEST_OF_N)
@@ -166,18 +168,18 @@ def main(settings: dict) -> None:
     from utils import frontier, models, pairs, quality, quality_plots, rewards
 
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    facts = {"device": str(device), "precision": precision}
+    facts = {"device": str(device), "precision": precision, "began": began}  # an older run stays until this one is done
     # 2. compare policies
     if POLICIES:
         policies = frontier.names_of(POLICIES)
         frontier.check_judge(policies, JUDGE_MODEL)
         judges = rewards.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
-        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "seed": SEED, "precision": precision}
         result, *found = compare_policies(
             policies, MODEL, DATA_DIR, SPLIT, PROMPTS, BEST_OF_N, SYSTEM_PROMPT, judges,
             how | {"batch_size": BATCH_SIZE},
         )  # fmt: skip
+        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         frontier.write_results(run.folder, result, *found)
         for way, figures in result["policies"].items():
             say(f"\n{way}:\n{frontier.told(figures, tuple(judges))}")
@@ -185,9 +187,9 @@ def main(settings: dict) -> None:
     else:
         model = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
         rows = pairs_of_another_origin(DATASET, MAX_ROWS) if DATASET else pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
-        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, SHORTCUT_MODEL, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
+        run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         quality_plots.write_results(run.folder, result, lines)
         say(quality.told(result))
         for name, part in result["by_subset"].items():

@@ -149,12 +149,12 @@ class Run:
 
     A folder that holds a finished run, or an unfinished one with other settings, is moved aside whole to
     NAME-<time>. An unfinished one with the same settings is taken up when `resume` is true. On processes
-    other than the first nothing is written.
+    other than the first nothing is written. began: time.monotonic() of the start of the work, where that was earlier.
     """
 
-    def __init__(self, folder: str | Path, settings: dict, resume: bool = True, **facts: object):
+    def __init__(self, folder: str | Path, settings: dict, resume: bool = True, began: float = 0.0, **facts: object):
         self.folder = Path(folder)
-        self.began = time.monotonic()
+        self.began = began or time.monotonic()
         self.record = {
             "script": Path(sys.argv[0]).name,
             "command": " ".join([Path(sys.executable).name, *sys.argv]),
@@ -163,7 +163,7 @@ class Run:
             "commit": commit(),
             "versions": versions(),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
-            "started": time.strftime("%F %T"),
+            "started": time.strftime("%F %T", time.localtime(time.time() - time.monotonic() + self.began)),
             "finished": "",
             **facts,
         }
