@@ -175,6 +175,7 @@ def test_memory_that_tensors_left_goes_back_to_the_system():
     def held():  # pages of this process
         return int(Path("/proc/self/statm").read_text().split()[1])
 
+    models.release_memory()  # what other tests left would be used again
     before = held()
     tensors = [torch.ones(60_000 + i) for i in range(1000)]
     kept, full = tensors[::50], held()  # what is kept lies all over the heap, so nothing falls off its end

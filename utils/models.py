@@ -28,7 +28,7 @@ def release_memory() -> None:
     """Give memory that tensors have left back to the system, where the C library would keep it (glibc).
 
     Batches of many lengths leave holes in its heap that the next ones do not fit, so a training on the CPU would grow
-    from step to step; this takes a few milliseconds.
+    from step to step.
     """
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
