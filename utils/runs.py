@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import NoReturn
 
 PACKAGES = ("torch", "transformers", "datasets", "trl", "peft", "accelerate")
+# constants that name what a run reads, and facts of it that tell whether other things bear these names now
+INPUTS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "SHORTCUT_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH", "DATA_DIR")
+READ = ("data_fingerprint", "reward_weights", "weights")
 
 ENVIRONMENT = {  # set before torch is imported; what the user has set wins
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # operations that Apple's GPU lacks run on the CPU
@@ -148,8 +151,8 @@ class Run:
     """One run folder: created or taken up again at the start, filled with metrics, closed at the end.
 
     A folder that holds a finished run, or an unfinished one with other settings, is moved aside whole to
-    NAME-<time>. An unfinished one with the same settings is taken up when `resume` is true. On processes
-    other than the first nothing is written. began: time.monotonic() of the start of the work, where that was earlier.
+    NAME-<time>. An unfinished one with the same settings and READ facts is taken up when `resume` is true. Only the
+    first process writes. began: time.monotonic() of the start of the work, where that was earlier.
     """
 
     def __init__(self, folder: str | Path, settings: dict, resume: bool = True, began: float = 0.0, **facts: object):
@@ -171,22 +174,23 @@ class Run:
             self.take_folder(settings, resume)
 
     def take_folder(self, settings: dict, resume: bool) -> None:
+        check_run_folder(self.folder, settings)
         before = read_json(self.folder / "run.json")
-        if before and not before["finished"] and resume and same_work(before["settings"], settings):
+        same = before and all(before.get(name) == self.record.get(name) for name in READ)
+        if same and not before["finished"] and resume and same_work(before["settings"], settings):
             say(f"{self.folder} holds an unfinished run with the same settings: going on from its last checkpoint")
             self.record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
         elif before:
             aside = free_name(f"{self.folder.resolve()}-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(self.folder.resolve(), aside)
             say(f"{self.folder} held another run: moved aside to {aside}")
-        check_run_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "run.json", self.record)
         (self.folder / "metrics.jsonl").touch()
 
     def log(self, step: int, **metrics: float) -> None:
-        """Append one line of metrics.jsonl; null for what is not finite, which JSON has no word for."""
-        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        """Append one line of metrics.jsonl, of six digits; null for what is not finite, which JSON has no word for."""
+        metrics = {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in metrics.items()}
         self.append("metrics.jsonl", {"step": step, **metrics})
 
     def append(self, name: str, line: dict) -> None:
@@ -212,9 +216,14 @@ class Run:
         self.note(**facts, finished=time.strftime("%F %T"))
 
 
-def check_run_folder(folder: str | Path) -> None:
-    """End the script where OUTPUT_DIR holds files that are of no run: they are nobody's to move aside."""
+def check_run_folder(folder: str | Path, settings: dict) -> None:
+    """End the script where OUTPUT_DIR is what the run reads, or holds files of no run: nobody's to move aside."""
     folder = Path(folder)
+    for name in INPUTS:
+        given = settings.get(name) or ()
+        for value in (given,) if isinstance(given, str) else given:
+            if folder.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
+                stop(f"OUTPUT_DIR = '{folder}' is or holds {name}, which this run reads: choose another name")
     if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
         stop(f"OUTPUT_DIR = '{folder}' holds files but no run of a script here: choose another name")
 
