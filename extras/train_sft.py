@@ -15,7 +15,7 @@ import time
 from functools import partial
 
 from utils.config import override_constants
-from utils.runs import Run, at_least, first_process, needs, pick, say, script, stop
+from utils.runs import Run, at_least, first_process, needs, pick, say, script, shares, stop
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by a loader: of pairs the chosen answers, of sft rows all
@@ -59,7 +59,9 @@ REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 def main(settings: dict) -> None:
     # 1. check
     at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
-    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, WARMUP_SHARE=WARMUP_SHARE)
+    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
+    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
+    shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
     if not 0 < VALIDATION_SHARE < 1:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected more than 0 and less than 1")
     if not DATASET:
@@ -94,7 +96,7 @@ def main(settings: dict) -> None:
     if USE_LORA:
         model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     if GRADIENT_CHECKPOINTING:
-        training.use_gradient_checkpointing(model)
+        models.use_gradient_checkpointing(model)
     say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} answers, {len(validation)} for validation")
     # 3. build
     facts |= {"train_rows": len(rows), "left_out": left_out, "device": str(device), "precision": precision}
@@ -142,8 +144,8 @@ def main(settings: dict) -> None:
         policy_report.save(model, tokenizer, run.folder, rows, collator)
         sft.write_results(run.folder, result, run.record)
     trainer.accelerator.wait_for_everyone()
-    training.remove_checkpoints(run.folder)
     run.finish()
+    training.remove_checkpoints(run.folder)
     # 7. say where it is
     say(sft.told(result))
     say(f"written: {run.folder}\nnext: python train_dpo.py --model {run.folder}")

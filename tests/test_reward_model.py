@@ -127,16 +127,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(model_folder, sample_folder, tmp
         run_script(train_reward_model, **options)
 
 
-@pytest.mark.parametrize("engine", ["pairs", "trl"])
+@pytest.mark.parametrize(
+    "constants", [{"ENGINE": "pairs"}, {"ENGINE": "trl"}, {"EPOCHS": 2, "MAX_STEPS": 0, "SAVE_EVERY_STEPS": 10}]
+)
 def test_what_fails_after_training_does_not_cost_the_training(
-    model_folder, sample_folder, tmp_path, monkeypatch, engine
+    model_folder, sample_folder, tmp_path, monkeypatch, constants
 ):
-    options = SMALL | {
-        "DATA_DIR": sample_folder,
-        "MODEL": model_folder,
-        "OUTPUT_DIR": tmp_path / "run",
-        "ENGINE": engine,
-    }
+    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"} | constants
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the disk is full"):
         patch.setattr(quality_plots, "write_results", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         run_script(train_reward_model, **options)
@@ -161,6 +158,20 @@ def test_a_save_that_does_not_reload_equal_is_an_error(model_folder, tokenizer, 
 
     with pytest.raises(RuntimeError, match="differ by"):
         save_with_proof(model, tokenizer, tmp_path, other, lambda m: m.score.weight.detach().clone())
+
+
+def test_a_save_is_proved_on_the_device_of_the_training(model_folder, tokenizer, tmp_path):
+    """Scores come back on the CPU, so they do not tell where they were made; two devices round in two ways."""
+    model = load_classifier(model_folder, 1).to("meta")
+    model.save_pretrained = lambda folder: None
+    places = []
+
+    def score(model):
+        places.append(next(model.parameters()).device.type)
+        return torch.zeros(2)
+
+    save_with_proof(model, tokenizer, tmp_path, lambda folder: load_classifier(model_folder, 1), score)
+    assert places == ["meta", "meta"]
 
 
 def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model_folder, tokenizer_folder, tmp_path):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
@@ -16,7 +17,7 @@ from tests.conftest import ROOT, run_script
 from tests.loading import tree, write_lines
 from tests.toys import toy_arguments
 from utils import sft
-from utils.answers import answers_of_source, learnable, least_rating, load_answers
+from utils.answers import answers_of_source, as_answers, learnable, least_rating, load_answers
 from utils.models import add_lora, load_causal
 from utils.runs import Run
 from utils.training import last_checkpoint, train, trained_state
@@ -276,3 +277,10 @@ def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
     with pytest.raises(SystemExit) as stop:
         run_script(train_sft, **options | constants)
     assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+def test_a_split_without_rows_has_the_columns_of_answers(sample_folder):
+    some = load_from_disk(f"{sample_folder}/train")
+    assert as_answers(some.select([])).column_names == as_answers(some.select([0])).column_names
+    with pytest.raises(SystemExit, match="validation has no answer to use, make it with more rows"):
+        learnable(as_answers(some.select([])), None, "validation")

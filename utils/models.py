@@ -1,6 +1,7 @@
 """Where a model runs, in which precision, how it is loaded, given adapters, and saved with proof."""
 
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from utils.runs import explain_missing, pick, say, stop
+from utils.runs import explain_missing, pick, read_json, say, stop
 
 logging.disable_progress_bar()  # of loading and writing weights, which take a second; downloads keep theirs
 
@@ -52,8 +53,15 @@ def choose_device(name: str = "") -> torch.device:
 
 
 def choose_machine(device_name: str, precision_name: str) -> tuple[torch.device, str]:
-    """(device, precision) by the two constants, printed with the reason."""
+    """(device, precision) by the two constants, printed with the reason.
+
+    Ends the script under a launcher that takes the weights apart: sampling, judging and saving need them whole.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        stop("FSDP and ZeRO-3 take the weights apart, and the scripts here need them whole: use configs/multi_gpu.yaml")
     device = choose_device(device_name)
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        say(f"one of {torch.cuda.device_count()} GPUs is used: for all of them, start with `accelerate launch`")
     precision, reason = choose_precision(precision_name, device)
     say(f"device {device}, precision {precision}: {reason}")
     return device, precision
@@ -95,8 +103,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def load_causal(name: str, constant: str = "MODEL") -> nn.Module:
     """A causal language model with float32 weights; `name` is a hub name, a folder, or a folder with an adapter.
 
-    Attention is sdpa, which takes the 4-D masks of shared-prompt rows on every device.
+    Attention is sdpa, which takes the 4-D masks of shared-prompt rows on every device. A classifier is refused:
+    transformers would load its body and say nothing.
     """
+    kinds = read_json(Path(name) / "config.json").get("architectures") or []
+    if any("SequenceClassification" in kind for kind in kinds):
+        stop(f"{constant} = {name!r} is a reward model: name a language model")
     if (Path(name) / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
@@ -121,6 +133,15 @@ def load(kind: type, constant: str, name: str, **options: object) -> nn.Module:
         if "Unrecognized" not in str(error):
             raise
         stop(f"{constant} = {name!r} is not a {kind.__name__.removeprefix('AutoModelFor')} model")
+
+
+def is_there(name: str) -> bool:
+    """Whether a model of that name can be had: a folder, the cache or the hub."""
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -150,12 +171,19 @@ def freeze_lower(model: nn.Module, layers: int) -> None:
 
 
 def add_lora(
-    model: nn.Module, task: str, rank: int, alpha: int, dropout: float, targets: tuple[str, ...], head: str = ""
+    model: nn.Module,
+    task: str,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    targets: tuple[str, ...],
+    head: str = "",
+    frozen: int = 0,
 ) -> nn.Module:
     """The model with low-rank adapters on the layers named in `targets`; only they (and `head`) are trained.
 
-    task: "CAUSAL_LM" or "SEQ_CLS". head: a new layer that is trained and saved whole with the adapter; without
-    it the head of a reward model would be lost on saving, and no message would say so.
+    task: "CAUSAL_LM" or "SEQ_CLS". frozen: so many lower layers get no adapters. head: a new layer that is trained and
+    saved whole with them; without it the head of a reward model would be lost on saving, and no message would say so.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -171,9 +199,15 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(targets),
+        layers_to_transform=list(range(frozen, model.config.num_hidden_layers)) if frozen else None,
         modules_to_save=[head] if head else None,
     )
     return get_peft_model(model, config)
+
+
+def use_gradient_checkpointing(model: nn.Module) -> None:
+    """Compute activations again in the backward pass: about a third more time for a fraction of the memory."""
+    plain(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -202,6 +236,7 @@ def save_with_proof(
     largest score).
     """
     model.eval()
+    device = next(model.parameters()).device  # two devices add up in two orders, which PROOF_ABSOLUTE does not forgive
     with torch.no_grad():
         before = score(model)
         merged = hasattr(model, "merge_and_unload")
@@ -211,7 +246,7 @@ def save_with_proof(
             model = model.merge_and_unload()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        after = score(reload(str(folder)).to(before.device).eval())
+        after = score(reload(str(folder)).to(device).eval())
     difference = (before - after).abs().max().item()
     limit = PROOF_RELATIVE * before.abs().max().item() if merged else PROOF_ABSOLUTE
     if not difference <= limit:

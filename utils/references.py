@@ -64,7 +64,7 @@ def with_reference(
         found = {name: outputs[name] for name in COLUMNS if name in outputs}
         if first_process():
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{key}.part.npz")
+            part = path.with_name(f"{key}.{os.getpid()}.part.npz")
             np.savez(part, **found)
             os.replace(part, path)
     for name, values in found.items():

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from utils.models import plain, release_memory
+from utils.models import release_memory
 from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
-from utils.runs import Interrupt, Run, pick, read_json, say, stop, write_json
+from utils.runs import Interrupt, Run, first_process, pick, read_json, say, stop, write_json
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # what SCHEDULE may name
 COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
@@ -58,25 +58,17 @@ class PairTrainer(Trainer):
         return self.sampler
 
     def create_optimizer(self, *arguments: object) -> torch.optim.Optimizer:
-        """Trainer's optimizer, in which the parameters of `rates` are groups of their own."""
-        optimizer = super().create_optimizer(*arguments)
-        for name, rate in self.rates.items():
-            found = [value for other, value in self.model.named_parameters() if name in other and value.requires_grad]
-            for group in optimizer.param_groups:
-                group["params"] = [value for value in group["params"] if not any(value is one for one in found)]
-            if found:
-                optimizer.add_param_group({"params": found, "lr": rate, "weight_decay": 0.0})
-        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
+        """Trainer's optimizer, with the rates of parts."""
+        return with_rates(super().create_optimizer(*arguments), self.model, self.rates)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: object = None) -> torch.Tensor:
         """Forward and backward of a batch in parts: the same gradient in the memory of a part."""
         self.rows_in_batch = len(inputs["row"])
         parts = split_batch(inputs, TOKENS_AT_ONCE[self.accelerator.device.type], self.data_collator.multiple)
+        parts = [inputs] if self.is_deepspeed_enabled else parts  # its engine takes a step at each backward
         losses = []
         for part in parts:
-            last = part is parts[-1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
@@ -121,6 +113,17 @@ class PairTrainer(Trainer):
         self.model.load_state_dict(state, strict=False)
 
 
+def with_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> torch.optim.Optimizer:
+    """The optimizer, in which the parameters whose names hold a name of `rates` are groups of their own."""
+    for name, rate in rates.items():
+        found = [value for other, value in model.named_parameters() if name in other and value.requires_grad]
+        for group in optimizer.param_groups:
+            group["params"] = [value for value in group["params"] if not any(value is one for one in found)]
+        optimizer.add_param_group({"params": found, "lr": rate, "weight_decay": 0.0})
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
 def trained_state(model: nn.Module, state: dict | None = None) -> dict[str, torch.Tensor]:
     """The part of a model's state that is trained."""
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
@@ -139,7 +142,7 @@ class Steps(TrainerCallback):
 
     def __init__(self, trainer: Trainer, run: Run):
         self.trainer, self.run, self.interrupt = trainer, run, Interrupt()
-        self.bar = None
+        self.bar = tqdm(disable=True)  # until steps are taken: all of them may have been in an earlier start
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -184,14 +187,16 @@ class Steps(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            self.run.note()  # the time so far, should this process be killed
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: object
     ) -> None:
         if any(name == "loss" or name.startswith("eval_") for name in logs):  # not the summary of times at the end
-            self.run.log(state.global_step, **{name: round(float(value), 6) for name, value in logs.items()})
-        shown = {name: f"{logs[name]:.3f}" for name in ("loss", "accuracy", "eval_accuracy") if name in logs}
-        self.bar.set_postfix(shown)
+            self.run.log(state.global_step, **{name: float(value) for name, value in logs.items()})
+        self.bar.set_postfix(
+            {name: f"{logs[name]:.3f}" for name in ("loss", "accuracy", "eval_accuracy") if name in logs}
+        )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.bar.close()
@@ -209,6 +214,10 @@ class BestEpoch(TrainerCallback):
         self.file = folder / "checkpoints" / "best.json"
         trainer.add_callback(self)
 
+    def on_step_begin(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: object) -> None:
+        if state.global_step and abs(state.epoch - round(state.epoch)) < 1e-6:  # a kill may have come between epochs
+            self.on_epoch_end(self.trainer.args, state, control)
+
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         found = read_json(self.file) or {"accuracies": {}, "best": ""}
         epoch = str(math.ceil(state.epoch - 1e-6))
@@ -217,17 +226,17 @@ class BestEpoch(TrainerCallback):
             return
         accuracy = self.evaluation()["accuracy"]
         self.trainer.log({"eval_accuracy": accuracy})
-        if state.is_world_process_zero:
+        if first_process():
             if accuracy > max(found["accuracies"].values(), default=-1.0):
                 found["best"] = epoch
                 torch.save(trained_state(self.trainer.model), self.file.with_suffix(".pt"))
             found["accuracies"][epoch] = accuracy
             write_json(self.file, found)
+        self.trainer.accelerator.wait_for_everyone()  # all read the file at the next step
 
     def restore(self) -> dict:
         """Put the best epoch's weights into the model; {"best": epoch, "accuracies": {epoch: on validation}}."""
         self.on_epoch_end(self.trainer.args, self.trainer.state, self.trainer.control)  # if it was killed before that
-        self.trainer.accelerator.wait_for_everyone()
         state = torch.load(self.file.with_suffix(".pt"), weights_only=True, map_location="cpu")
         self.trainer.model.load_state_dict(state, strict=False)
         return read_json(self.file)
@@ -250,7 +259,7 @@ def training_arguments(
     for every, strategy in (("save_steps", "save_strategy"), ("eval_steps", "eval_strategy")):
         named[strategy] = "steps" if named[every] else "no"
         named[every] = named[every] or None if every == "eval_steps" else named[every] or 500
-    return kind(
+    made = kind(
         output_dir=str(folder / "checkpoints"),
         use_cpu=device.type == "cpu",
         bf16=precision == "bf16",
@@ -263,6 +272,8 @@ def training_arguments(
         disable_tqdm=True,
         **named,
     )
+    made._n_gpu = min(made.n_gpu, 1)  # for more, Trainer would wrap the model, in another precision and batch size
+    return made
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -278,6 +289,7 @@ def train(trainer: Trainer, run: Run) -> None:
     state = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
     if checkpoint and state["global_step"] >= state["max_steps"]:
         trainer._load_from_checkpoint(checkpoint)  # Trainer would take one step more than it was asked for
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         return
     run.forget_after(state["global_step"] if checkpoint else 0)  # also of a start killed before its first checkpoint
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -286,8 +298,3 @@ def train(trainer: Trainer, run: Run) -> None:
 def remove_checkpoints(folder: Path) -> None:
     """Checkpoints of a finished run are three times the model and of no more use."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def use_gradient_checkpointing(model: nn.Module) -> None:
-    """Compute activations again in the backward pass: about a third more time for a fraction of the memory."""
-    plain(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

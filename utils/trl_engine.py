@@ -35,13 +35,22 @@ class StopsAtBadLoss:
 
 
 def reward_trainer(
-    model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run: Run, arguments: Callable
+    model: nn.Module,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+    arguments: Callable,
+    rates: dict[str, float],
 ) -> Trainer:
-    """trl.RewardTrainer; its max_length would filter out long pairs, so it gets ids that fit already."""
+    """trl.RewardTrainer; its max_length would filter out long pairs, so it gets ids that fit already.
+
+    rates: see training.with_rates.
+    """
     from trl import RewardConfig, RewardTrainer
 
     class Stopping(StopsAtBadLoss, RewardTrainer):
-        pass
+        def create_optimizer(self, *arguments: object) -> torch.optim.Optimizer:
+            return training.with_rates(super().create_optimizer(*arguments), self.model, rates)
 
     args = arguments(RewardConfig, max_length=None, disable_dropout=False, gradient_checkpointing=False)
     trainer = Stopping(model=model, args=args, train_dataset=whole_rows(rows), processing_class=tokenizer)
@@ -66,8 +75,9 @@ def dpo_trainer(
 
     kinds, weights = DPO_LOSSES[loss]
     args = arguments(
-        DPOConfig, loss_type=kinds, loss_weights=weights, beta=beta, max_length=None, gradient_checkpointing=False
-    )
+        DPOConfig, loss_type=kinds, loss_weights=weights, beta=beta, max_length=None, gradient_checkpointing=False,
+        disable_dropout=False,
+    )  # fmt: skip
     adapted = hasattr(model, "disable_adapter")
     trainer = Stopping(
         model=model,
