@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Run, at_least, first_process, needs, pick, say, script, stop
+from utils.runs import Run, at_least, first_process, needs, pick, say, script, shares, stop
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.DPOTrainer"}
 
 
 def check_loss(name: str, guidance: str, engine: str, train_policy: bool, path: str, **given: float) -> None:
-    """End the script where the constants of the loss do not go together."""
+    """End the script where the constants of the loss do not go together, or one of them would do nothing."""
     from utils.losses import POLICY_LOSSES
     from utils.trl_engine import DPO_LOSSES
 
@@ -99,8 +99,15 @@ def check_loss(name: str, guidance: str, engine: str, train_policy: bool, path: 
         stop(f"LABEL_SMOOTHING = {given['LABEL_SMOOTHING']} is for {users}, not for LOSS = {name!r}: set it to 0")
     if not train_policy and (guidance != "embedding" or path):
         stop("TRAIN_POLICY = False leaves nothing to train: set GUIDANCE = embedding without PROMPT_EMBEDDING_PATH")
-    if engine == "trl" and (name not in DPO_LOSSES or guidance == "embedding" or given["SFT_WEIGHT"]):
-        stop(f"ENGINE = 'trl' knows {', '.join(DPO_LOSSES)} without vectors and SFT_WEIGHT: use ENGINE = pairs")
+    if path and guidance != "embedding":
+        stop("PROMPT_EMBEDDING_PATH is for GUIDANCE = embedding: set that, or leave the path out")
+    if given["USE_LORA"] and not train_policy:
+        stop("USE_LORA adds adapters to a policy, which TRAIN_POLICY = False leaves as it is: set one of them")
+    if engine == "trl" and (name not in DPO_LOSSES or guidance == "embedding"):
+        stop(f"ENGINE = 'trl' knows {', '.join(DPO_LOSSES)} without vectors: use ENGINE = pairs")
+    unknown = [other for other in ("SFT_WEIGHT", "LABEL_SMOOTHING", "EVAL_EVERY_STEPS") if given[other]]
+    if engine == "trl" and unknown:
+        stop(f"{unknown[0]} = {given[unknown[0]]} is for ENGINE = pairs: set it to 0")
 
 
 def start_guidance(
@@ -123,7 +130,9 @@ def main(settings: dict) -> None:
     # 1. check
     pick(ENGINES, "ENGINE", ENGINE)
     at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
-    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, WARMUP_SHARE=WARMUP_SHARE)
+    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
+    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
+    shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
     at_least(0, SAMPLE_PROMPTS=SAMPLE_PROMPTS, TEMPERATURE=TEMPERATURE, PROMPT_EMBEDDING_TOKENS=PROMPT_EMBEDDING_TOKENS)
     at_least(1, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
@@ -132,6 +141,7 @@ def main(settings: dict) -> None:
     from utils import (
         comparing,
         guidance,
+        hidden,
         models,
         names,
         pairs,
@@ -145,14 +155,14 @@ def main(settings: dict) -> None:
     from utils.losses import POLICY_LOSSES, Knobs
 
     loss, mode = pick(POLICY_LOSSES, "LOSS", LOSS), pick(names.MODES, "GUIDANCE", GUIDANCE)
-    given = {"BETA": BETA, "SFT_WEIGHT": SFT_WEIGHT, "LABEL_SMOOTHING": LABEL_SMOOTHING}
+    given = {"BETA": BETA, "SFT_WEIGHT": SFT_WEIGHT, "LABEL_SMOOTHING": LABEL_SMOOTHING, "USE_LORA": USE_LORA}
+    given["EVAL_EVERY_STEPS"] = EVAL_EVERY_STEPS
     check_loss(LOSS, GUIDANCE, ENGINE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, **given)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    judges = {}
-    if REWARD_MODEL:
-        rewards.require_worth(REWARD_MODEL)
-        judges["reward"] = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
+    if REWARD_MODEL and not SAMPLE_PROMPTS:
+        stop("REWARD_MODEL compares sampled answers, and SAMPLE_PROMPTS = 0 samples none: set one of them")
+    judges = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision) if REWARD_MODEL else {}
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     window, both = metadata["max_length"], LOSS == "new_pref_po"
@@ -161,16 +171,18 @@ def main(settings: dict) -> None:
     said = start_guidance(GUIDANCE, PREFERENCE_TEXT, PROMPT_EMBEDDING_PATH, PROMPT_EMBEDDING_TOKENS, model, tokenizer)
     rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
     if GUIDANCE != "none":
-        guidance.check_room(tokenizer, said, window)
+        guidance.check_room(tokenizer, said, window, rows)
         rows, validation = (guidance.guided_rows(some, tokenizer, window, said, both) for some in (rows, validation))
     weights = references.weights_digest(model)
     keys = [references.key_of(some, said.vectors, weights, precision) for some in (rows, validation)]
     policies.check_architecture(model, rows)
+    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
+    hidden.check_shared_rows(model, rows[0], collator)
     if USE_LORA and TRAIN_POLICY:
         model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     model.requires_grad_(False) if not TRAIN_POLICY else None
     if GRADIENT_CHECKPOINTING:
-        training.use_gradient_checkpointing(model)
+        models.use_gradient_checkpointing(model)
     say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
     # 3. build
     beta = BETA or loss.beta
@@ -179,7 +191,7 @@ def main(settings: dict) -> None:
     )
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"], "beta": beta}
     facts |= {"max_length": window, "train_pairs": len(rows), "project": project, "run_name": name}
-    facts |= {"device": str(device), "precision": precision}
+    facts |= {"device": str(device), "precision": precision, "weights": weights}
     run = Run(OUTPUT_DIR or f"model_output/{project}/{name}", settings, RESUME, **facts)
     arguments = partial(
         training.training_arguments,
@@ -202,7 +214,6 @@ def main(settings: dict) -> None:
         run_name=name,
         seed=SEED,
     )
-    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
     trains_vectors = said.vectors is not None and not PROMPT_EMBEDDING_PATH
     on_the_fly = loss.reference and not REFERENCE_CACHE
     reference = policies.reference_of(model, TRAIN_POLICY) if on_the_fly else None
@@ -250,8 +261,8 @@ def main(settings: dict) -> None:
         policy_report.save(model, tokenizer, run.folder, rows, collator)
         policy_report.write_pair_results(run.folder, result, samples, run.record)
     trainer.accelerator.wait_for_everyone()
-    training.remove_checkpoints(run.folder)
     run.finish()
+    training.remove_checkpoints(run.folder)
     # 7. say where it is
     say(policy_report.told(result))
     say(f"written: {run.folder}")

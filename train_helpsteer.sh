@@ -10,10 +10,10 @@ TRAINING_MODE=${TRAINING_MODE:-text}                                 # none | te
 POLICY_MODEL_PATH=${POLICY_MODEL_PATH:-Qwen/Qwen2.5-1.5B-Instruct}   # hub name or folder
 MODEL_SHORT_NAME=${MODEL_SHORT_NAME:-}                               # in the name of the run, empty: made of the path
 LOSS_NAME=${LOSS_NAME:-new_pref_po}                                  # dpo | ipo | hinge | sipa | orpo | simpo | new_pref_po
-BETA=${BETA:-0.05}
+BETA=${BETA:-0}                                                      # 0: that of the loss, see below
 ALPHA=${ALPHA:-0.1}
 LAMBDA_KL=${LAMBDA_KL:-0.1}
-PREFERENCE_TEXT=${PREFERENCE_TEXT:-Please provide a helpful, honest, harmless, and concise response.}
+PREFERENCE_TEXT=${PREFERENCE_TEXT-Please provide a helpful, honest, harmless, and concise response.}
 PROMPT_EMBEDDING_PATH=${PROMPT_EMBEDDING_PATH:-}                     # .pt or .safetensors, empty: train new vectors
 DATA_DIR=${DATA_DIR:-processed_helpsteer}                            # made by load_helpsteer_dataset.py
 LEARNING_RATE=${LEARNING_RATE:-}                                     # empty: that of train_dpo.py
@@ -22,7 +22,7 @@ BATCH_SIZE=${BATCH_SIZE:-4}
 ACCUMULATION=${ACCUMULATION:-4}
 USE_LORA=${USE_LORA:-false}
 GPUS=${GPUS:-1}                                                      # more than one: accelerate launch
-CONFIG=${CONFIG:-configs/multi_gpu.yaml}                             # or fsdp, deepspeed_zero2, deepspeed_zero3
+CONFIG=${CONFIG:-configs/multi_gpu.yaml}                             # or deepspeed_zero2
 REPORT_TO=${REPORT_TO:-none}                                         # none | tensorboard | trackio | wandb
 PYTHON=${PYTHON:-python}
 DRY_RUN=${DRY_RUN:-}
@@ -36,6 +36,9 @@ one_of() { # name value choices...
 
 one_of TRAINING_MODE "$TRAINING_MODE" none text embedding
 one_of LOSS_NAME "$LOSS_NAME" dpo ipo hinge sipa orpo simpo new_pref_po
+if [ "$BETA" = 0 ]; then
+    case "$LOSS_NAME" in new_pref_po) BETA=0.05 ;; simpo) BETA=2.0 ;; *) BETA=0.1 ;; esac # as in utils/losses.py
+fi
 [ "$LOSS_NAME" != new_pref_po ] || [ "$TRAINING_MODE" != none ] ||
     fail "LOSS_NAME = new_pref_po learns from a preference in the prompt: set TRAINING_MODE = text or embedding"
 [ "$TRAINING_MODE" != text ] || [ -n "$PREFERENCE_TEXT" ] || fail "PREFERENCE_TEXT is empty: TRAINING_MODE = text says it"
@@ -46,7 +49,7 @@ one_of LOSS_NAME "$LOSS_NAME" dpo ipo hinge sipa orpo simpo new_pref_po
 [ -f "$DATA_DIR/metadata.json" ] ||
     fail "$DATA_DIR is not there yet: run \`python load_helpsteer_dataset.py --tokenizer $POLICY_MODEL_PATH\` first"
 
-read -r PROJECT RUN < <("$PYTHON" -m utils.names "$DATA_DIR" "$TRAINING_MODE" "${MODEL_SHORT_NAME:-$POLICY_MODEL_PATH}" \
+read -r PROJECT RUN < <("$PYTHON" -m utils.names "$DATA_DIR" "$TRAINING_MODE" "$MODEL_SHORT_NAME" "$POLICY_MODEL_PATH" \
     "$LOSS_NAME" "$BETA" "$ALPHA")
 echo "project  $PROJECT"
 echo "run      $RUN"

@@ -136,10 +136,7 @@ def main(settings: dict) -> None:
         stop(f"OUTPUT_DIR = '{OUTPUT_DIR}' is DATA_DIR, whose rows would be lost: choose another name")
     processed.check_folder(folder)
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    judge = None
-    if MODE == "ranked":
-        rewards.require_worth(REWARD_MODEL)
-        judge = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
+    judge = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision)["reward"] if MODE == "ranked" else None
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     window, ledger = metadata["max_length"], Ledger()

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from utils.config import override_constants
-from utils.runs import at_least, needs, say, script
+from utils.processed import refuse_sft_rows
+from utils.rows import hundredths
+from utils.runs import at_least, needs, read_json, say, script, stop
 
 DATA_DIR = "outputs/quickstart/data"  # rows made by load_helpsteer_dataset.py
 REWARD_MODEL = "outputs/quickstart/reward_model"  # run folder of train_reward_model.py, or a hub reward model
@@ -37,7 +39,16 @@ def show_rows(data_dir: str, gap: float, batch_size: int) -> None:
     from torch.utils.data import DataLoader
 
     rows = load_from_disk(f"{data_dir}/train")
-    apart = rows.filter(lambda row: row["chosen_rating"] - row["rejected_rating"] >= gap)
+    refuse_sft_rows(data_dir, read_json(f"{data_dir}/metadata.json"))
+    rated = zip(rows["chosen_rating"], rows["rejected_rating"], strict=True)
+    far = [
+        i
+        for i, (one, other) in enumerate(rated)
+        if None not in (one, other) and hundredths(one - other) >= hundredths(gap)
+    ]
+    apart = rows.select(far)
+    if not far:
+        stop(f"no pair of {data_dir}/train has ratings that differ by {gap} or more: lower MIN_RATING_GAP")
     say(f"{len(apart)} of {len(rows)} pairs of {data_dir}/train have ratings that differ by {gap} or more")
 
     def collate(batch: list[dict]) -> dict:

@@ -16,11 +16,11 @@ from utils.guidance import (
     text_guidance,
     vector_guidance,
 )
-from utils.logps import answer_logps, check_head, token_logps
+from utils.logps import answer_logps, check_head, logits_of, token_logps
 from utils.models import load_causal
 from utils.pairs import PairCollator, load_pairs
 from utils.policies import PolicyPairs
-from utils.sampling import batch_of, generate, logps_of, prompt_ids_of, stop_ids
+from utils.sampling import batch_of, float32_head, generate, logps_of, prompt_ids_of, stop_ids
 
 TEXT = "Please be brief."
 
@@ -175,6 +175,18 @@ def test_greedy_answers_equal_those_of_one_prompt_at_a_time(model, tokenizer):
         for token in answer.ids:  # a plain loop
             assert model(torch.tensor([ids])).logits[0, -1].argmax().item() == token
             ids.append(token)
+
+
+def test_answers_are_drawn_from_logits_in_float32_whatever_the_body(model, tokenizer):
+    (prompt,) = prompt_ids_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64, Guidance())
+    ids, seen = torch.tensor([prompt]), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(ids).last_hidden_state[0, -1:]
+        rounded = model(ids).logits[0, -1:]
+        with float32_head(model):
+            seen.append(model(ids).logits[0, -1:])
+    torch.testing.assert_close(seen[0], logits_of(model, hidden, 1.0), atol=1e-6, rtol=0)
+    assert rounded.dtype == torch.bfloat16 and "forward" not in vars(model.get_output_embeddings())
 
 
 def test_sampling_is_of_the_whole_distribution_and_repeats_with_its_seed(model, tokenizer):

@@ -7,11 +7,12 @@ from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification
 
 from utils.heads import Reading
-from utils.hidden import CHOSEN, REJECTED
+from utils.hidden import CHOSEN, REJECTED, check_shared_rows
 from utils.pairs import (
     LengthSampler,
     PairCollator,
     forward_pairs,
+    like_length,
     load_pairs,
     pair_lengths,
     split_batch,
@@ -125,6 +126,33 @@ def test_every_row_is_scored_once_in_its_place(model_folder, sample_folder, toke
         with torch.no_grad():
             alone = module(**PairCollator(2, 8)([rows[i]]))["outputs"][0].numpy()
         np.testing.assert_allclose(outputs[i], alone, atol=1e-5)
+
+
+def test_a_model_in_which_answers_see_each_other_is_refused(model_folder, sample_folder):
+    row, model = load_pairs(sample_folder, "train")[0], load(model_folder)
+    check_shared_rows(model, row, PairCollator(2, 8))
+    leaks = model.model.layers[0].mlp.register_forward_hook(lambda layer, given, found: found + found.cumsum(dim=1))
+    with pytest.raises(SystemExit, match="an answer sees the other one of its pair"):
+        check_shared_rows(model, row, PairCollator(2, 8))
+    leaks.remove()
+    check_shared_rows(model, row, PairCollator(2, 8))
+
+
+def test_parts_of_like_length_hold_every_place_once():
+    lengths = np.array([5, 90, 30, 31, 29, 6, 200])
+    assert like_length(lengths, 100) == [[6], [1], [3, 2, 4], [5, 0]]
+    assert like_length(lengths, 100, 2) == [[6], [1], [3, 2], [4, 5], [0]]
+
+
+def test_using_rows_leaves_nothing_in_their_folder(sample_folder, tokenizer):
+    from pathlib import Path
+
+    from utils.controls import closed_answers
+    from utils.pairs import whole_rows
+
+    before = sorted(Path(sample_folder).rglob("*"))
+    rows = closed_answers(load_pairs(sample_folder, "train", 20).select([3, 1, 2]), tokenizer)
+    assert len(whole_rows(rows)) == 3 and sorted(Path(sample_folder).rglob("*")) == before
 
 
 def test_lengths_count_real_tokens(sample_folder):

@@ -131,7 +131,9 @@ def test_the_cache_is_never_stale(options, model_folder, tokenizer_folder, tmp_p
 @pytest.mark.parametrize("loss", ["dpo", "new_pref_po"])
 def test_trained_vectors_serve_another_run(options, tmp_path, loss):
     guided = {"LOSS": loss, "GUIDANCE": "embedding", "PROMPT_EMBEDDING_TOKENS": 4, "TRAIN_POLICY": "false"}
-    run_script(train_dpo, **options | guided)
+    run_script(train_dpo, **options | guided | {"PROMPT_LEARNING_RATE": 1.0})
+    moved = abs(read(tmp_path / "run/eval.json")["kl"]) > 1e-4
+    assert moved == (loss == "dpo"), "its answers are asked for with the vectors, those of new_pref_po without"
     vectors = load_file(tmp_path / "run/prompt_embedding.safetensors")["prompt_embeddings"]
     assert vectors.shape == (4, 32)
     path = tmp_path / "run/prompt_embedding.safetensors"
@@ -142,6 +144,34 @@ def test_trained_vectors_serve_another_run(options, tmp_path, loss):
     frozen, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
     assert all(torch.equal(before[name], frozen[name]) for name in before)
     assert not torch.equal(before["model.norm.weight"], trained["model.norm.weight"])
+
+
+def test_a_reward_model_is_no_policy(options, judges):
+    with pytest.raises(SystemExit, match=r"MODEL = .* is a reward model: name a language model"):
+        run_script(train_dpo, **options | {"MODEL": judges["scalar"]})
+
+
+@pytest.mark.parametrize("variable", [{"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}])
+def test_launchers_that_take_the_weights_apart_are_refused(options, tmp_path, monkeypatch, variable):
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="the scripts here need them whole: use configs/multi_gpu.yaml"):
+        run_script(train_dpo, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preference_must_fit_behind_the_persona_of_the_rows(tokenizer):
+    from datasets import Dataset
+
+    from utils import guidance
+
+    said = guidance.text_guidance("Please be brief and kind.")
+    system = {"role": "system", "content": "You are a teacher. " * 8}
+    rows = Dataset.from_list([{"chosen": [system, {"role": "user", "content": "Hi"}]}])
+    guidance.check_room(tokenizer, said, 400, rows)
+    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit"):
+        guidance.check_room(tokenizer, said, 120, rows)
+    guidance.check_room(tokenizer, said, 120, Dataset.from_list([{"chosen": [{"role": "user", "content": "Hi"}]}]))
 
 
 def test_an_adapter_folder_is_a_start_and_the_reference_is_that_model(options, tmp_path):
@@ -216,6 +246,13 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
             "LABEL_SMOOTHING = 0.1 is for dpo, sipa, simpo, not for LOSS = 'ipo'",
         ),
         ({"ENGINE": "trl", "LOSS": "orpo"}, "ENGINE = 'trl' knows dpo, ipo, hinge, sipa"),
+        ({"ENGINE": "trl", "LABEL_SMOOTHING": 0.1}, "LABEL_SMOOTHING = 0.1 is for ENGINE = pairs"),
+        ({"ENGINE": "trl", "EVAL_EVERY_STEPS": 5}, "EVAL_EVERY_STEPS = 5 is for ENGINE = pairs"),
+        ({"PROMPT_EMBEDDING_PATH": "x.pt"}, "PROMPT_EMBEDDING_PATH is for GUIDANCE = embedding"),
+        ({"GUIDANCE": "embedding", "TRAIN_POLICY": "false", "USE_LORA": "true"}, "USE_LORA adds adapters to a policy"),
+        ({"REWARD_MODEL": "x", "SAMPLE_PROMPTS": 0}, "REWARD_MODEL compares sampled answers"),
+        ({"SEED": -1}, "SEED = -1: expected 0 or more"),
+        ({"WARMUP_SHARE": 2.0}, "WARMUP_SHARE = 2.0: expected a share from 0 to 1"),
         ({"BETA": -1.0}, "BETA = -1.0"),
         ({"REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
         ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_TOKENS": 100}, "PROMPT_EMBEDDING_TOKENS = 100 does not fit"),
@@ -226,59 +263,6 @@ def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
     with pytest.raises(SystemExit) as stop:
         run_script(train_dpo, **options | constants)
     assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
-
-
-# the shell way in
-
-
-def shell(tmp_path, **variables):
-    environment = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in variables.items()}}
-    return subprocess.run(["./train_helpsteer.sh"], cwd=ROOT, capture_output=True, text=True, env=environment)
-
-
-def test_the_shell_script_shows_what_it_starts(sample_folder, tmp_path):
-    done = shell(tmp_path, DRY_RUN=1, DATA_DIR=sample_folder, GPUS=2, CONFIG="configs/fsdp.yaml", BETA=0.2)
-    assert done.returncode == 0, done.stderr
-    assert "HelpSteer_new_pref_po_Text/HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.2-alpha0.1" in done.stdout
-    assert "accelerate launch --config_file configs/fsdp.yaml --num_processes 2 train_dpo.py" in done.stdout
-    options = {word[2:].upper() for word in done.stdout.split() if word.startswith("--")}
-    assert options - {"CONFIG_FILE", "NUM_PROCESSES"} <= set(train_dpo.__dict__)
-
-
-@pytest.mark.parametrize(
-    "variables, message",
-    [
-        ({"TRAINING_MODE": "song"}, "TRAINING_MODE = 'song' is not known, choose one of: none text embedding"),
-        ({"TRAINING_MODE": "none"}, "LOSS_NAME = new_pref_po learns from a preference in the prompt"),
-        ({"PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not there"),
-        ({"GPUS": "many"}, "GPUS = 'many': expected a whole number"),
-        ({"GPUS": "2", "CONFIG": "no.yaml"}, "CONFIG = 'no.yaml' is not there, here: configs/deepspeed_zero2.yaml"),
-        ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py"),
-    ],
-)
-def test_the_shell_script_checks_its_variables(sample_folder, tmp_path, variables, message):
-    done = shell(tmp_path, **{"DATA_DIR": sample_folder} | variables)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_shell_script_trains(options, tmp_path):
-    copied = {"DATA_DIR": options["DATA_DIR"], "POLICY_MODEL_PATH": options["MODEL"], "MODEL_SHORT_NAME": "Tiny"}
-    environment = {**os.environ, "PYTHON": sys.executable, **copied}
-    rest = [f"--{name.lower()}={value}" for name, value in options.items() if name not in ("DATA_DIR", "MODEL")]
-    done = subprocess.run(["./train_helpsteer.sh", *rest], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert read(tmp_path / "run/run.json")["settings"]["LOSS"] == "new_pref_po"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_the_configuration(path):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    found = load_config_from_file(str(path))
-    kinds = {"multi_gpu": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
-    assert found.distributed_type.value == kinds[path.stem] and found.num_processes == 2
-    if "zero" in path.stem:
-        assert found.deepspeed_config["zero_stage"] == int(path.stem[-1])
 
 
 def test_weights_are_hashed_by_value_whatever_their_shape():

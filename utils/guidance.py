@@ -71,9 +71,14 @@ def vector_guidance(tokenizer: PreTrainedTokenizerBase, vectors: torch.Tensor) -
     stop("GUIDANCE = 'embedding' needs a tokenizer with a special token (unknown, padding, begin or end)")
 
 
-def check_room(tokenizer: PreTrainedTokenizerBase, guidance: Guidance, max_length: int) -> None:
-    """End the script where a short prompt with the preference does not fit half of the window."""
-    needed = len(prompt_ids(tokenizer, guidance.add([{"role": "user", "content": "Hi"}])))
+def check_room(tokenizer: PreTrainedTokenizerBase, guidance: Guidance, max_length: int, rows: Dataset) -> None:
+    """End the script where a short prompt behind the rows' longest system turn, with the preference, does not fit."""
+    first = [messages[0] for messages in rows["chosen"]]
+    persona = max(
+        (turn for turn in first if turn["role"] == "system"), key=lambda turn: len(turn["content"]), default=None
+    )
+    short = [*([persona] if persona else []), {"role": "user", "content": "Hi"}]
+    needed = len(prompt_ids(tokenizer, guidance.add(short)))
     if needed > max_length // 2:
         what = "PREFERENCE_TEXT" if guidance.vectors is None else f"PROMPT_EMBEDDING_TOKENS = {len(guidance.vectors)}"
         stop(f"{what} does not fit: a short prompt with it takes {needed} tokens, and prompts get {max_length // 2}")
@@ -113,7 +118,8 @@ def start_vectors(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: st
     if not ids:
         stop("PREFERENCE_TEXT is empty: the vectors start from the embeddings of its tokens")
     ids = [ids[i % len(ids)] for i in range(count or len(ids))]
-    return model.get_input_embeddings().weight.detach()[torch.tensor(ids)].float().clone()
+    with torch.no_grad():  # through the layer: some scale what is in their weights
+        return model.get_input_embeddings()(torch.tensor(ids)).float().clone()
 
 
 def save_vectors(vectors: torch.Tensor, folder: Path) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from utils.models import plain
+from utils.runs import stop
 
 PADDING, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3  # what a position of a shared row belongs to
 
@@ -45,3 +46,26 @@ def with_vectors(body: nn.Module, ids: torch.Tensor, at: torch.Tensor, vectors: 
     here = (place >= 0) & (place < len(vectors)) & (at[:, None] >= 0)
     put = vectors[place.clamp(0, len(vectors) - 1)].to(embedded.dtype)  # [batch, length, hidden]
     return torch.where(here[..., None], put, embedded)
+
+
+@torch.no_grad()
+def check_shared_rows(model: nn.Module, row: dict, collator: object) -> None:
+    """End the script where the rejected answer of a shared row would see the chosen one.
+
+    Attention obeys the mask of a shared row; convolutions and linear attention, which some architectures have, do not.
+    row: of a processed folder. collator: a PairCollator.
+    """
+    was, prompt = model.training, row["input_ids"][: sum(row["attention_mask"])]
+    alone = row | {"chosen_ids": row["rejected_ids"], "rejected_ids": []}
+    model.eval()
+    found = []
+    for one, side in ((row, 1), (alone, 0)):
+        batch = collator.shared_rows([prompt], [one], "none")
+        found.append(hidden_states(model, batch)[0, batch["ends"][0, side]])
+    model.train(was)
+    difference = ((found[0] - found[1]).abs().max() / found[1].abs().max()).item()
+    if difference > 1e-2:
+        stop(
+            f"in this architecture an answer sees the other one of its pair (states differ by {difference:.2g}): pairs "
+            "share a row here, and only attention can be told not to look"
+        )

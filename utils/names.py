@@ -38,10 +38,10 @@ def run_names(dataset: str, mode: str, model: str, loss: str, beta: float, alpha
 
 
 def main(words: list[str]) -> None:
-    """Print project and run for DATA_DIR, GUIDANCE, MODEL, LOSS, BETA, ALPHA: for shell scripts."""
-    data_dir, guidance, model, loss, beta, alpha = words
+    """Print project and run for DATA_DIR, GUIDANCE, MODEL_SHORT_NAME, MODEL, LOSS, BETA, ALPHA: for shell scripts."""
+    data_dir, guidance, short, model, loss, beta, alpha = words
     dataset = read_json(Path(data_dir) / "metadata.json")["dataset_name"]
-    print(*run_names(dataset, MODES[guidance], short_model(model), loss, float(beta), float(alpha)))
+    print(*run_names(dataset, MODES[guidance], short or short_model(model), loss, float(beta), float(alpha)))
 
 
 if __name__ == "__main__":

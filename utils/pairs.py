@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, disable_caching, load_from_disk
 from torch import nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
@@ -21,6 +21,8 @@ from utils.hidden import CHOSEN, PADDING, PROMPT, REJECTED
 from utils.processed import refuse_sft_rows
 from utils.runs import needs, read_json, say, stop
 from utils.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
+
+disable_caching()  # else each change of rows leaves a file in the processed folder, which is not ours to write in
 
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # positions in one pass: what keeps the device busy
 
@@ -77,11 +79,11 @@ def pair_lengths(rows: Dataset) -> np.ndarray:
 
 
 def ratings_of(rows: Dataset) -> tuple[list[float], list[float] | None]:
-    """(all ratings of the answers that there are, means of the five attributes or None where a row has none)."""
+    """(all ratings of the answers that there are, means of the five attributes or None where no answer has any)."""
     sides = ("chosen", "rejected")
     ratings = [rating for side in sides for rating in rows[f"{side}_rating"] if rating is not None]
-    attributes = [given for side in sides for given in rows[f"{side}_attributes"]]
-    return ratings, np.mean(attributes, axis=0).tolist() if all(attributes) else None
+    attributes = [given for side in sides for given in rows[f"{side}_attributes"] if given]
+    return ratings, np.mean(attributes, axis=0).tolist() if attributes else None
 
 
 def answer_tokens(rows: Dataset) -> np.ndarray:
@@ -230,8 +232,7 @@ def forward_pairs(
     model: a module whose forward takes a batch of PairCollator and returns {name: tensor [batch, ...]}.
     accelerator: an accelerate.Accelerator; its autocast is used. Returns float32 arrays [rows, ...].
     """
-    order = np.argsort(-pair_lengths(rows), kind="stable")
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = like_length(pair_lengths(rows), 2 * TOKENS_AT_ONCE[accelerator.device.type], batch_size)
     world, me = accelerator.num_processes, accelerator.process_index
     found = []
     was_training = model.training
@@ -246,6 +247,21 @@ def forward_pairs(
             found.append((batches[mine], {name: value.float().cpu().numpy() for name, value in output.items()}))
     model.train(was_training)
     return in_order(gather_object(found), len(rows))
+
+
+def like_length(lengths: np.ndarray, tokens: int, count: int = 0) -> list[list[int]]:
+    """Places in `lengths`, in parts of like length, the longest first: at most `tokens` positions with the padding.
+
+    count: at most so many in a part, 0 = any number. What is longer than `tokens` is a part of its own.
+    """
+    parts: list[list[int]] = []
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        room = parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= tokens
+        if room and (not count or len(parts[-1]) < count):
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
 
 
 def in_order(found: list[tuple[np.ndarray, dict]], count: int) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from utils.losses import Knobs, LogProbs, PolicyLoss
 from utils.runs import stop
 
 SHARED = ("input_ids", "segments", "position_ids")  # tensors of a batch that have a length
+PULL_SCALE = 2.0**12  # of a gradient on its way through fp16 activations, in which it would be rounded to 0
 ROUNDING = {"fp32": 2e-3, "bf16": 0.1, "fp16": 0.05}  # by which the first loss may differ, as a share of it
 
 
@@ -34,7 +35,7 @@ class PolicyPairs(nn.Module):
     ):
         super().__init__()
         self.model = model
-        self.vectors = nn.Parameter(vectors, requires_grad=train_vectors) if vectors is not None else None
+        self.vectors = nn.Parameter(vectors.clone(), requires_grad=train_vectors) if vectors is not None else None
         self.register_buffer("start", vectors.clone() if vectors is not None else None, persistent=False)
         self.without_adapter = reference == "adapter"
         self.frozen = [reference.eval().requires_grad_(False)] if isinstance(reference, nn.Module) else []  # no part
@@ -152,8 +153,8 @@ class PolicyPairLoss:
     def pull_of_vectors(self, guided: torch.Tensor) -> torch.Tensor:
         """Zero, with the gradient of sum(-log sigma(beta r_p)) for the vectors alone; the policy gets none of it."""
         wanted = -functional.logsigmoid(self.knobs.beta * (guided[:, 0] - guided[:, 1])).sum()
-        (gradient,) = torch.autograd.grad(wanted, self.module.vectors, retain_graph=True)
-        pull = (self.module.vectors * gradient).sum()
+        (gradient,) = torch.autograd.grad(PULL_SCALE * wanted, self.module.vectors, retain_graph=True)
+        pull = (self.module.vectors * gradient / PULL_SCALE).sum()
         return pull - pull.detach()
 
 

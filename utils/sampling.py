@@ -1,6 +1,7 @@
 """Answers of a policy: batched generation, and the log-probs of what was generated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from utils.guidance import Guidance
 from utils.hidden import with_vectors
 from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import autocast, plain
-from utils.pairs import TOKENS_AT_ONCE, PairCollator, row_multiple
+from utils.pairs import TOKENS_AT_ONCE, PairCollator, like_length, row_multiple
 from utils.rows import Message
 from utils.tokens import end_of_turn, fitted_prompt
 
@@ -106,7 +107,7 @@ def generate(
         mine = order[start : start + batch_size]
         given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
         luck = draws(temperature, [(seed, numbers[i]) for i in mine], top_k, top_p)
-        with autocast(model.device, precision):
+        with autocast(model.device, precision), float32_head(model):
             written = model.generate(
                 **given,
                 max_new_tokens=max_new_tokens,
@@ -123,6 +124,26 @@ def generate(
             answers[i] = Answer(prompts[i], ids, text, end is not None)
     model.train(was)
     return [answers[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def float32_head(model: nn.Module) -> Iterator[None]:
+    """The head in float32 whatever the precision of the body: answers are then drawn from what `logps_of` reads.
+
+    In bfloat16 the logits of a large vocabulary lie in steps of 0.06 and more, which ties the likeliest tokens.
+    """
+    head = model.get_output_embeddings()
+    forward = head.forward
+
+    def exact(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(hidden.float())
+
+    head.forward = exact
+    try:
+        yield
+    finally:
+        del head.forward  # the method of its class again
 
 
 def left_padded(
@@ -194,18 +215,8 @@ def read_answers(
 
 
 def parts_of(answers: list[Answer], tokens: int) -> list[list[int]]:
-    """Places in `answers`, in parts of like length, the longest first, of at most `tokens` positions with the padding.
-
-    An answer that is longer is a part of its own.
-    """
-    lengths = [len(answer.prompt_ids) + len(answer.ids) for answer in answers]
-    parts: list[list[int]] = []
-    for i in sorted(range(len(answers)), key=lambda i: -lengths[i]):
-        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= tokens:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return parts
+    """Places in `answers`, in parts of at most `tokens` positions; see `like_length`."""
+    return like_length([len(answer.prompt_ids) + len(answer.ids) for answer in answers], tokens)
 
 
 def batch_of(answers: list[Answer], guidance: Guidance | None = None, multiple: int = 1) -> dict[str, torch.Tensor]:
