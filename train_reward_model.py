@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Run, at_least, first_process, needs, pick, say, script, stop
+from utils.runs import Run, at_least, first_process, needs, pick, say, script, shares, stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,8 +34,8 @@ ANSWERS_ONLY = False  # train without the prompts: a shortcut, for SHORTCUT_MODE
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder, also that of an earlier reward model
 HEAD = "scalar"  # scalar = a number | distribution = P(grade) for 1 to 10 | attributes = the five ratings
-RATING = ""  # weighs the attributes in the reward, see RATINGS in utils/rows.py; "" = as the data were rated
-FREEZE_LAYERS = 0  # leave the embeddings and so many lower layers as they are, 0 = train all
+RATING = ""  # of HEAD = attributes: their weights, see RATINGS in utils/rows.py; "" = as the data were rated
+FREEZE_LAYERS = 0  # leave the embeddings and so many lower layers as they are (no adapters either), 0 = train all
 USE_LORA = False  # train low-rank adapters and the head instead of all weights
 LORA_RANK = 16  # of the adapters
 LORA_ALPHA = 32  # adapters count alpha / rank
@@ -89,7 +89,7 @@ def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool,
         if not 0 <= value <= (0.5 if name == "LABEL_SMOOTHING" else 1):
             stop(f"{name} = {value}: expected a share from 0 to {0.5 if name == 'LABEL_SMOOTHING' else 1}")
     if (loss in NEED_RATINGS or options["RATING_WEIGHT"]) and not rated:
-        stop(f"these rows have no ratings, which PAIR_LOSS = {loss!r} or RATING_WEIGHT needs: use bradley_terry")
+        stop(f"not all of these rows have ratings, which PAIR_LOSS = {loss!r} or RATING_WEIGHT needs: leave both out")
     if head == "attributes" and not attributed:
         stop("these rows have no attributes, which HEAD = attributes learns: load nvidia/HelpSteer2, or use scalar")
     if engine == "trl" and (loss != "bradley_terry" or any(options.values())):
@@ -105,13 +105,29 @@ def main(settings: dict) -> None:
         return
     # 1. check
     pick(ENGINES, "ENGINE", ENGINE)
+    if ENGINE == "trl" and EVAL_EVERY_STEPS:
+        stop("EVAL_EVERY_STEPS is for ENGINE = pairs: with trl there is one evaluation, at the end")
     at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
-    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, WARMUP_SHARE=WARMUP_SHARE)
+    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
+    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
+    shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
     at_least(0, FREEZE_LAYERS=FREEZE_LAYERS, CONTROL_PAIRS=CONTROL_PAIRS, HEAD_LEARNING_RATE=HEAD_LEARNING_RATE)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
-    from utils import controls, heads, judging, models, pairs, quality, quality_plots, rewards, training, trl_engine
+    from utils import (
+        controls,
+        heads,
+        hidden,
+        judging,
+        models,
+        pairs,
+        quality,
+        quality_plots,
+        rewards,
+        training,
+        trl_engine,
+    )
     from utils.losses import PAIR_LOSSES
     from utils.rows import RATINGS
 
@@ -120,9 +136,11 @@ def main(settings: dict) -> None:
     pick(named, "PAIR_LOSS", pair_loss)
     if RATING:
         pick(RATINGS, "RATING", RATING)
+        if HEAD != "attributes":
+            stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
     judging.check_penalty(LENGTH_PENALTY)
     if SHORTCUT_MODEL:
-        rewards.RewardModel.load(SHORTCUT_MODEL, DEVICE, constant="SHORTCUT_MODEL")
+        judging.load_shortcut_model(SHORTCUT_MODEL)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
     # 2. load
@@ -151,12 +169,15 @@ def main(settings: dict) -> None:
     collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
     set_seed(SEED)
     model = rewards.start_model(MODEL, tokenizer, reading)
+    hidden.check_shared_rows(model, rows[0], collator)
     head_rate = LEARNING_RATE if model.score.weight.any() else HEAD_LEARNING_RATE or LEARNING_RATE
     models.freeze_lower(model, FREEZE_LAYERS)
     if USE_LORA:
-        model = models.add_lora(model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, head="score")
+        model = models.add_lora(
+            model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, "score", FREEZE_LAYERS
+        )
     if GRADIENT_CHECKPOINTING:
-        training.use_gradient_checkpointing(model)
+        models.use_gradient_checkpointing(model)
     say(f"{MODEL}: {models.count_parameters(model)}, on {len(trained_on)} pairs, {len(validation)} for validation")
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
@@ -192,7 +213,7 @@ def main(settings: dict) -> None:
 
     loss = heads.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
     if ENGINE == "trl":
-        trainer = trl_engine.reward_trainer(model, trained_on, tokenizer, run, arguments)
+        trainer = trl_engine.reward_trainer(model, trained_on, tokenizer, run, arguments, {"score": head_rate})
     else:
         module, args = rewards.RewardPairs(model), arguments(TrainingArguments)
         trainer = training.PairTrainer(module, args, trained_on, collator, loss, run, accuracy, {"score": head_rate})
@@ -209,7 +230,11 @@ def main(settings: dict) -> None:
     untrained = partial(rewards.untrained, MODEL, reading, device, SEED)
     lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained, SHORTCUT_MODEL)
     shared = bool(epochs) and measured_on == "validation"
-    result = quality.report(lines) | {"measured_on": measured_on, "epochs": epochs, "selection_shares_rows": shared}
+    result = quality.report(lines, reading.length_penalty) | {
+        "measured_on": measured_on,
+        "epochs": epochs,
+        "selection_shares_rows": shared,
+    }
     # 6. save
     if first_process():
         facts = {"max_length": metadata["max_length"], "answers_only": ANSWERS_ONLY}
@@ -217,8 +242,8 @@ def main(settings: dict) -> None:
         rewards.save(model, tokenizer, run.folder, reading, rows, collator, **facts)
         quality_plots.write_results(run.folder, result, lines, run.record)
     trainer.accelerator.wait_for_everyone()
-    training.remove_checkpoints(run.folder)
     run.finish()
+    training.remove_checkpoints(run.folder)
     # 7. say where it is
     say(quality.told(result))
     say(f"written: {run.folder}")

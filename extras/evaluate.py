@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Run, at_least, check_run_folder, needs, say, script, stop
+from utils.runs import Run, at_least, check_run_folder, needs, read_json, say, script, stop
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,11 +59,12 @@ def pairs_of_another_origin(dataset: str, max_rows: int) -> Dataset:
     from utils.rows import Ledger, finished_row
     from utils.sources import open_source
 
-    source, ledger = open_source(dataset, "average"), Ledger()
+    source, ledger = open_source(dataset, ""), Ledger()
+    role = list(source.splits)[-1]  # what the source holds out, where it does: the model may have learned the rest
+    say(f"judged on the pairs of {dataset}, split {source.split_used[role]}")
     pairs = [
         finished_row(pair, "") | {"subset": pair.get("subset", "")}
-        for role, read in source.splits.items()
-        for pair in checked_pairs(read, source.layouts[role], "average", role, 0.0, ledger)
+        for pair in checked_pairs(source.splits[role], source.layouts[role], "average", role, 0.0, ledger)
     ]
     if ledger.entries:
         say("left out: " + ", ".join(f"{count} {reason}" for reason, count in ledger.counts().items()))
@@ -82,6 +83,8 @@ def in_its_window(rows: Dataset, model: RewardModel) -> Dataset:
     different = [i for i, equal in enumerate(rows["equal_after_cut"]) if not equal]
     if len(different) < len(rows):
         say(f"{len(rows) - len(different)} of {len(rows)} pairs are equal in its window and are left out")
+    if not different:
+        stop(f"no pair differs in the window of {model.max_length} tokens: other pairs are needed")
     return closed_answers(rows.select(different), model.tokenizer)
 
 
@@ -93,13 +96,15 @@ def judge_pairs(
 
     import numpy as np
 
-    from utils import judging, quality, rewards
-    from utils.runs import read_json
+    from utils import judging, models, quality, rewards
 
     rows = in_its_window(rows, model)
     say(f"{name}: {model.reading.head} head, window of {model.max_length} tokens, {len(rows)} pairs")
     weights = model.config.get("surface_weights")
     started_from = read_json(f"{name}/run.json").get("settings", {}).get("MODEL")
+    if started_from and controls and not models.is_there(started_from):
+        say(f"not compared with an untrained head: {started_from}, which {name} was trained from, cannot be had here")
+        started_from = ""
     device = model.model.device
 
     def outputs_of(some: Dataset, other: object = None) -> np.ndarray:
@@ -116,7 +121,7 @@ def judge_pairs(
         partial(rewards.untrained, started_from, model.reading, device, seed) if started_from else None,
         shortcut,
     )
-    return quality.report(lines), lines
+    return quality.report(lines, model.reading.length_penalty), lines
 
 
 def compare_policies(
@@ -162,12 +167,16 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, CONTROL_PAIRS=CONTROL_PAIRS, PROMPTS=PROMPTS, BEST_OF_N=BEST_OF_N)
     if TEMPERATURE <= 0:
         stop(f"TEMPERATURE = {TEMPERATURE}: expected more than 0; greedy answers are compared anyway")
-    check_run_folder(OUTPUT_DIR)
-    if not DATASET or POLICIES:
+    check_run_folder(OUTPUT_DIR, settings)
+    if not DATASET:
         needs(f"{DATA_DIR}/{SPLIT}", made_by="load_helpsteer_dataset.py")
-    from utils import frontier, models, pairs, quality, quality_plots, rewards
+    from utils import frontier, judging, models, pairs, quality, quality_plots, rewards
 
     device, precision = models.choose_machine(DEVICE, PRECISION)
+    if POLICIES and (DATASET or SHORTCUT_MODEL):
+        stop("DATASET and SHORTCUT_MODEL are for judging pairs; POLICIES answer the prompts of DATA_DIR: leave one out")
+    if SHORTCUT_MODEL:
+        judging.load_shortcut_model(SHORTCUT_MODEL)
     facts = {"device": str(device), "precision": precision, "began": began}  # an older run stays until this one is done
     # 2. compare policies
     if POLICIES:
@@ -189,6 +198,8 @@ def main(settings: dict) -> None:
         rows = pairs_of_another_origin(DATASET, MAX_ROWS) if DATASET else pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
         result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, SHORTCUT_MODEL, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
+        chosen = read_json(f"{REWARD_MODEL}/eval.json").get("epochs")  # on validation, which then flatters
+        result["selection_shares_rows"] = bool(chosen) and not DATASET and SPLIT == "validation"
         run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         quality_plots.write_results(run.folder, result, lines)
         say(quality.told(result))

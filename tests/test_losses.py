@@ -79,6 +79,8 @@ def test_win_and_tie_probability_equal_plain_loops(logits):
         p, q = softmax(better.tolist()), softmax(worse.tolist())
         assert win.exp().item() == pytest.approx(sum(p[i] * q[j] for i in range(10) for j in range(i)), rel=1e-5)
         assert tie.exp().item() == pytest.approx(sum(p[i] * q[i] for i in range(10)), rel=1e-5)
+        scaled = scaled_win(better[None], worse[None], torch.tensor([0.6])).item()
+        assert scaled == pytest.approx(-0.6 * math.log(sum(p[i] * q[j] for i in range(10) for j in range(i))), rel=1e-4)
     total = log_win(*logits).exp() + log_win(*reversed(logits)).exp() + log_tie(*logits).exp()
     torch.testing.assert_close(total, torch.ones(4))
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from utils.controls import length_balanced, shuffled_prompts, without_prompts
 from utils.heads import Reading
 from utils.judging import lines_of, set_reading, shortcuts_right, surface_weights
-from utils.quality import ITSELF, NAMES, report, told
+from utils.quality import NAMES, length_bands, report, told
 from utils.shortcuts import SURFACE, fit_logistic, surface
 
 
@@ -63,6 +63,36 @@ def test_content_is_found_where_length_says_nothing_and_where_it_does():
         assert found["shortcuts"][found["best_shortcut"]]["p_value"] < 0.01
 
 
+def test_better_than_the_best_shortcut_means_better_than_each():
+    """A rival that is right on other pairs is harder to beat than a more accurate one that is right on the same."""
+    rows, right = planted_rows(200, 0.5), np.arange(200) < 120
+    outputs = np.stack([right, ~right], axis=1)[..., None].astype(np.float32)  # right on the first 120
+    nested, other = np.arange(200) < 112, np.arange(200) >= 95
+    few = np.where(np.arange(200) < 9, 1.0, np.nan)
+    rivals = {"longer": nested, "surface": other & (np.arange(200) % 21 > 0), "untrained_head": few}
+    found = report(lines_of(rows, outputs, Reading("scalar"), {n: r.astype(float) for n, r in rivals.items()}))
+    shortcuts = found["shortcuts"]
+    assert found["best_shortcut"] == "longer" and shortcuts["longer"]["p_value"] < 0.05
+    assert shortcuts["surface"]["difference"] > 0.08 and found["verdict"].startswith(
+        f"not shown to be better than {NAMES['surface']}"
+    )
+    assert shortcuts["untrained_head"]["accuracy"] == 1.0, "of nine pairs: said, and no rival"
+
+
+def test_length_bands_equal_plain_python():
+    sizes = [(90, 100), (100, 90), (91, 100), (100, 100), (50, 100), (100, 50), (51, 100), (1, 100), (89, 100)]
+    masks = length_bands(np.array([(a - b) / max(a, b) for a, b in sizes]))
+    found = [next(name for name, mask in masks.items() if mask[i]) for i in range(len(sizes))]
+    assert np.sum(list(masks.values()), axis=0).tolist() == [1] * len(sizes), "each pair is in one band"
+    for (chosen, rejected), name in zip(sizes, found, strict=True):
+        ratio = min(chosen, rejected) * 10 / max(chosen, rejected)  # 9 is ten percent less
+        if ratio > 9:
+            assert name == "equal within 10 %"
+        else:
+            side = "chosen" if chosen > rejected else "rejected"
+            assert name == (f"{side} longer" if ratio > 5 else f"{side} much longer")
+
+
 def test_the_report_is_a_function_of_the_lines_and_the_lines_are_json(tmp_path):
     rows = planted_rows(60, 0.5)
     found, lines = report_of(rows, outputs_for(rows, 1.0, 0.0))
@@ -76,7 +106,7 @@ def test_the_report_is_a_function_of_the_lines_and_the_lines_are_json(tmp_path):
     margins = [line["chosen"] - line["rejected"] for line in found["worst_mistakes"]]
     assert margins == sorted(margins) and all(margin < 0 for margin in margins)
     assert told(found).splitlines()[-1] == found["verdict"]
-    assert set(found["shortcuts"]) <= set(NAMES) and set(ITSELF) <= set(NAMES)
+    assert set(found["shortcuts"]) == {"longer", "longer_in_window", "more_list_items", "surface"}
 
 
 def test_nothing_divides_by_zero_on_equal_rewards_and_missing_ratings():
@@ -165,7 +195,11 @@ def test_a_fitted_length_penalty_takes_off_what_people_do_not_reward():
     reading = Reading("scalar")
     set_reading(reading, "fit", rows, lambda _: outputs)
     assert reading.length_penalty > 0.2 and reading.win_scale == 1.0
-    after = report(lines_of(rows, outputs, reading, {"longer": np.zeros(300)}))
+    after = report(lines_of(rows, outputs, reading, {"longer": np.zeros(300)}), reading.length_penalty)
+    said = after["length_penalty"]
+    assert said["for_100_tokens"] == reading.length_penalty and "length_penalty" not in before
+    assert said["accuracy_without"] == pytest.approx(before["accuracy"])
+    assert said["length_correlation_without"] == pytest.approx(before["length_correlation"])
     assert after["accuracy"] > before["accuracy"] + 0.1
     assert abs(after["length_correlation"]) < before["length_correlation"]
     set_reading(reading, "0.25", rows, lambda _: outputs)

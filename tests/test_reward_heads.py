@@ -112,6 +112,32 @@ def test_evaluate_takes_pairs_of_another_origin_with_subsets(folders, tmp_path, 
     assert "left out: 1 equal_answers" in out and "a: " in out
 
 
+def test_evaluate_judges_what_a_source_holds_out(folders, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 7), ("test", 3)):
+        rows = [{"prompt": f"{name} {i}", "chosen": f"{i} {i}", "rejected": "no"} for i in range(count)]
+        (tmp_path / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {"DATASET": tmp_path / "data", "REWARD_MODEL": folders["scalar"], "DEVICE": "cpu"}
+    run_script(evaluate, **options, OUTPUT_DIR=tmp_path / "out")
+    assert read(tmp_path / "out/eval.json")["pairs"] == 3 and "split test" in capsys.readouterr().out
+    alike = {"prompt": "Q", "chosen": "word " * 400 + "good", "rejected": "word " * 400 + "bad"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(alike) + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="no pair differs in the window of 128 tokens"):
+        run_script(evaluate, **options | {"DATASET": tmp_path / "one.jsonl"}, OUTPUT_DIR=tmp_path / "other")
+
+
+def test_evaluate_goes_on_without_the_model_that_it_was_trained_from(folders, sample_folder, tmp_path, capsys):
+    shutil.copytree(folders["scalar"], tmp_path / "run")
+    record = read(tmp_path / "run/run.json")
+    record["settings"]["MODEL"] = "of/another-machine"
+    (tmp_path / "run/run.json").write_text(json.dumps(record), encoding="utf-8")
+    options = {"DATA_DIR": sample_folder, "MAX_ROWS": 20, "DEVICE": "cpu", "CONTROL_PAIRS": 4}
+    run_script(evaluate, **options, REWARD_MODEL=tmp_path / "run", OUTPUT_DIR=tmp_path / "out")
+    found = read(tmp_path / "out/eval.json")["shortcuts"]
+    assert "untrained_head" not in found and "without_prompt" in found
+    assert "not compared with an untrained head: of/another-machine" in capsys.readouterr().out
+
+
 def test_the_page_needs_nothing_else_and_escapes_what_rows_say(folders, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(folders["scalar"], folder)
@@ -163,9 +189,10 @@ def test_the_warm_start_from_attributes_ranks_as_they_did(folders, sample_folder
         assert not other.score.weight.any() and other.score.weight.shape[0] == 10
 
 
-def test_frozen_layers_do_not_move(model_folder, sample_folder, tmp_path):
+@pytest.mark.parametrize("lora", ["true", "false"])
+def test_frozen_layers_do_not_move(model_folder, sample_folder, tmp_path, lora):
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
-    run_script(train_reward_model, **options, FREEZE_LAYERS=1)
+    run_script(train_reward_model, **options, FREEZE_LAYERS=1, USE_LORA=lora)
     before, after = load_file(f"{model_folder}/model.safetensors"), load_file(tmp_path / "run/model.safetensors")
     moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
     assert moved and all("layers.1." in name or name == "model.norm.weight" for name in moved)
@@ -197,8 +224,13 @@ def test_a_model_of_answers_alone_does_not_see_the_prompt(model_folder, sample_f
     other = RewardModel.load(str(folders["scalar"]), device="cpu").score(asked)
     assert other[0] != other[1]
     evaluated = {"REWARD_MODEL": folders["scalar"], "SHORTCUT_MODEL": tmp_path / "answers", "DEVICE": "cpu"}
-    run_script(evaluate, **evaluated, DATA_DIR=sample_folder, OUTPUT_DIR=tmp_path / "out", MAX_ROWS=40)
-    assert read(tmp_path / "out/eval.json")["shortcuts"]["answers_only"]["pairs"] > 5
+    evaluated |= {"DATA_DIR": sample_folder, "OUTPUT_DIR": tmp_path / "out", "MAX_ROWS": 40}
+    run_script(evaluate, **evaluated)
+    found, itself = read(tmp_path / "out/eval.json")["shortcuts"]["answers_only"], read(tmp_path / "answers/eval.json")
+    assert found["pairs"] == itself["pairs"] > 5
+    assert found["accuracy"] == pytest.approx(itself["accuracy"]), "it reads the answers that it was trained on"
+    with pytest.raises(SystemExit, match=r"has seen prompts: name one of `train_reward_model.py --answers_only true`"):
+        run_script(evaluate, **evaluated | {"SHORTCUT_MODEL": folders["attributes"]})
 
 
 def test_any_model_with_one_output_is_a_reward_model(folders, tmp_path, model_folder):
@@ -207,10 +239,23 @@ def test_any_model_with_one_output_is_a_reward_model(folders, tmp_path, model_fo
     conversation = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]]
     ours, foreign = (RewardModel.load(str(path), device="cpu") for path in (folders["scalar"], tmp_path / "hub"))
     assert foreign.score(conversation).item() == pytest.approx(ours.score(conversation).item(), abs=1e-6)
+    (tmp_path / "hub/chat_template.jinja").unlink()
+    plain = RewardModel.load(str(tmp_path / "hub"), device="cpu")
+    assert render(plain.tokenizer, conversation[0], ask=False).startswith("User: Hi\nAssistant: Hello.")
+    assert plain.score(conversation).item() != ours.score(conversation).item()
     for name in (model_folder, str(folders["scalar"] / "plots"), "outputs/not_there"):
         with pytest.raises(SystemExit) as stop:
             RewardModel.load(name)
         assert "REWARD_MODEL" in str(stop.value) and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_and_batch_mates_change_no_score_where_pad_is_the_end_of_turn(folders, sample_folder, head):
+    conversations = [row["chosen"] for row in load_pairs(sample_folder, "validation", 6)]
+    model = RewardModel.load(str(folders[head]), device="cpu")
+    alone = torch.cat([model.score([conversation]) for conversation in conversations])
+    model.tokenizer.pad_token = model.tokenizer.eos_token
+    torch.testing.assert_close(model.score(conversations, batch_size=6), alone, atol=1e-5, rtol=0)
 
 
 def test_another_template_than_that_of_the_training_is_refused(folders, tmp_path):

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 import train_reward_model
 from tests.conftest import ROOT, run_script
 from utils import judging, training
+from utils.heads import PairLoss, reading_of
+from utils.pairs import PairCollator, load_pairs, ratings_of
 from utils.training import last_checkpoint
 
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -77,7 +79,7 @@ def test_several_seeds_give_mean_and_spread(model_folder, sample_folder, tmp_pat
     orders = [read(tmp_path / f"run-seeds/{seed}/run.json")["settings"]["SEED"] for seed in (3, 4)]
     assert orders == [3, 4] and not (tmp_path / "run").exists()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "seed 3: " in again.stdout and "is there" in again.stdout and "training" not in again.stdout
+    assert again.stdout.count("is there") == 2 and "saved" not in again.stdout
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,8 @@ def test_several_seeds_give_mean_and_spread(model_folder, sample_folder, tmp_pat
         ({"LENGTH_PENALTY": "much"}, "LENGTH_PENALTY = 'much': expected a number such as 0.1, or fit"),
         ({"FREEZE_LAYERS": 3}, "FREEZE_LAYERS = 3: this model has 2"),
         ({"RATING": "taste"}, "RATING = 'taste' is not known"),
+        ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
+        ({"ENGINE": "trl", "EVAL_EVERY_STEPS": 2}, "EVAL_EVERY_STEPS is for ENGINE = pairs"),
         ({"SEEDS": "one,two"}, "SEEDS = one,two: expected whole numbers such as 1,2,3"),
         ({"SHORTCUT_MODEL": "nowhere"}, "SHORTCUT_MODEL = 'nowhere' is not there"),
     ],
@@ -115,9 +119,80 @@ def test_losses_of_ratings_need_ratings(model_folder, tokenizer_folder, tmp_path
     run_script(load_helpsteer_dataset, **source, OUTPUT_DIR=tmp_path / "data")
     options = SMALL | {"DATA_DIR": tmp_path / "data", "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
     for constants in ({"PAIR_LOSS": "scaled"}, {"HEAD": "distribution", "RATING_WEIGHT": 0.5}):
-        with pytest.raises(SystemExit, match="these rows have no ratings"):
+        with pytest.raises(SystemExit, match="not all of these rows have ratings"):
             run_script(train_reward_model, **options | constants)
     with pytest.raises(SystemExit, match="these rows have no attributes"):
         run_script(train_reward_model, **options, HEAD="attributes")
     run_script(train_reward_model, **options, HEAD="distribution")
     assert read(tmp_path / "run/eval.json")["by_gap"] == {}
+
+
+def test_a_run_does_not_move_aside_what_it_reads(model_folder, sample_folder, tmp_path):
+    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
+    run_script(train_reward_model, **options)
+    with pytest.raises(SystemExit, match=r"is or holds MODEL, which this run reads: choose another name"):
+        run_script(train_reward_model, **options | {"MODEL": tmp_path / "run", "PAIR_LOSS": "scaled"})
+    assert read(tmp_path / "run/eval.json") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_epoch_whose_evaluation_was_killed_is_still_compared(model_folder, sample_folder, tmp_path, monkeypatch):
+    options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 2, "DATA_DIR": sample_folder, "MODEL": model_folder}
+    options |= {"SAVE_EVERY_STEPS": 10, "OUTPUT_DIR": tmp_path / "run"}  # 40 pairs are 10 steps an epoch
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(judging, "pairs_right", lambda *_: 1 / 0)
+        run_script(train_reward_model, **options)
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-10")
+    run_script(train_reward_model, **options)
+    assert set(read(tmp_path / "run/eval.json")["epochs"]["accuracies"]) == {"1", "2"}
+
+
+def planted_pairs(kind, count=400):
+    """Pairs in which the longer answer is mostly the chosen one, or in which the chosen one says a good word."""
+    random = np.random.default_rng(0)
+    words = ["the", "of", "and", "to", "in", "is", "it", "for", "on", "as", "with", "by", "at", "from"]
+    for i in range(count):
+        sizes = random.permutation(np.arange(4, 40))[:2]
+        texts = [list(random.choice(words, size)) for size in sizes]
+        if kind == "length":
+            texts.sort(key=len, reverse=bool(random.random() < 0.8))
+        else:
+            for text, word in zip(texts, ("good", "bad"), strict=True):
+                text[random.integers(len(text))] = word
+        yield {"prompt": f"Question {i}?", **dict(zip(("chosen", "rejected"), map(" ".join, texts), strict=True))}
+
+
+@pytest.mark.parametrize("kind", ["length", "content"])
+def test_what_was_planted_in_the_rows_is_what_the_report_finds(kind, model_folder, tokenizer_folder, tmp_path):
+    import load_helpsteer_dataset
+
+    lines = "".join(json.dumps(row) + "\n" for row in planted_pairs(kind))
+    (tmp_path / "pairs.jsonl").write_text(lines, encoding="utf-8")
+    source = {"DATASET": tmp_path / "pairs.jsonl", "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 128}
+    run_script(load_helpsteer_dataset, **source, OUTPUT_DIR=tmp_path / "data")
+    options = {"DATA_DIR": tmp_path / "data", "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "DEVICE": "cpu"}
+    run_script(train_reward_model, **options, EPOCHS=1, MAX_STEPS=120, LEARNING_RATE=3e-3, CONTROL_PAIRS=8)
+    result = read(tmp_path / "run/eval.json")
+    assert result["accuracy"] > 0.7, "it has learned what was planted"
+    if kind == "length":
+        assert result["verdict"].startswith("not shown") and result["length_correlation_in_window"] > 0.8
+    else:
+        assert result["verdict"].startswith("better than") and abs(result["length_correlation_in_window"]) < 0.3
+
+
+def test_attributes_are_learned_where_some_rows_have_none(sample_folder, tokenizer):
+    rows = load_pairs(sample_folder, "train", 8)
+    kinds = rows.features
+    gaps = [None if i % 2 else given for i, given in enumerate(rows["chosen_attributes"])]
+    rows = rows.remove_columns("chosen_attributes").add_column(
+        "chosen_attributes", gaps, feature=kinds["chosen_attributes"]
+    )
+    _, means = ratings_of(rows)
+    given = [row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"] if row]
+    assert len(given) == 12 and means == pytest.approx(np.mean(given, axis=0))
+    batch = PairCollator(0, 8)(list(rows))
+    losses, _ = PairLoss(reading_of("attributes", "average", [], means), "squared_error")(
+        {"outputs": torch.zeros(8, 2, 5)}, batch
+    )
+    rejected = (torch.tensor(rows["rejected_attributes"]) - torch.tensor(means)).square().mean(1) / 2
+    torch.testing.assert_close(losses[1::2], rejected[1::2])
+    assert (losses[::2] > rejected[::2]).all()

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.tokens import closed, end_of_turn, prompt_ids
 
+NOTHING_ASKED = [{"role": "user", "content": ""}]  # the prompt of who sees answers alone
 LENGTH_BINS = 4  # quarters of the pairs by how much their answers differ in length
 
 
@@ -23,7 +24,7 @@ def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset
 def without_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The rows with an empty user turn for a prompt: what can be told from the answers alone."""
     window = len(rows[0]["input_ids"])
-    empty = prompt_ids(tokenizer, [{"role": "user", "content": ""}])
+    empty = prompt_ids(tokenizer, NOTHING_ASKED)
     ids, mask = padded(empty, window, tokenizer.pad_token_id)
     return with_prompts(rows, [ids] * len(rows), [mask] * len(rows))
 

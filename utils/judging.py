@@ -1,6 +1,7 @@
 """What a reward model says of pairs, and what shortcuts say of the same pairs: the lines of predictions.jsonl."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,10 +41,18 @@ def judged(
     right = shortcuts_right(rows, surface_weights)
     right |= controls_right(outputs_of, untrained, rows, tokenizer, reading, control_pairs)
     if shortcut_model:
-        other = RewardModel.load(shortcut_model, constant="SHORTCUT_MODEL")  # its tokenizer and window may be others
+        other = load_shortcut_model(shortcut_model)  # its tokenizer and window may be others
         prompts, answers = [side[:-1] for side in rows["chosen"]], answers_of([rows["chosen"], rows["rejected"]])
         right["answers_only"] = wins(*other.reading.rewards(*other.read(prompts, answers)).numpy().T)
     return lines_of(rows, outputs_of(rows), reading, right)
+
+
+def load_shortcut_model(folder: str) -> RewardModel:
+    """SHORTCUT_MODEL on the best device, or an end to the script where it was trained on more than answers."""
+    model = RewardModel.load(folder, constant="SHORTCUT_MODEL")
+    if not model.config.get("answers_only"):
+        stop(f"SHORTCUT_MODEL = {folder!r} has seen prompts: name one of `train_reward_model.py --answers_only true`")
+    return model
 
 
 def pairs_right(outputs: np.ndarray, rows: Dataset, reading: Reading) -> np.ndarray:
@@ -92,7 +101,9 @@ def controls_right(
     found = {}
     for name, compute in outputs.items():
         found[name] = np.full(len(rows), np.nan)
-        found[name][some] = pairs_right(compute(), few, reading)
+        found[name][some] = pairs_right(
+            compute(), few, replace(reading, length_penalty=0.0) if name == "untrained_head" else reading
+        )
     return found
 
 
@@ -140,7 +151,8 @@ def set_reading(reading: Reading, penalty: str, few: Dataset, outputs_of: Output
     reading.length_penalty = 0.0 if penalty == "fit" else float(penalty)
     if penalty != "fit" and reading.head != "attributes":
         return
-    rewards, tokens = reading.rewards(torch.tensor(outputs_of(few))).numpy(), answer_tokens(few)
+    tokens = answer_tokens(few)
+    rewards = reading.rewards(torch.tensor(outputs_of(few)), torch.tensor(tokens)).numpy()
     columns = [rewards[:, 0] - rewards[:, 1]]
     if penalty == "fit":
         columns.append((tokens[:, 0] - tokens[:, 1]) / 100)

@@ -7,6 +7,7 @@ from utils.rows import hundredths
 from utils.shortcuts import bands_of
 
 MATCHED = 0.1  # answers are of equal length where they differ by less than this share of the longer one
+MUCH = 0.5  # and one is much longer from here on
 WORST = 10  # mistakes in eval.json
 NAMES = {  # key in eval.json: in words
     "longer": "'longer wins'",
@@ -19,17 +20,13 @@ NAMES = {  # key in eval.json: in words
     "shuffled_prompt": "itself with the prompts of other pairs",
 }
 ITSELF = ("without_prompt", "shuffled_prompt")  # say what the model reads, and are no rivals
-LENGTH_BANDS = {  # (chosen - rejected) / the longer one, in characters: from, up to
-    "rejected much longer": (-1.01, -0.5),
-    "rejected longer": (-0.5, -MATCHED),
-    "equal within 10 %": (-MATCHED, MATCHED),
-    "chosen longer": (MATCHED, 0.5),
-    "chosen much longer": (0.5, 1.01),
-}
 
 
-def report(lines: list[dict]) -> dict[str, object]:
-    """The content of eval.json: everything that can be said of these predictions, from them alone."""
+def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
+    """The content of eval.json: everything that can be said of these predictions, from them alone.
+
+    length_penalty: what was taken off these rewards for each 100 tokens; the report then says what that changes.
+    """
     both = {name: pair_of(lines, name) for name in ("", "_characters", "_tokens", "_rating")}
     right = wins(*both[""].T)
     accuracy = share_right(right)
@@ -42,21 +39,18 @@ def report(lines: list[dict]) -> dict[str, object]:
         "length_baseline": float(wins(*both["_characters"].T).mean()),
     }
     shortcuts = against_shortcuts(lines, right)
-    rivals = {name: entry for name, entry in shortcuts.items() if name not in ITSELF}
-    best = max(rivals, key=lambda name: rivals[name]["accuracy"])
-    found |= {"verdict": verdict(rivals[best], NAMES[best]), "best_shortcut": best, "shortcuts": shortcuts}
+    best, hardest = rivals(shortcuts, len(lines))
+    found |= {"verdict": verdict(shortcuts[hardest], NAMES[hardest]), "best_shortcut": best, "shortcuts": shortcuts}
     if "without_prompt" in shortcuts:
         found["prompt_verdict"] = verdict(shortcuts["without_prompt"], NAMES["without_prompt"])
     size = both["_characters"]
-    difference = (size[:, 0] - size[:, 1]) / np.maximum(size.max(axis=1), 1)
-    matched = np.abs(difference) < MATCHED
+    bands = length_bands((size[:, 0] - size[:, 1]) / np.maximum(size.max(axis=1), 1))
+    matched = bands["equal within 10 %"]
     gaps = np.vectorize(hundredths)(both["_rating"]) if not np.isnan(both["_rating"]).any() else None
     margin = both[""][:, 0] - both[""][:, 1]
     found |= {
         "by_gap": shares(right, bands_of(gaps[:, 0] - gaps[:, 1])) if gaps is not None else {},
-        "by_length_difference": shares(
-            right, {name: (low <= difference) & (difference < high) for name, (low, high) in LENGTH_BANDS.items()}
-        ),
+        "by_length_difference": shares(right, bands),
         "length_matched_accuracy": float(right[matched].mean()) if matched.any() else None,
         "length_matched_interval": interval(right[matched]) if matched.any() else None,
         "length_matched_pairs": int(matched.sum()),
@@ -70,11 +64,43 @@ def report(lines: list[dict]) -> dict[str, object]:
     }
     if "chosen_spread" in lines[0]:
         found["coverage_by_spread"] = coverage(right, -pair_of(lines, "_spread").sum(axis=1))
+    if length_penalty:
+        before = both[""] + length_penalty * both["_tokens"] / 100
+        found["length_penalty"] = {
+            "for_100_tokens": length_penalty,
+            "accuracy_without": float(wins(*before.T).mean()),
+            "length_correlation_without": correlation(before, np.log(np.maximum(size, 1))),
+        }
     subsets = {line["subset"] for line in lines} - {""}
     of = np.array([line["subset"] for line in lines])
     found["by_subset"] = shares(right, {name: of == name for name in sorted(subsets)})
     found["worst_mistakes"] = [lines[i] for i in np.argsort(margin)[:WORST] if margin[i] < 0]
     return found
+
+
+def rivals(shortcuts: dict[str, dict], pairs: int) -> tuple[str, str]:
+    """(the most accurate shortcut, the one that the model is held against), of those measured on all pairs.
+
+    A model that is right more often than each of them is held against the one it is least surely better than: where
+    that is shown, it is shown for all, and no correction for many tests is needed.
+    """
+    found = {name: entry for name, entry in shortcuts.items() if name not in ITSELF and entry["pairs"] == pairs}
+    best = max(found, key=lambda name: found[name]["accuracy"])
+    ahead = found[best]["difference"] > 0
+    return best, max(found, key=lambda name: found[name]["p_value"]) if ahead else best
+
+
+def length_bands(difference: np.ndarray) -> dict[str, np.ndarray]:
+    """Which pairs are of which kind, from (chosen - rejected) / the longer one [pairs], in characters."""
+    size = np.abs(difference)
+    much, equal = size >= MUCH, size < MATCHED
+    return {
+        "rejected much longer": much & (difference < 0),
+        "rejected longer": ~much & ~equal & (difference < 0),
+        "equal within 10 %": equal,
+        "chosen longer": ~much & ~equal & (difference > 0),
+        "chosen much longer": much & (difference > 0),
+    }
 
 
 def pair_of(lines: list[dict], name: str) -> np.ndarray:
@@ -107,7 +133,7 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def told(result: dict) -> str:
-    """The report in three lines."""
+    """The report in a few lines, the verdict last."""
     best, matched = result["best_shortcut"], result["length_matched_accuracy"]
     lines = [
         f"pair accuracy {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}] on "
@@ -116,4 +142,9 @@ def told(result: dict) -> str:
     ]
     if matched is not None:
         lines.append(f"on {result['length_matched_pairs']} pairs of equal length (within 10 %): {matched:.3f}")
+    if "length_penalty" in result:
+        penalty = result["length_penalty"]
+        lines.append(
+            f"with {penalty['for_100_tokens']:.3f} off for each 100 tokens; without: {penalty['accuracy_without']:.3f}"
+        )
     return "\n".join([*lines, result["verdict"]])

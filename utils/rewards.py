@@ -11,14 +11,14 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from utils.controls import without_prompts
+from utils.controls import NOTHING_ASKED, without_prompts
 from utils.heads import HEADS, Reading
 from utils.hidden import hidden_states
 from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, plain, save_with_proof
 from utils.pairs import PairCollator
 from utils.rows import Message
 from utils.runs import read_json, say, stop, write_json
-from utils.tokens import chat_template_sha256, encode_answers, load_tokenizer
+from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer, prompt_ids
 
 CONFIG_FILE = "reward_config.json"
 HUB_WINDOW = 4096  # most tokens of prompt and answer that a reward model of the hub is given
@@ -172,10 +172,9 @@ class RewardModel:
         The answers to a prompt, as many to each, share one window, as those of a pair do in training. What the
         outputs mean is in `reading`: rewards, probabilities, spread, entropy, P(one beats the other).
         """
-        if self.config.get("answers_only"):
-            prompts = [[{"role": "user", "content": ""}]] * len(prompts)
         encoded = encode_answers(self.tokenizer, prompts, answers, self.max_length, close=True)
-        ids = [pair.prompt_ids + answer for pair in encoded for answer in pair.answer_ids]
+        empty = prompt_ids(self.tokenizer, NOTHING_ASKED) if self.config.get("answers_only") else None
+        ids = [(empty or pair.prompt_ids) + answer for pair in encoded for answer in pair.answer_ids]
         tokens = torch.tensor([[len(answer) for answer in pair.answer_ids] for pair in encoded], dtype=torch.float32)
         return self.outputs_of_ids(ids, batch_size).view(*tokens.shape, -1), tokens
 
@@ -225,13 +224,15 @@ def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading,
     """(tokenizer, reading, window) of a reward model that was not trained here; one line where it is none."""
     made = "a run folder of train_reward_model.py or a reward model of the hub with one output"
     try:
-        config = AutoConfig.from_pretrained(name)
+        config, template = AutoConfig.from_pretrained(name), from_tokenizer_json(name).chat_template
     except (OSError, ValueError):
         stop(f"{constant} = {name!r} is not there: run `python train_reward_model.py` first, or name {made}")
     kinds = getattr(config, "architectures", None) or []
     if config.num_labels != 1 or not any("SequenceClassification" in kind for kind in kinds):
         stop(f"{constant} = {name!r} is no reward model with one output: name {made}")
-    tokenizer = load_tokenizer(name, constant=constant)
+    if not template:
+        say(f"{name} has no chat template: it reads `User: ...` and `Assistant: ...`")
+    tokenizer = load_tokenizer(name, "" if template else "plain", constant)
     window = min(HUB_WINDOW, getattr(config, "max_position_embeddings", HUB_WINDOW), tokenizer.model_max_length)
     return tokenizer, Reading("scalar"), window
 
@@ -240,25 +241,26 @@ def load_judges(reward_model: str, judge_model: str, device: str, precision: str
     """{"reward": the one a policy is trained on, "judge": a second one it never saw, where it is named}."""
     if judge_model and Path(judge_model).resolve() == Path(reward_model).resolve():
         stop(f"JUDGE_MODEL = {judge_model!r} is REWARD_MODEL itself: name a reward model that no policy was trained on")
-    require_worth(reward_model)
     judges = {"reward": RewardModel.load(reward_model, device, precision)}
+    require_worth(reward_model)
     if judge_model:
         judges["judge"] = RewardModel.load(judge_model, device, precision, constant="JUDGE_MODEL")
+        require_worth(judge_model, "JUDGE_MODEL")
     return judges
 
 
-def require_worth(folder: str) -> None:
+def require_worth(folder: str, constant: str = "REWARD_MODEL") -> None:
     """The floor for policies: refuse a reward model that is worse than a coin, warn where it beats no shortcut."""
     result = read_json(Path(folder) / "eval.json")
     if not result:
         say(f"WARNING: {folder} has no eval.json, so nobody knows whether it is better than a coin")
     elif result["accuracy_high"] < 0.5:
         stop(
-            f"REWARD_MODEL = {folder!r} is worse than a coin: {result['accuracy']:.3f} of its {result['pairs']} "
-            f"pairs, 95 % interval up to {result['accuracy_high']:.3f}. A policy trained on it would get worse"
+            f"{constant} = {folder!r} is worse than a coin: {result['accuracy']:.3f} of its {result['pairs']} "
+            f"pairs, 95 % interval up to {result['accuracy_high']:.3f}. Neither train nor judge by it"
         )
     elif not result["verdict"].startswith("better"):
         say(
-            f"WARNING: {folder} is {result['verdict']}.\nWARNING: a policy that is trained on it may learn that "
-            "shortcut and nothing else: look at length and at samples, not at the reward alone"
+            f"WARNING: {folder} is {result['verdict']}.\nWARNING: what it likes may be that shortcut and nothing "
+            "else: look at length and at samples, not at its rewards alone"
         )

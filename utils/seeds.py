@@ -15,7 +15,7 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
     written to OUTPUT_DIR-seeds/seeds.json: seeds, and for each figure values, mean, and std (of a sample; 0 for one).
     Ends the script with the exit code of a run that fails.
     """
-    folder = Path(f"{output_dir}-seeds")
+    folder = Path(f"{Path(output_dir)}-seeds")
     if not all(str(seed).isdigit() for seed in seeds):
         stop(f"SEEDS = {','.join(map(str, seeds))}: expected whole numbers such as 1,2,3")
     seeds = [int(seed) for seed in seeds]
