@@ -57,7 +57,7 @@ MASK_CUT = False  # answers that were cut count neither in the update nor in the
 # algorithm
 BASELINE = "moving_average"  # moving_average | running_mean | leave_one_out | none
 BASELINE_DECAY = 0.9  # share of the past in the moving average
-ADVANTAGE_NORM = "none"  # none | std: divide by the standard deviation of the step's advantages
+ADVANTAGE_NORM = "none"  # none | std: divide by the size (root mean square) of the step's advantages
 MAX_STEPS = 30  # optimizer steps
 LEARNING_RATE = 1e-5  # at its highest
 SCHEDULE = "constant"  # cosine | linear | constant
@@ -178,19 +178,22 @@ def check(batch: int, per_prompt: int, baseline: str, temperature: float, risk: 
 def main(settings: dict) -> None:
     # 1. check
     at_least(1, BATCH_SIZE=BATCH_SIZE, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, GENERATION_BATCH=GENERATION_BATCH)
-    at_least(1, MAX_NEW_TOKENS=MAX_NEW_TOKENS, MAX_STEPS=MAX_STEPS, LORA_RANK=LORA_RANK)
+    at_least(1, MAX_STEPS=MAX_STEPS, LORA_RANK=LORA_RANK)
     at_least(0, MAX_ROWS=MAX_ROWS, EVAL_PROMPTS=EVAL_PROMPTS, KL_BETA=KL_BETA, KL_LIMIT=KL_LIMIT, SEED=SEED)
     at_least(0, REWARD_CLIP=REWARD_CLIP, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
     at_least(0, MAX_GRAD_NORM=MAX_GRAD_NORM, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
+    at_least(max(1, LEAST_LENGTH), MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # shorter ones would stop the run at its first step
     shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
     check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE, RISK, WIN_REWARD)
+    if MASK_CUT and CUT_PENALTY:
+        stop("MASK_CUT leaves cut answers out of the update, so CUT_PENALTY would do nothing: set one of them")
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     import torch
     from accelerate.utils import gather_object
     from tqdm import tqdm
     from transformers import set_seed
 
-    from utils import comparing, engine, models, pairs, policies, policy_report, reinforce, training
+    from utils import comparing, engine, models, pairs, policies, policy_report, references, reinforce, training
     from utils import rewards as reward_models
 
     pick(reinforce.BASELINES, "BASELINE", BASELINE)
@@ -214,11 +217,12 @@ def main(settings: dict) -> None:
         model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     reference = policies.reference_of(model, trained=True)
     if GRADIENT_CHECKPOINTING:
-        training.use_gradient_checkpointing(model)
+        models.use_gradient_checkpointing(model)
     say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} prompts; {len(held_out)} held out for evaluation")
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
     facts |= {"train_prompts": len(rows), "reward_head": scorer.reading.head, "device": str(device)}
+    facts |= {"weights": references.weights_digest(model), "reward_weights": references.weights_digest(scorer.model)}
     run = Run(OUTPUT_DIR, settings, RESUME, **facts, precision=precision)
     trainer = engine.start_engine(
         reinforce.Policy(model, TEMPERATURE),
@@ -255,7 +259,7 @@ def main(settings: dict) -> None:
             loss, norm = update(trainer, samples, found[own].tolist(), MAX_GRAD_NORM)
             figures = reinforce.figures_of(everyone, found, baseline, loss, norm, time.monotonic() - began)
             figures["learning_rate"] = trainer.next_rate()
-            run.log(step + 1, **{name: round(value, 6) for name, value in figures.items()})
+            run.log(step + 1, **figures)
             accelerator.log(figures, step=step + 1)
             bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("reward", "kl")})
             if SAMPLE_EVERY_STEPS and step % SAMPLE_EVERY_STEPS == 0:
@@ -268,7 +272,7 @@ def main(settings: dict) -> None:
             if reason or asked:
                 accelerator.wait_for_everyone()  # a launcher kills the process that saves once another one has ended
             if reason:
-                stop(f"stopped at step {step + 1}, its state is saved in {run.folder}/checkpoints: {reason}")
+                stop(f"stopped at step {step + 1}, saved to be gone on with or started anew: {reason}")
             if asked:
                 say(f"stopped and saved at step {step + 1}: start the same command again to go on")
                 sys.exit(130)
@@ -284,12 +288,11 @@ def main(settings: dict) -> None:
         policy_report.save(model, tokenizer, run.folder, rows, pairs.PairCollator(tokenizer.pad_token_id))
         policy_report.write_reinforce_results(run.folder, result, lines, run.record)
     accelerator.wait_for_everyone()
-    training.remove_checkpoints(run.folder)
     run.finish()
+    training.remove_checkpoints(run.folder)
     accelerator.end_training()  # trackers are closed, and processes no longer wait for each other
     # 7. say where it is
-    say(policy_report.told(result))
-    say(f"written: {run.folder}")
+    say(f"{policy_report.told(result)}\nwritten: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}")
 
 

@@ -10,6 +10,7 @@ python -m extras.make_report --runs outputs/reward_model,outputs/evaluation --ou
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 
 from utils.config import override_constants
@@ -45,10 +46,18 @@ KINDS = {  # kind of run: a key of its eval.json, looked for in this order, and 
 
 
 def find_runs(named: tuple[str, ...], places: tuple[str, ...]) -> list[Path]:
-    """The folders named, or all with a run.json under the places; an end to the script where a named one is missing."""
+    """The folders named, or all with a run.json under the places; an end to the script where a named one is missing.
+
+    Runs that were moved aside, beside the one that took their place, are left out.
+    """
     if named:
         return [needs(Path(name) / "run.json", made_by="train_reward_model.py").parent for name in named]
-    return sorted(path.parent for place in places for path in Path(place).glob("**/run.json"))
+    found = sorted(path.parent for place in places for path in Path(place).glob("**/run.json"))
+    aside = re.compile(r"-\d{8}-\d{6}(-\d+)?$")  # what utils.runs.Run puts behind a name
+    older = [path for path in found if aside.search(path.name) and path.with_name(aside.sub("", path.name)) in found]
+    if older:
+        say(f"moved aside, so left out: {', '.join(map(str, older))}")
+    return [path for path in found if path not in older]
 
 
 def picture(path: Path) -> str:
@@ -115,12 +124,12 @@ def page(runs: list[dict], seeds: list[dict], data: list[dict]) -> str:
 
 @script
 def main(settings: dict) -> None:
-    folders = find_runs(RUNS, LOOK_IN)
-    runs, data = [read_run(folder, SAMPLES) for folder in folders], read_summaries(LOOK_IN)
+    folders, places = find_runs(RUNS, LOOK_IN), () if RUNS else LOOK_IN
+    runs, data = [read_run(folder, SAMPLES) for folder in folders], read_summaries(places)
     if not runs and not data:
         stop(f"no run.json under {' or '.join(LOOK_IN)}: run `python train_reward_model.py` first, or name RUNS")
     Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(OUTPUT), page(runs, read_seeds(LOOK_IN), data))
+    write_text(Path(OUTPUT), page(runs, read_seeds(places), data))
     unfinished = [run["name"] for run in runs if not run["result"]]
     if unfinished:
         say(f"not finished yet, so without figures: {', '.join(unfinished)}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from extras.rating import agreement, items, ratings, terminal
 from extras.rating.labels import LABELS as WORDS
 from utils.config import override_constants
+from utils.processed import refuse_sft_rows
 from utils.rows import prompt_text, with_persona
 from utils.runs import at_least, free_name, needs, pick, read_json, say, script, stop, write_json, write_text
 
@@ -59,8 +60,13 @@ def recipe(settings: dict) -> dict:
         names += ["SYSTEM_PROMPT", "MAX_LENGTH", "MAX_NEW_TOKENS", "TEMPERATURE"]
     chosen = {name: settings[name] for name in [*names, "LAYOUT", "HUMAN", "SEED"]}
     if settings["SAMPLES"]:
-        content = needs(settings["SAMPLES"], made_by="train_dpo.py").read_bytes()
-        chosen["samples_sha256"] = hashlib.sha256(content).hexdigest()
+        file = needs(settings["SAMPLES"], made_by="train_dpo.py")
+        if file.is_dir():
+            stop(f"SAMPLES = '{file}' is a folder: name the samples.jsonl in it")
+        chosen["samples_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    else:  # a policy may have been trained again under its name
+        names = (settings["POLICY"], settings["POLICY_AGAINST"])
+        chosen["trained"] = [read_json(f"{name}/run.json").get("finished") for name in names]
     return chosen
 
 
@@ -83,6 +89,7 @@ def random_prompts(data_dir: str, split: str, count: int, seed: int) -> list[dic
     from datasets import load_from_disk
 
     rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
+    refuse_sft_rows(data_dir, read_json(Path(data_dir) / "metadata.json"))
     if not len(rows):
         stop(f"{data_dir}/{split} has no rows: choose another SPLIT")
     some = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
@@ -220,6 +227,7 @@ def report(folder: Path, asked: list[dict], known: list[dict], to_rows: str) -> 
     if to_rows:
         duels = agreement.over_raters(agreement.duels_of(own, known, conditions))
         rows, left_out = ratings.preference_rows(duels)
+        Path(to_rows).parent.mkdir(parents=True, exist_ok=True)
         items.write_lines(Path(to_rows), rows)
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "nothing"
         say(f"written: {to_rows}, {len(rows)} preference rows; left out: {reasons}")

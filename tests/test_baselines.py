@@ -81,10 +81,12 @@ def test_leave_one_out_equals_the_advantages_of_rloo_trainer(model_folder, tmp_p
     assert len(theirs) == 8 and scores.std() > 0 and ours.tolist() == pytest.approx(theirs, abs=1e-5)
 
 
-def test_normalised_advantages_have_unit_spread_and_equal_ones_stay_zero():
+def test_normalised_advantages_have_unit_size_and_equal_ones_do_not_grow():
     values, kept = torch.tensor([1.0, -1.0, 3.0, 9.0]), torch.tensor([True, True, True, False])
     found = normalised(values, kept, "std")
-    assert found[kept].std().item() == pytest.approx(1.0, abs=1e-3)
+    assert found[kept].square().mean().item() == pytest.approx(1.0, abs=1e-3)
+    off_the_baseline = normalised(torch.tensor([0.5, 0.5, 0.5, 0.51]), ALL, "std")
+    assert off_the_baseline.tolist() == pytest.approx([1.0, 1.0, 1.0, 1.02], abs=0.02)
     assert torch.equal(normalised(values, kept, "none"), values)
     assert normalised(torch.zeros(4), ALL, "std").tolist() == [0.0] * 4
 

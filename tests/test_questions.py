@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from utils.questions import improved, reward_model_of, why
+from extras.make_report import find_runs
+from utils.questions import improved, latest_comparison, reward_model_of, why
+from utils.runs import write_json
 
 REPORT = {"accuracy": 0.5, "pairs": 9, "verdict": "not shown to be better than 'longer wins'"}
 
@@ -29,3 +31,21 @@ def test_a_recipe_is_told_with_the_verdict_of_each_of_its_runs():
     (line,) = improved({"scalar": [], "distribution": [{}]}, {"result": result})
     assert line.startswith("a, b: by the judge a mean difference to the start of +0.300 +- 0.280")
     assert line.endswith("on 9 prompts; each run by itself: grew, not shown.")
+
+
+def test_runs_that_were_moved_aside_are_not_in_the_report(tmp_path, capsys):
+    for name in ("a", "a-20260101-101010", "a-20260101-101010-2", "b-20260101-101010"):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "run.json", {})
+    found = find_runs((), (str(tmp_path),))
+    assert [path.name for path in found] == ["a", "b-20260101-101010"], "one without a successor stays"
+    assert "moved aside, so left out" in capsys.readouterr().out
+
+
+def test_of_two_comparisons_the_later_one_is_told():
+    def run(started, mean):
+        result = {"prompts": 4, "policies": {"sampled": {}}, "over_seeds": [], "start": mean}
+        return {"kind": "comparison", "name": started, "record": {"started": started}, "result": result}
+
+    assert latest_comparison([run("2026-01-02", 2), run("2026-01-03", 3), run("2026-01-01", 1)])["result"]["start"] == 3
+    assert latest_comparison([]) is None

@@ -12,6 +12,7 @@ from extras.rating.labels import LABELS
 from tests.conftest import run_script
 from tests.rating_toys import TOPICS, made, rated, read_back, six_pairs
 from utils import sampling
+from utils.runs import write_json
 
 EVIL = "</script><img src=x onerror=alert(1)>&\u2028\x1b[2J\x00\u202etxet"
 
@@ -60,6 +61,19 @@ def test_other_items_move_the_old_ones_and_their_ratings_aside(folder, capsys):
     (folder.parent / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(SystemExit, match="holds files but no items of this script"):
         run_script(rate_answers, SAMPLES=folder.parent / "samples.jsonl", OUTPUT_DIR=folder.parent / "mine")
+
+
+def test_a_policy_that_was_trained_again_is_asked_again(tmp_path):
+    settings = dict.fromkeys(("SAMPLES", "DATA_DIR", "SPLIT", "POLICY_AGAINST", "SYSTEM_PROMPT", "LAYOUT", "HUMAN"), "")
+    settings |= dict.fromkeys(("PROMPTS", "MAX_LENGTH", "MAX_NEW_TOKENS", "TEMPERATURE", "SEED"), 1)
+    settings["POLICY"] = str(tmp_path)
+    found = []
+    for finished in ("2026-01-01", "2026-01-01", "2026-01-02"):
+        write_json(tmp_path / "run.json", {"finished": finished})
+        found.append(rate_answers.recipe(settings))
+    assert found[0] == found[1] != found[2]
+    with pytest.raises(SystemExit, match=r"is a folder: name the samples.jsonl in it"):
+        rate_answers.recipe(settings | {"SAMPLES": str(tmp_path)})
 
 
 def test_single_answers_and_the_human_as_one_of_them(folder):

@@ -109,6 +109,7 @@ def test_ratings_of_other_items_and_broken_files_are_refused_whole(folder, tmp_p
 
     refused({"file": "0" * 16}, "ratings of other items")
     refused({"kind": "cake"}, "is not what a rating page lets you download")
+    refused({"ratings": None}, "is not what a rating page lets you download")
     refused({}, "is not the JSON", "<html>")
     refused(with_entry(item="nothing"), "'nothing' is not among the items")
     refused(with_entry(grades=[{}]), "another number of answers")
@@ -135,6 +136,15 @@ def test_rows_of_the_ratings_load_as_pairs(folder, tmp_path, capsys):
     for pair in pairs:
         assert pair["answers"][0].startswith("new") and pair["ratings"] == (4.0, 2.0)
         assert pair["turns"] == [{"role": "user", "content": pair["prompt"]}]
+
+
+def test_preferences_between_equal_grades_are_rows_too(folder, tmp_path, capsys):
+    path = tmp_path / "new" / "rows.jsonl"
+    names = ["after", "before", "after", "after", "tie", "after"]
+    read_back(folder, rated(folder, "Ann", lambda name: 3, names), TO_ROWS=path)
+    assert "5 preference rows; left out: 1 tie" in capsys.readouterr().out
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["chosen_rating"], row["rejected_rating"]) for row in rows] == [(1.0, 0.0)] * 5, "shares of the raters"
 
 
 # statistics

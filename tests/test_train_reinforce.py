@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -72,7 +73,8 @@ def test_evaluation_never_sees_training_prompts(options, sample_folder, tmp_path
     "constants",
     [
         {"BASELINE": "leave_one_out", "ANSWERS_PER_PROMPT": 2, "ADVANTAGE_NORM": "std"},
-        {"USE_LORA": "true", "BASELINE": "running_mean", "MASK_CUT": "true", "CUT_PENALTY": 1.0},
+        {"USE_LORA": "true", "BASELINE": "running_mean", "MASK_CUT": "true"},
+        {"CUT_PENALTY": 1.0, "BASELINE_DECAY": 0.5},
         {"RISK": 0.5, "REWARD_MODEL": "distribution", "BASELINE": "none", "REWARD_CLIP": 6.0},
         {"WIN_REWARD": "true", "REWARD_MODEL": "distribution", "TEMPERATURE": 0.7, "GRADIENT_CHECKPOINTING": "true"},
     ],
@@ -140,8 +142,23 @@ def test_the_processes_wait_for_the_one_that_saves(options, monkeypatch):
     assert order == ["waited", "saved", "waited"]
 
 
+def test_a_stopped_run_does_not_go_on_under_another_reward_model(options, judges, tmp_path):
+    judge = tmp_path / "judge"
+    shutil.copytree(judges["scalar"], judge)
+    with pytest.raises(SystemExit, match="KL_LIMIT"):
+        run_script(train_reinforce, **options | {"REWARD_MODEL": judge, "KL_LIMIT": 1e-9, "LEARNING_RATE": 0.1})
+    assert lines_of(tmp_path / "run/metrics.jsonl")
+    shutil.rmtree(judge)
+    shutil.copytree(judges["distribution"], judge)
+    with pytest.raises(SystemExit, match="KL_LIMIT"):
+        run_script(train_reinforce, **options | {"REWARD_MODEL": judge, "KL_LIMIT": 1e-9, "LEARNING_RATE": 0.1})
+    assert len(list(tmp_path.glob("run-*"))) == 1, "moved aside, begun anew"
+
+
 def test_an_alarm_saves_the_state_and_ends_the_run(options, tmp_path):
-    with pytest.raises(SystemExit, match="stopped at step 2, its state is saved in .*: KL .* is over KL_LIMIT = 1e-06"):
+    with pytest.raises(
+        SystemExit, match="stopped at step 2, saved to be gone on with .*: KL .* is over KL_LIMIT = 1e-06"
+    ):
         run_script(train_reinforce, **options | {"KL_LIMIT": 1e-6, "LEARNING_RATE": 1e-2, "SAVE_EVERY_STEPS": 0})
     assert (tmp_path / "run/checkpoints/checkpoint-2/state.pt").exists()
 
@@ -185,6 +202,8 @@ def test_two_processes_equal_one(options, tmp_path):
         ({"REWARD_CLIP": -5.0}, "REWARD_CLIP = -5.0: expected 0 or more"),
         ({"SEED": -1}, "SEED = -1: expected 0 or more"),
         ({"BASELINE_DECAY": 1.5}, "BASELINE_DECAY = 1.5: expected a share from 0 to 1"),
+        ({"MASK_CUT": "true", "CUT_PENALTY": 1.0}, "CUT_PENALTY would do nothing"),
+        ({"MAX_NEW_TOKENS": 1}, "MAX_NEW_TOKENS = 1: expected 2.0 or more"),
     ],
 )
 def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
@@ -197,7 +216,19 @@ def test_a_judge_is_another_model_than_the_reward_model(options, judges, tmp_pat
     same = f"{judges['scalar']}/../scalar"
     with pytest.raises(SystemExit, match="is REWARD_MODEL itself"):
         run_script(train_reinforce, **options | {"JUDGE_MODEL": same})
-    write_json(tmp_path / "run.json", {"settings": {"REWARD_MODEL": judges["scalar"]}})
+    settings = {"REWARD_MODEL": judges["scalar"], "MODEL": str(tmp_path / "start"), "DATA_DIR": str(tmp_path / "rows")}
+    write_json(tmp_path / "run.json", {"script": "train_dpo.py", "settings": settings})
+    check_judge({"a": str(tmp_path)}, same)  # DPO compares answers by it, and learns nothing of it
+    for name, kind, content in (
+        ("start", "run.json", {"script": "train_reinforce.py", "settings": settings | {"MODEL": ""}}),
+        ("rows", "metadata.json", {"settings": {"MODE": "ranked", "REWARD_MODEL": judges["scalar"]}}),
+    ):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / kind, content)
+        with pytest.raises(SystemExit, match="was trained on: name one that no policy was trained on"):
+            check_judge({"a": str(tmp_path)}, same)
+        shutil.rmtree(tmp_path / name)
+    write_json(tmp_path / "run.json", {"script": "train_reinforce.py", "settings": settings})
     check_judge({"a": str(tmp_path), "b": "nowhere"}, judges["distribution"])
     with pytest.raises(SystemExit, match="was trained on: name one that no policy was trained on"):
         check_judge({"a": str(tmp_path)}, same)
@@ -206,7 +237,12 @@ def test_a_judge_is_another_model_than_the_reward_model(options, judges, tmp_pat
 def test_a_reward_model_worse_than_a_coin_is_refused(options, judges, tmp_path):
     result = {"accuracy": 0.3, "accuracy_high": 0.4, "pairs": 100, "verdict": "worse than longer wins"}
     folder = tmp_path / "bad"
-    folder.mkdir()
+    shutil.copytree(judges["scalar"], folder)
     write_json(folder / "eval.json", result)
     with pytest.raises(SystemExit, match="is worse than a coin"):
         run_script(train_reinforce, **options | {"REWARD_MODEL": folder})
+    policy = tmp_path / "policy"
+    shutil.copytree(options["MODEL"], policy)
+    write_json(policy / "eval.json", {"difference": 0.1, "verdict": "grew"})
+    with pytest.raises(SystemExit, match="is no reward model with one output"):
+        run_script(train_reinforce, **options | {"REWARD_MODEL": policy})

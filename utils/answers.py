@@ -46,12 +46,14 @@ def as_answers(rows: Dataset) -> Dataset:
     input_ids and attention_mask are the prompt without padding, chosen_ids the answer, rejected_ids are empty, so that
     PairCollator makes batches of these rows too.
     """
-    from datasets import Features, List, Value
+    from datasets import Dataset, Features, List, Value
 
     ids, flags, number = List(Value("int32")), List(Value("int8")), Value("float64")
     features = row_features("sft") | {"input_ids": ids, "attention_mask": flags, "chosen_ids": ids}
     features |= {"rejected_ids": ids, "chosen_rating": number, "rejected_rating": number}
     features |= {"answer_cut": Value("bool"), "row": Value("int64")}
+    if not len(rows):  # map() of no rows makes no columns
+        return Dataset.from_dict({name: [] for name in features}, features=Features(features))
     return rows.map(
         answer_columns,
         with_indices=True,

@@ -45,9 +45,23 @@ def names_of(folders: tuple[str, ...]) -> dict[str, str]:
 def check_judge(policies: dict[str, str], judge: str) -> None:
     """End the script where a policy was trained on the judge."""
     for folder in policies.values():
-        trained_on = read_json(Path(folder) / "run.json").get("settings", {}).get("REWARD_MODEL")
-        if judge and trained_on and Path(trained_on).resolve() == Path(judge).resolve():
+        if judge and Path(judge).resolve() in trained_on(folder):
             stop(f"JUDGE_MODEL = {judge!r} is what {folder} was trained on: name one that no policy was trained on")
+
+
+def trained_on(folder: str, deep: int = 9) -> set[Path]:
+    """The reward models whose judgement is in a policy: by REINFORCE, by pairs that they ranked, or before, in MODEL.
+
+    deep: so many trainings back.
+    """
+    record = read_json(Path(folder) / "run.json")
+    settings = record.get("settings", {})
+    found = {settings["REWARD_MODEL"]} if record.get("script") == "train_reinforce.py" else set()
+    made = read_json(Path(settings.get("DATA_DIR") or ".") / "metadata.json").get("settings", {})
+    if made.get("MODE") == "ranked":
+        found.add(made["REWARD_MODEL"])
+    earlier = trained_on(settings["MODEL"], deep - 1) if settings.get("MODEL") and deep else set()
+    return {Path(name).resolve() for name in found if name} | earlier
 
 
 def answers_of(

@@ -24,7 +24,7 @@ def questions(runs: list[dict]) -> list[tuple[str, list[str]]]:
         return []
     by_head = {head: [run for run in trained if run["record"]["reward_head"] == head] for head in HEADS}
     models = {head: reward_model_of(found, runs) for head, found in by_head.items()}
-    compared = next((run for run in reversed(runs) if run["kind"] == "comparison" and run["result"]), None)
+    compared = latest_comparison(runs)
     return [
         ("1. Did the mean reward on held-out prompts grow against the SFT model?", grew(by_head["scalar"], "scalar")),
         ("2. What more can be used when there is a distribution?", more(models)),
@@ -36,6 +36,12 @@ def questions(runs: list[dict]) -> list[tuple[str, list[str]]]:
 
 
 HEADS = ("scalar", "distribution")
+
+
+def latest_comparison(runs: list[dict]) -> dict | None:
+    """The comparison of policies that was started last, None without one."""
+    found = [run for run in runs if run["kind"] == "comparison" and run["result"]]
+    return max(found, key=lambda run: run["record"]["started"], default=None)
 
 
 def reward_model_of(trained: list[dict], runs: list[dict]) -> dict | None:

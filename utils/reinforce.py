@@ -187,10 +187,14 @@ class Baseline:
 
 
 def normalised(advantages: torch.Tensor, kept: torch.Tensor, norm: str) -> torch.Tensor:
-    """advantages [answers], divided by their standard deviation over the kept ones where norm = std."""
+    """advantages [answers], divided by their size over the kept ones where norm = std: the root of their mean square.
+
+    A baseline of earlier steps leaves a mean that is not 0. Divided by the deviation from that mean, answers that
+    score alike would be pushed without limit.
+    """
     if norm == "none" or kept.sum() < 2:
         return advantages
-    return advantages / (advantages[kept].std() + 1e-4)  # equal rewards: all advantages near 0, not 0 / 0
+    return advantages / (advantages[kept].square().mean().sqrt() + 1e-4)
 
 
 def figures_of(

@@ -90,7 +90,7 @@ def read_ratings(path: Path, items: dict[str, dict], file: str) -> list[dict]:
         if (
             not isinstance(content, dict)
             or content.get("kind") != PAGE_KIND
-            or not isinstance(content["ratings"], list)
+            or not isinstance(content.get("ratings"), list)
         ):
             stop(f"{path} is not what a rating page lets you download")
         ratings, files = content["ratings"], {content.get("file")}
@@ -129,20 +129,22 @@ def preference_rows(duels: list[dict]) -> tuple[list[Record], dict[str, int]]:
     """(rows: prompt, chosen, rejected, chosen_rating, rejected_rating; how many pairs are left out, by reason).
 
     duels: one each pair of answers, over all raters (agreement.over_raters). The ratings are means of all grades
-    where each pair has all of them, else the shares of the raters. A pair that grades and preference rank in
-    different ways is left out: a row can say one thing only.
+    where each pair has all of them and they tell its answers apart, else the shares of the raters. A pair that grades
+    and preference rank in different ways is left out: a row can say one thing only.
     """
-    graded = all(None not in duel["grades"] for duel in duels)
+    decided = [duel for duel in duels if duel["outcome"] != 0.5 and len(set(duel["answers"])) > 1]
+    graded = all(None not in duel["grades"] and len(set(duel["grades"])) > 1 for duel in decided)
     plain = all(prompt_turns(duel["prompt"]) == duel["turns"] for duel in duels)
     rows, left_out = [], {"tie": 0, "grades_disagree": 0, "equal_answers": 0}
     for duel in duels:
         ratings = duel["grades"] if graded else (1 - duel["outcome"], duel["outcome"])
         better = int(duel["outcome"] > 0.5)
+        against = None not in duel["grades"] and duel["grades"][better] < duel["grades"][1 - better]
         if duel["answers"][0] == duel["answers"][1]:
             left_out["equal_answers"] += 1
         elif duel["outcome"] == 0.5:
             left_out["tie"] += 1
-        elif ratings[better] <= ratings[1 - better]:
+        elif against:
             left_out["grades_disagree"] += 1
         else:
             row = {"prompt": duel["prompt"] if plain else duel["turns"]}
