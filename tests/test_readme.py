@@ -62,6 +62,7 @@ def test_quickstart_runs_and_its_python_examples_work(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert re.search(r"pair accuracy 0\.\d+ \[0\.\d+, [01]\.\d+\] on \d+ pairs; 'the longer answer wins'", done.stdout)
+    assert re.search(r"^(better|worse|not shown to be better) than .* p = [\d.e-]+\)?$", done.stdout, re.M), "verdict"
     assert re.search(r"reward on 32 prompts: .* p = [\d.e-]+: (grew|fell|not shown)", done.stdout), (
         "REINFORCE's verdict"
     )
