@@ -186,6 +186,7 @@ def main(settings: dict) -> None:
     say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
     # 3. build
     beta = BETA or loss.beta
+    say(f"LOSS = {LOSS!r}, BETA = {beta}: {loss.beta_is}")
     project, name = names.run_names(
         metadata["dataset_name"], mode, MODEL_SHORT_NAME or names.short_model(MODEL), LOSS, beta, ALPHA
     )

@@ -176,7 +176,6 @@ def page(asked: list[dict], language: str, rater: str) -> str:
 
 def rate_in_terminal(folder: Path, asked: list[dict], rater: str, words: dict[str, str]) -> list[dict]:
     """Ask for what is still open; the ratings after it. Ctrl-C ends the script, with all that was answered kept."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot write Cyrillic gets question marks
     file, own = folder / ratings.RATINGS_FILE, {item["id"]: item for item in asked}
     known = ratings.read_own(file, own)
     try:

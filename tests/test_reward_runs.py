@@ -1,6 +1,7 @@
 """Training runs of reward models: the best epoch, several seeds, constants that do not go together."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,24 @@ def test_an_epoch_whose_evaluation_was_killed_is_still_compared(model_folder, sa
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-10")
     run_script(train_reward_model, **options)
     assert set(read(tmp_path / "run/eval.json")["epochs"]["accuracies"]) == {"1", "2"}
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_epoch_that_one_chooses(model_folder, sample_folder, tmp_path):
+    options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 3, "DATA_DIR": sample_folder, "MODEL": model_folder}
+    launchers = {"two": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"], "one": []}
+    for name, launcher in launchers.items():
+        mine = options | {"OUTPUT_DIR": tmp_path / name, "BATCH_SIZE": 2 if launcher else 4}
+        words = [f"--{key.lower()}={value}" for key, value in mine.items()]
+        command = [sys.executable, *launcher, "train_reward_model.py", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+    two, one = (read(tmp_path / name / "eval.json")["epochs"] for name in launchers)
+    assert two == one and len(one["accuracies"]) == 3
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in launchers]
+    for name in weights[1]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-3)
 
 
 def planted_pairs(kind, count=400):

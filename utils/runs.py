@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "datasets", "trl", "peft", "accelerate")
 # constants that name what a run reads, and facts of it that tell whether other things bear these names now
 INPUTS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "SHORTCUT_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH", "DATA_DIR")
 READ = ("data_fingerprint", "reward_weights", "weights")
-
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # a GPU's words, a CPU's, Windows'
 ENVIRONMENT = {  # set before torch is imported; what the user has set wins
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # operations that Apple's GPU lacks run on the CPU
     "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",  # an error instead of a machine that swaps to death
@@ -88,14 +88,15 @@ def shares(**constants: float) -> None:
 def script(main: Callable) -> Callable:
     """Decorate main(): set the environment before torch is imported, and end in one line what a user can cause.
 
-    That is Ctrl-C (exit code 130), a full disk, a folder without permission, a full GPU. Every other exception
-    is a programmer's mistake and keeps its traceback.
+    That is Ctrl-C (exit code 130), a full disk or memory, a folder without permission. Every other exception is a
+    programmer's mistake and keeps its traceback.
     """
 
     @functools.wraps(main)
     def guarded(settings: dict) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # question marks where it cannot write Cyrillic
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")  # of their own calls
         try:
             main(settings)
@@ -114,7 +115,7 @@ def script(main: Callable) -> Callable:
 def user_line(error: Exception) -> str:
     """The line for an error of the machine that a user can mend, "" for every other error."""
     text = str(error)
-    if "out of memory" in text:
+    if isinstance(error, MemoryError) or any(said in text for said in NO_MEMORY):
         return "out of memory: lower BATCH_SIZE and raise ACCUMULATION by the same factor, or lower MAX_LENGTH"
     # arrow and safetensors report a full disk in words of their own
     if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in text or "StorageFull" in text:
@@ -184,7 +185,7 @@ class Run:
             aside = free_name(f"{self.folder.resolve()}-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(self.folder.resolve(), aside)
             say(f"{self.folder} held another run: moved aside to {aside}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.resolve().mkdir(parents=True, exist_ok=True)  # of a link: what it points to
         write_json(self.folder / "run.json", self.record)
         (self.folder / "metrics.jsonl").touch()
 
@@ -258,11 +259,9 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_lines(path: str | Path) -> list[dict]:
-    """The objects of a .jsonl file of ours; a last line that a kill has cut off is left out.
-
-    Only a line feed ends a line: splitlines() would also cut a text at U+2028.
-    """
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+    """The objects of a .jsonl file of ours; a last line that a kill has cut off is left out."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]  # splitlines() would also cut a text at U+2028
+    return [json.loads(line) for line in lines]
 
 
 def commit() -> str:
