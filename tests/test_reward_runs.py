@@ -147,6 +147,12 @@ def test_an_epoch_whose_evaluation_was_killed_is_still_compared(model_folder, sa
     assert set(read(tmp_path / "run/eval.json")["epochs"]["accuracies"]) == {"1", "2"}
 
 
+def test_seeds_are_not_shared_out_by_a_launcher(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="launch each one with --seed"):
+        run_script(train_reward_model, SEEDS="1,2", OUTPUT_DIR=tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_two_processes_choose_the_epoch_that_one_chooses(model_folder, sample_folder, tmp_path):
     options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 3, "DATA_DIR": sample_folder, "MODEL": model_folder}

@@ -19,6 +19,7 @@ from tests import toys
 from tests.conftest import ROOT, run_script
 from tests.toys import toy_rows
 from utils import models
+from utils.curves import curves
 from utils.heads import PairLoss, Reading
 from utils.losses import bradley_terry
 from utils.models import load_classifier
@@ -182,3 +183,14 @@ def test_memory_that_tensors_left_goes_back_to_the_system():
     del tensors
     models.release_memory()
     assert len(kept) == 20 and held() - before < 0.3 * (full - before)
+
+
+def test_curves_show_what_was_measured_on_validation():
+    lines = [{"step": step, "loss": 0.7, "rewards/accuracies": 0.5} for step in (2, 4)]
+    lines += [{"step": 4, "eval_loss": 0.6, "eval_accuracy": 0.75}]
+    figure = curves(lines, ("loss", "rewards/accuracies"), {}, "A run", "a step")
+    shown = [
+        [line.get_ydata().tolist() for line in axis.lines if line.get_label() == "on validation"]
+        for axis in figure.axes
+    ]
+    assert shown == [[[0.6]], [[0.75]]]

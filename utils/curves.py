@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
 from utils.runs import read_lines
 
+ON_VALIDATION = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}  # the same under another name there
 WINDOW = 10  # logged lines that the smooth line averages
 
 
@@ -38,7 +39,8 @@ def curves(
         steps, values = np.array([(line["step"], line[name]) for line in metrics if line.get(name) is not None]).T
         axis.plot(steps, values, ".", color=BLUE, alpha=0.35, markersize=5)
         axis.plot(steps, smooth(values), color=BLUE, linewidth=2)
-        checked = [(line["step"], line[f"eval_{name}"]) for line in metrics if f"eval_{name}" in line]
+        key = f"eval_{ON_VALIDATION.get(name, name)}"
+        checked = [(line["step"], line[key]) for line in metrics if key in line]
         if checked:
             axis.plot(*zip(*checked, strict=True), "o-", color=ORANGE, markersize=5, label="on validation")
             axis.legend(loc="best")

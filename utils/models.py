@@ -188,11 +188,9 @@ def add_lora(
     from peft import LoraConfig, get_peft_model
 
     names = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    missing = set(targets) - names
+    missing = sorted(set(targets) - names) if targets else ["nothing"]
     if missing:
-        stop(
-            f"LORA_TARGETS: no layer is called {', '.join(sorted(missing))}; this model has {', '.join(sorted(names))}"
-        )
+        stop(f"LORA_TARGETS: no layer is called {', '.join(missing)}; this model has {', '.join(sorted(names))}")
     config = LoraConfig(
         task_type=task,
         r=rank,

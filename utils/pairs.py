@@ -265,12 +265,14 @@ def like_length(lengths: np.ndarray, tokens: int, count: int = 0) -> list[list[i
 
 
 def in_order(found: list[tuple[np.ndarray, dict]], count: int) -> dict[str, np.ndarray]:
-    """Arrays [count, ...] from batches of (row numbers, values)."""
+    """Arrays [count, ...] from batches of (row numbers, values); an end to the script where a value is not finite."""
     arrays = {name: np.full((count, *value.shape[1:]), np.nan, np.float32) for name, value in found[0][1].items()}
+    seen = np.zeros(count, bool)
     for numbers, values in found:
+        seen[numbers] = True
         for name, value in values.items():
             arrays[name][numbers] = value
-    assert not any(np.isnan(array).all(axis=tuple(range(1, array.ndim))).any() for array in arrays.values()), (
-        "rows lost"
-    )
+    assert seen.all(), "rows lost"
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        stop("the model's outputs are not finite: lower LEARNING_RATE, and start again")
     return arrays

@@ -1,5 +1,6 @@
 """The same run with several seeds: an interval over test pairs says nothing about the chance in the training."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,8 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
     folder = Path(f"{Path(output_dir)}-seeds")
     if not all(str(seed).isdigit() for seed in seeds):
         stop(f"SEEDS = {','.join(map(str, seeds))}: expected whole numbers such as 1,2,3")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stop("SEEDS starts a run for each seed, which cannot share a launcher's processes: launch each one with --seed")
     seeds = [int(seed) for seed in seeds]
     for seed in seeds:
         mine = settings | {"SEED": seed, "SEEDS": (), "OUTPUT_DIR": str(folder / str(seed))}
