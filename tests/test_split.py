@@ -1,14 +1,18 @@
 """The split is by prompt and exact, near duplicates share a side, and nothing like the test split is trained on."""
 
+import time
+from itertools import permutations
+
 import numpy as np
 import pytest
 from datasets import Dataset
+from scipy.sparse.csgraph import connected_components
 
 import load_helpsteer_dataset
 from utils.pairing import checked_pairs
 from utils.rows import Ledger
 from utils.sources import ATTRIBUTES
-from utils.split import SIMILAR, near_duplicate_groups, shingles, similar_in, similarity, split_indices, words_of
+from utils.split import SIMILAR, near_duplicate_groups, shingles, similarity, split_indices, words_of
 
 LONG = "Please write a short story about a lighthouse keeper who finds a letter in a bottle on the shore one morning"
 
@@ -18,6 +22,10 @@ def split(prompts, share, seed=42, never_train=()):
     dataset = Dataset.from_dict({"prompt": prompts})
     train, validation = load_helpsteer_dataset.split_dataset(dataset, share, seed, never_train)
     return train["prompt"][:], validation["prompt"][:]
+
+
+def shingle_sets(prompts):
+    return [set(shingles(words_of(prompt)).tolist()) for prompt in prompts]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +60,7 @@ def test_near_duplicates_are_found_among_prompts_that_share_a_template():
     for _ in range(40):
         own = random.choice(words, 25).tolist()
         prompts += [f"{template} {' '.join(own)}", f"{template} {' '.join([*own[:-1], 'changed'])}"]
-    groups, sets = near_duplicate_groups(prompts), [shingles(words_of(prompt)) for prompt in prompts]
+    groups, sets = near_duplicate_groups(prompts), shingle_sets(prompts)
     for i in range(len(prompts)):
         for j in range(i):
             if similarity(sets[i], sets[j]) >= SIMILAR:
@@ -60,16 +68,46 @@ def test_near_duplicates_are_found_among_prompts_that_share_a_template():
     assert len(set(groups.tolist())) == 40
 
 
-def test_in_a_bucket_each_finds_its_own_kind():
-    """Two prompts that resemble each other, behind one that shares their bucket and resembles neither."""
-    sets = [
-        shingles(words_of(text)) for text in ("tax law of 1999 and later", LONG, "another thing", LONG + ", please")
-    ]
-    assert list(similar_in(np.array([7, 7, 8, 7], dtype=np.uint64), sets)) == [(1, 3)]
+@pytest.mark.parametrize("number", range(40))
+def test_a_chain_of_three_is_one_group_in_every_order(number):
+    """The first is like the second and the second like the third, but not the first like the third."""
+    words = [f"word{number}x{i}" for i in range(42)]
+    chain = [" ".join(words[i : i + 36]) for i in (0, 3, 6)]
+    sets = shingle_sets(chain)
+    assert min(similarity(sets[0], sets[1]), similarity(sets[1], sets[2])) >= SIMILAR > similarity(sets[0], sets[2])
+    for order in permutations([*chain, "Something else entirely, about tax law"]):
+        groups = near_duplicate_groups(order)
+        assert len({groups[order.index(prompt)] for prompt in chain}) == 1 and len(set(groups.tolist())) == 2
+
+
+@pytest.mark.parametrize("vocabulary", [3, 8, 40])
+def test_groups_are_those_that_comparing_all_with_all_gives(vocabulary):
+    random = np.random.default_rng(vocabulary)
+    words = [f"word{i}" for i in range(vocabulary)]
+    for _ in range(20):
+        prompts = [" ".join(random.choice(words, random.integers(1, 25))) for _ in range(5)]
+        for _ in range(25):  # one of them again with a word changed, and perhaps with one more
+            changed = prompts[random.integers(len(prompts))].split()
+            changed[random.integers(len(changed))] = random.choice(words)
+            prompts.append(" ".join([*changed, *random.choice(words, random.integers(2))]))
+        sets = shingle_sets(prompts)
+        like = np.array([[similarity(one, other) >= SIMILAR for other in sets] for one in sets])
+        assert near_duplicate_groups(prompts).tolist() == connected_components(like, directed=False)[1].tolist()
+
+
+def test_a_template_of_many_prompts_takes_no_time():
+    """1,500 prompts of 60 words in common and 10 of their own: not similar, and not compared all with all."""
+    random = np.random.default_rng(0)
+    words = [f"word{i}" for i in range(5000)]
+    template = " ".join(random.choice(words, 60))
+    prompts = [f"{template} {' '.join(random.choice(words, 10))}" for _ in range(1500)]
+    began = time.monotonic()
+    assert len(set(near_duplicate_groups(prompts).tolist())) == 1500
+    assert time.monotonic() - began < 20, "0.2 s on two cores"
 
 
 def test_similarity_is_jaccards():
-    one, other = shingles(["a", "b", "c", "d", "e"]), shingles(["b", "c", "d", "e", "f"])
+    one, other = shingle_sets(["a b c d e", "b c d e f"])
     assert len(one) == 3 and similarity(one, other) == pytest.approx(2 / 4) and similarity(one, one) == 1
     assert len(shingles(["a"])) == len(shingles([])) == 1
     assert len(near_duplicate_groups([])) == 0

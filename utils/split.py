@@ -4,20 +4,21 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence, Set
+from functools import cache
 from zlib import crc32
 
 import numpy as np
+from tqdm import tqdm
 
 SHINGLE_WORDS = 3  # prompts are compared by their runs of three words
 SIMILAR = 0.8  # Jaccard similarity of these runs from which two prompts count as near duplicates
-HASHES, BANDS = 64, 16  # a pair of similarity 0.8 shares one of 16 bands of 4 with probability 0.9998
 
 # Chinese and Japanese letters are a word each: no spaces part words there
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
-# factors of the hash functions x -> factor * x modulo 2^64, the same in every run
-ODD = np.random.default_rng(0).integers(1 << 63, size=HASHES, dtype=np.uint64) * 2 + 1
+# factors of the hash of a run of words, modulo 2^64 and the same every time
+ODD = np.random.default_rng(0).integers(1 << 63, size=SHINGLE_WORDS, dtype=np.uint64) * 2 + 1
 
 
 def words_of(prompt: str) -> list[str]:
@@ -29,51 +30,90 @@ def shingles(words: list[str]) -> np.ndarray:
     """Sorted 32-bit hashes of all runs of SHINGLE_WORDS words; the whole prompt is one run where it is shorter."""
     hashes = np.zeros(max(SHINGLE_WORDS, len(words)), dtype=np.uint64)
     hashes[: len(words)] = [crc32(word.encode()) for word in words]
-    runs = np.lib.stride_tricks.sliding_window_view(hashes, SHINGLE_WORDS) @ ODD[:SHINGLE_WORDS]  # modulo 2^64
+    runs = np.lib.stride_tricks.sliding_window_view(hashes, SHINGLE_WORDS) @ ODD  # modulo 2^64
     return np.unique((runs >> np.uint64(32)).astype(np.uint32))
 
 
 def near_duplicate_groups(prompts: Iterable[str]) -> np.ndarray:
     """Group numbers [prompts]: prompts with equal words, or similar by SIMILAR, have the same number.
 
-    Candidates come from MinHash bands (Broder 1997), and each is checked by its true similarity.
+    So have two that a third one is similar to: every pair that is similar is found, in whatever order they come.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    sets, bands = [], []
-    for prompt in prompts:
-        sets.append(shingles(words_of(prompt)))
-        signature = (ODD[:, None] * sets[-1].astype(np.uint64)).min(axis=1).reshape(BANDS, -1)
-        bands.append(signature @ ODD[: HASHES // BANDS])
-    edges = [edge for band in np.array(bands).reshape(-1, BANDS).T for edge in similar_in(band, sets)]
-    ends = np.array(edges, dtype=np.int64).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(edges)), (ends[0], ends[1])), shape=(len(sets), len(sets)))
-    return connected_components(graph, directed=False)[1]
+    kinds = {}  # distinct sets of shingles, numbered as they come
+    kind_of = [kinds.setdefault(shingles(words_of(prompt)).tobytes(), len(kinds)) for prompt in prompts]
+    if not kinds:
+        return np.zeros(0, dtype=np.int64)
+    groups = Groups(len(kinds))
+    join_similar(*rarest_first([np.frombuffer(kind, dtype=np.uint32) for kind in kinds]), groups)
+    numbers = {}
+    return np.array([numbers.setdefault(groups.of(kind), len(numbers)) for kind in kind_of])
 
 
-def similar_in(band: np.ndarray, sets: list[np.ndarray]) -> Iterator[tuple[int, int]]:
-    """Pairs of prompts that share a value in `band` [prompts] and are similar by their sets of shingles.
+class Groups:
+    """Which of the items 0 to count - 1 belong together (union-find): the larger group keeps its number."""
 
-    Each prompt of a bucket is compared with those before it that resembled no other: not with all, since a
-    template that thousands of prompts share would make that quadratic.
+    def __init__(self, count: int):
+        self.above, self.sizes = list(range(count)), [1] * count
+
+    def of(self, item: int) -> int:
+        """The number of the group of an item."""
+        while self.above[item] != item:
+            self.above[item] = item = self.above[self.above[item]]
+        return item
+
+    def join(self, one: int, other: int) -> None:
+        small, large = sorted((self.of(one), self.of(other)), key=lambda group: self.sizes[group])
+        if small != large:
+            self.above[small] = large
+            self.sizes[large] += self.sizes[small]
+
+
+def rarest_first(sets: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
+    """(the sets with numbers for elements, sorted, rarer ones lower; how many elements are in one set only)."""
+    _, places, counts = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
+    ranks = np.empty(len(counts), dtype=np.int64)
+    ranks[np.argsort(counts, kind="stable")] = np.arange(len(counts))
+    ends = np.cumsum([len(one) for one in sets])[:-1]
+    return [np.sort(part) for part in np.split(ranks[places], ends)], int((counts == 1).sum())
+
+
+def join_similar(sets: list[np.ndarray], lonely: int, groups: Groups) -> None:
+    """Join the groups of all sets that are similar by SIMILAR. sets, lonely: see rarest_first.
+
+    Two similar sets share one of their few rarest elements, so only those that do are compared, each two once: PPJoin
+    (Xiao et al. 2008, https://doi.org/10.1145/1367497.1367516). A template that thousands of prompts share is none.
     """
-    order = np.argsort(band, kind="stable")
-    starts = np.flatnonzero(np.diff(band[order], prepend=band[order][:1] - 1))
-    sizes = np.diff(starts, append=len(order))
-    for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
-        first_of_kind = []
-        for i in order[start : start + size].tolist():
-            like = next((other for other in first_of_kind if similarity(sets[i], sets[other]) >= SIMILAR), None)
-            if like is None:
-                first_of_kind.append(i)
-            else:
-                yield like, i
+    held = cache(lambda i: frozenset(sets[i].tolist()))
+    found = defaultdict(lambda: defaultdict(list))  # element: {(group, size, place of the element): sets}
+    for i in tqdm(sorted(range(len(sets)), key=lambda i: len(sets[i])), "near duplicates", unit=" prompts", delay=2):
+        size, compared = len(sets[i]), set()
+        rare = sets[i][: size - least(SIMILAR * size) + 1].tolist()
+        for place, element in enumerate(rare):
+            for (group, other_size, other_place), others in found.get(element, {}).items():
+                # these two share the element and some of what comes after it at best
+                shared = min(size - place, other_size - other_place)
+                if other_size < SIMILAR * size or shared < least(SIMILAR / (1 + SIMILAR) * (size + other_size)):
+                    continue
+                for other in others:
+                    if groups.of(group) == groups.of(i):
+                        break
+                    if other not in compared and similarity(held(i), held(other)) >= SIMILAR:
+                        groups.join(i, other)
+                    compared.add(other)
+        # the sets to come are as large or larger: they share one of even fewer
+        for place, element in enumerate(rare[: size - least(2 * SIMILAR / (1 + SIMILAR) * size) + 1]):
+            if element >= lonely:
+                found[element][groups.of(i), size, place].append(i)
 
 
-def similarity(one: np.ndarray, other: np.ndarray) -> float:
-    """Jaccard similarity of two sorted sets, 0 to 1."""
-    shared = len(np.intersect1d(one, other, assume_unique=True))
+def least(count: float) -> int:
+    """The smallest whole number that is not below, but for rounding errors."""
+    return math.ceil(count - 1e-9)
+
+
+def similarity(one: Set[int], other: Set[int]) -> float:
+    """Jaccard similarity of two sets, 0 to 1."""
+    shared = len(one & other)
     return shared / (len(one) + len(other) - shared)
 
 
@@ -93,7 +133,7 @@ def split_indices(
     order = np.random.default_rng(seed).permutation(list(rows_of)).tolist()
     never_train = set(never_train)
     free = [group for group in order if group not in never_train]
-    wanted = math.ceil(len(groups) * share - 1e-9)
+    wanted = least(len(groups) * share)
     validation = [row for group in order if group in never_train for row in rows_of[group]]
     train = []
     for group in free:
