@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,19 @@ from tqdm import tqdm
 
 from utils.config import override_constants
 from utils.pairing import checked_pairs, rating_columns
-from utils.processed import check_folder, describe, replace_folder, report, row_features, save_parts, write_rows
+from utils.processed import (
+    check_folder,
+    describe,
+    reading,
+    replace_folder,
+    report,
+    row_features,
+    save_parts,
+    write_rows,
+)
 from utils.rows import RATINGS, Ledger, finished_row
 from utils.runs import at_least, pick, script, stop, write_json
-from utils.sources import Source, head_of, open_source
+from utils.sources import Source, first_of, head_of, open_source
 from utils.split import near_duplicate_groups, split_indices
 
 if TYPE_CHECKING:
@@ -83,7 +92,7 @@ def read_pairs(source: Source, rating: str, gap: float, system: str, max_rows: i
             stop(f"MIN_RATING_GAP = {gap}: {source.name} has no ratings, set it to 0")
 
         def read(open_records: Callable = open_records) -> Iterator[dict]:
-            return islice(open_records(), max_rows or None)
+            return first_of(open_records(), max_rows)
 
         pairs = checked_pairs(read, layout, rating, role, gap, ledger)
         rows = (finished_row(pair, system) for pair in tqdm(pairs, f"pairing {role}", unit=" pairs"))
@@ -108,13 +117,15 @@ def split_and_tokenise(
 def main(settings: dict) -> None:
     # 1. check
     pick(RATINGS, "RATING", RATING)
-    at_least(0, MIN_RATING_GAP=MIN_RATING_GAP, MAX_ROWS=MAX_ROWS)
+    at_least(0, MIN_RATING_GAP=MIN_RATING_GAP, MAX_ROWS=MAX_ROWS, SEED=SEED)
+    if 0 < MIN_RATING_GAP < 0.01:
+        stop(f"MIN_RATING_GAP = {MIN_RATING_GAP}: ratings are compared in hundredths, expected 0 or 0.01 and more")
     if not 0 <= VALIDATION_SHARE < 1:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
     from utils.tokens import check_window
 
-    folder = Path(OUTPUT_DIR).resolve()  # through a link: the folder that it names is replaced, not the link
-    check_folder(folder)
+    folder = Path(OUTPUT_DIR).expanduser().resolve()  # of a link the folder that it names is replaced, not the link
+    check_folder(folder, DATASET)
     source, ledger = open_source(DATASET, RATING), Ledger()
     tokenizer = setup_tokenizer(TOKENIZER, CHAT_TEMPLATE)
     check_window(tokenizer, MAX_LENGTH, SYSTEM_PROMPT)
@@ -133,9 +144,10 @@ def main(settings: dict) -> None:
         metadata = describe(parts, source, ledger, tokenizer, settings)
         write_json(whole / "metadata.json", metadata)
         ledger.write(whole / "dropped.jsonl")
+        parts.clear()  # closes their files: Windows deletes none that is open
         replace_folder(folder, whole)
     # 5. say where it is
-    report(metadata, Path(OUTPUT_DIR))
+    report(metadata, Path(OUTPUT_DIR), reading("python dataset_summary.py", OUTPUT_DIR))
 
 
 if __name__ == "__main__":

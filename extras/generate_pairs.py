@@ -131,7 +131,7 @@ def main(settings: dict) -> None:
     from utils.sources import Source
 
     pick(generated.MODES, "MODE", MODE)
-    folder = Path(OUTPUT_DIR).resolve()
+    folder = Path(OUTPUT_DIR).expanduser().resolve()
     if folder == Path(DATA_DIR).resolve():
         stop(f"OUTPUT_DIR = '{OUTPUT_DIR}' is DATA_DIR, whose rows would be lost: choose another name")
     processed.check_folder(folder)
@@ -160,7 +160,7 @@ def main(settings: dict) -> None:
     )
     # 4. make pairs and tokenise them
     made = generated.pairs_of(asked, written, MODE, ledger)
-    if not made["train"][0]:
+    if not made.get("train", ([],))[0]:
         stop(f"no pair is left for training of {len(asked)} prompts, left out: {ledger.counts()}")
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as work:
         parts = {}
@@ -180,6 +180,7 @@ def main(settings: dict) -> None:
         found["made_by"] = metadata.get("made_by", "load_helpsteer_dataset.py")
         write_json(whole / "metadata.json", found)
         ledger.write(whole / "dropped.jsonl")
+        del parts, plain  # closes their files: Windows deletes none that is open
         processed.replace_folder(folder, whole)
     write_json(run.folder / "eval.json", found["generated"])
     run.finish()

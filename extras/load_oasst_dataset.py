@@ -12,17 +12,25 @@ from __future__ import annotations
 
 import os
 import tempfile
-from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from utils.config import override_constants
 from utils.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
-from utils.processed import check_folder, describe, replace_folder, report, row_features, save_parts, write_rows
+from utils.processed import (
+    check_folder,
+    describe,
+    reading,
+    replace_folder,
+    report,
+    row_features,
+    save_parts,
+    write_rows,
+)
 from utils.rows import Ledger, finished_row
 from utils.runs import at_least, pick, say, script, stop, write_json
-from utils.sources import TREE_LAYOUTS, Source, open_source
+from utils.sources import TREE_LAYOUTS, Source, first_of, open_source
 from utils.split import near_duplicate_groups, split_indices
 
 # data
@@ -61,7 +69,7 @@ def read_trees(source: Source, language: str, max_rows: int) -> dict[str, list[N
     """The messages of each split of the source; ends the script where none is in the language."""
     trees = {}
     for name, open_records in source.splits.items():
-        records = tqdm(islice(open_records(), max_rows or None), f"reading {source.split_used[name]}", unit=" records")
+        records = tqdm(first_of(open_records(), max_rows), f"reading {source.split_used[name]}", unit=" records")
         trees[name] = read_nodes(records, source.layouts[name], language)
     check_language(trees.values(), source.name, language)
     return trees
@@ -97,13 +105,13 @@ def main(settings: dict) -> None:
     # 1. check
     make_rows, finish = pick(ROW_MAKERS, "ROWS", ROWS)
     all_turns = pick(ALL_TURNS, "TURNS", TURNS)
-    at_least(0, MAX_ROWS=MAX_ROWS)
+    at_least(0, MAX_ROWS=MAX_ROWS, SEED=SEED)
     if not 0 <= VALIDATION_SHARE < 1:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
     from utils.tokens import check_window, load_tokenizer, tokenised
 
-    folder = Path(OUTPUT_DIR).resolve()  # through a link: the folder that it names is replaced, not the link
-    check_folder(folder)
+    folder = Path(OUTPUT_DIR).expanduser().resolve()  # of a link the folder that it names is replaced, not the link
+    check_folder(folder, DATASET)
     source, ledger = open_trees(DATASET), Ledger(count_rows=True)
     tokenizer = load_tokenizer(TOKENIZER, CHAT_TEMPLATE)
     check_window(tokenizer, MAX_LENGTH, SYSTEM_PROMPT)
@@ -128,9 +136,10 @@ def main(settings: dict) -> None:
         metadata["split_ratio"] = None if made.get("validation") else VALIDATION_SHARE
         write_json(whole / "metadata.json", metadata)
         ledger.write(whole / "dropped.jsonl")
+        del parts, plain  # closes their files: Windows deletes none that is open
         replace_folder(folder, whole)
     # 5. say where it is
-    report(metadata, Path(OUTPUT_DIR), f"{NEXT[ROWS]} --data_dir {OUTPUT_DIR}")
+    report(metadata, Path(OUTPUT_DIR), reading(NEXT[ROWS], OUTPUT_DIR))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def content_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def rows_of(count: int, start: int = 0, gap: int = 1) -> Iterator[dict]:
     """Rows of `count` prompts, two answers each, the first one better by `gap` in one attribute."""
     for i in range(start, start + count):

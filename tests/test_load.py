@@ -60,7 +60,7 @@ def test_metadata_and_columns_of_the_sample(load, tokenizer, tokenizer_folder, c
         flags = [flag for part in parts.values() for flag in part[f"{side}_cut"]]
         assert metadata["cut_share"][side] == pytest.approx(sum(flags) / len(flags), abs=1e-4)
     shown = capsys.readouterr().out
-    assert "read 160 rows of 80 prompts" in shown and shown.endswith("next: python dataset_summary.py\n")
+    assert "read 160 rows of 80 prompts" in shown and shown.endswith("next: python dataset_summary.py --data_dir out\n")
     assert sorted(path.name for path in Path("out").iterdir()) == sorted(["dropped.jsonl", "metadata.json", *parts])
     assert [path.name for path in Path().glob(".*")] == [], "nothing is left of the work"
 
@@ -156,6 +156,7 @@ def test_settings_change_the_rows_as_they_say(load):
     metadata, parts, _ = load(rows, RATING="goodness", MAX_ROWS=6)
     assert metadata["counts"]["rows_read"] == 6 and metadata["rating"] == "goodness"
     assert parts["train"]["chosen_rating"][0] == pytest.approx(0.65 * 3 + 0.8 * 2 + 0.45 * 2)
+    assert load(rows, MAX_ROWS=10**20)[0]["counts"]["rows_read"] == 40, "more than a machine can count"
     assert [len(load(list(rows_of(1)))[1][name]) for name in ("train", "validation")] == [1, 0]
 
 

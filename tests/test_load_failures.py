@@ -2,16 +2,13 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SAMPLE
-from tests.loading import load_rows, rows_of, write_lines, write_rows
+from tests.conftest import SAMPLE
+from tests.loading import content_of, load_rows, rows_of, write_lines, write_rows
 from utils.tokens import load_tokenizer
 
 
@@ -19,10 +16,6 @@ from utils.tokens import load_tokenizer
 def load(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return partial(load_rows, tokenizer_folder)
-
-
-def content_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -33,12 +26,6 @@ def old_folder(load, tmp_path):
     before = content_of(tmp_path / "out")
     yield tmp_path / "out"
     assert content_of(tmp_path / "out") == before and not list(tmp_path.glob(".out-*"))
-
-
-def test_a_second_run_replaces_the_first(load):
-    load(rows_of(5))
-    _, parts, _ = load(rows_of(7))
-    assert len(parts["train"]) + len(parts["validation"]) == 7 and not list(Path().glob(".out-*"))
 
 
 def missing(tmp_path):
@@ -110,6 +97,14 @@ def negative_gap(tmp_path):
     return {"MIN_RATING_GAP": -0.1}, "MIN_RATING_GAP = -0.1: expected 0 or more"
 
 
+def gap_below_a_hundredth(tmp_path):
+    return {"MIN_RATING_GAP": 0.005}, "MIN_RATING_GAP = 0.005: ratings are compared in hundredths, expected 0 or 0.01"
+
+
+def negative_seed(tmp_path):
+    return {"SEED": -1}, "SEED = -1: expected 0 or more"
+
+
 def under_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
     return {"OUTPUT_DIR": tmp_path / "file" / "out"}, "cannot write .*file"
@@ -126,12 +121,40 @@ def on_foreign_files(tmp_path):
     return {"OUTPUT_DIR": tmp_path / "home"}, "holds thesis.tex, not made here: choose another name"
 
 
+def on_folders_with_our_names(tmp_path):
+    for name in ("train", "test"):
+        write_lines(tmp_path / "mine" / name / "photos.jsonl", [{"a": 1}])
+    return {"OUTPUT_DIR": tmp_path / "mine"}, "mine' holds test, train, of no run of a script here: choose another name"
+
+
+def on_metadata_of_others(tmp_path):
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    (tmp_path / "mine" / "metadata.json").write_text('{"title": "my photos"}')
+    return {"OUTPUT_DIR": tmp_path / "mine"}, "holds metadata.json, train, of no run of a script here"
+
+
+def on_a_repository(tmp_path):
+    (tmp_path / "mine" / ".git").mkdir(parents=True)
+    (tmp_path / "mine" / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    return {"OUTPUT_DIR": tmp_path / "mine"}, "mine' holds .git, not made here: choose another name"
+
+
+def on_what_it_reads(tmp_path):
+    return {"DATASET": tmp_path / "out", "OUTPUT_DIR": "./out"}, "out' is or holds DATASET, whose rows would be lost"
+
+
+def on_what_holds_what_it_reads(tmp_path):
+    return {"DATASET": "out/train"}, "out' is or holds DATASET, whose rows would be lost: choose another name"
+
+
 @pytest.mark.parametrize(
     "case",
     [
         *(missing, empty, wrong_columns, unreadable_line, half_a_table, no_pair_left, all_held_out, no_ratings),
         *(misspelt_rating, no_tokenizer, small_window, no_window, whole_share, negative_rows, negative_gap),
-        *(under_a_file, on_a_file, on_foreign_files),
+        *(gap_below_a_hundredth, negative_seed),
+        *(under_a_file, on_a_file, on_foreign_files, on_folders_with_our_names, on_metadata_of_others),
+        *(on_a_repository, on_what_it_reads, on_what_holds_what_it_reads),
     ],
     ids=lambda case: case.__name__,
 )
@@ -177,15 +200,25 @@ def fill_disk_in_metadata(monkeypatch):
 
 
 def fail_in_renaming(monkeypatch):
-    rename, calls = os.replace, []
+    rename = os.replace
 
     def second_fails(*names):
         if Path(names[0]).name == "whole":
             raise PermissionError(errno.EACCES, "Permission denied", str(names[1]))
-        calls.append(names)
         rename(*names)
 
     monkeypatch.setattr("os.replace", second_fails)
+
+
+def interrupt_between_the_renamings(monkeypatch):
+    rename = os.replace
+
+    def first_is_the_last(*names):
+        rename(*names)
+        if Path(names[1]).name == "old":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", first_is_the_last)
 
 
 def interrupt(monkeypatch):
@@ -208,6 +241,7 @@ def raising(error):
         (fill_disk_in_metadata, "the disk is full, nothing was replaced"),
         (fail_in_renaming, "cannot write "),
         (interrupt, 130),
+        (interrupt_between_the_renamings, 130),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -225,49 +259,3 @@ def test_an_unwritable_place_is_named(load, tmp_path):
         pytest.skip("this user may write everywhere")
     with pytest.raises(SystemExit, match="cannot write .*locked.*: Permission denied"):
         load(rows_of(3), OUTPUT_DIR=tmp_path / "locked" / "out")
-
-
-def test_output_through_a_link_replaces_what_it_names(load, tmp_path):
-    (tmp_path / "big_disk" / "rows").mkdir(parents=True)
-    (tmp_path / "out").symlink_to(tmp_path / "big_disk" / "rows")
-    load(rows_of(5))
-    assert (tmp_path / "out").is_symlink() and (tmp_path / "big_disk" / "rows" / "metadata.json").exists()
-
-
-KILLED = """
-import os, signal, sys
-import load_helpsteer_dataset as script
-from utils.config import override_constants
-
-rename = os.replace
-def die(*names):
-    if names and os.path.basename(names[0]) != {name!r}:
-        return rename(*names)
-    os.kill(os.getpid(), signal.SIGKILL)
-if {name!r} == "saving":
-    script.describe = lambda *_: die()
-else:
-    script.os.replace = die
-script.main(override_constants(vars(script), sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize("name", ["saving", "whole"])
-def test_a_killed_run_leaves_the_old_rows(load, tmp_path, tokenizer_folder, capsys, name):
-    """Killed while it saves, and in the worst moment: the old folder is moved away, the new one not there yet."""
-    load(rows_of(5))
-    before = content_of(tmp_path / "out")
-    rows = write_lines(tmp_path / "more.jsonl", rows_of(9))
-    options = [f"--dataset={rows}", f"--tokenizer={tokenizer_folder}", f"--output_dir={tmp_path / 'out'}"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(name=name), *options, "--max_length=64"], cwd=ROOT, capture_output=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    (left,) = tmp_path.glob(".out-*")
-    if name == "saving":
-        assert content_of(tmp_path / "out") == before
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="is not there"):
-        load("none.jsonl")
-    assert content_of(tmp_path / "out") == before, "the next run puts them back before anything else"
-    assert f"{left} is left of a run that was killed" in capsys.readouterr().out

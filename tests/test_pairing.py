@@ -77,6 +77,8 @@ def test_a_tie_is_one_in_whole_numbers_and_counts_once():
         ({"response": 7}, "empty_answer"),
         ({"prompt": ""}, "empty_prompt"),
         ({"prompt": None}, "empty_prompt"),
+        ({"prompt": "<extra_id_1>User\n"}, "empty_prompt"),
+        ({"prompt": "<extra_id_1>Assistant\nHello"}, "empty_prompt"),
         ({"helpfulness": 5}, "bad_attribute"),
         ({"correctness": -1}, "bad_attribute"),
         ({"coherence": 2.5}, "bad_attribute"),

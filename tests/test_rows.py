@@ -27,6 +27,7 @@ def said(*texts, system=""):
         ("Q1\n<extra_id_1>Assistant\n", ["Q1"]),
         ("Q1\n<extra_id_1>Assistant", ["Q1"]),
         ("Q1\n<extra_id_1>Assistant \r\nA1\n<extra_id_1>User\nQ2\n<extra_id_1>Assistant\nA2", ["Q1", "A1", "Q2"]),
+        ("Q1\r\n<extra_id_1>Assistant\r\nA1\r\n<extra_id_1>User\r\nQ2\r\n", ["Q1", "A1", "Q2"]),
         ("Q1 <extra_id_1>Assistant\nstays", ["Q1 <extra_id_1>Assistant\nstays"]),
         ("Q1\n<extra_id_1>System\nstays", ["Q1\n<extra_id_1>System\nstays"]),
         ("Q1\n<extra_id_1>User stays", ["Q1\n<extra_id_1>User stays"]),
@@ -95,3 +96,24 @@ def test_the_ledger_shows_the_start_of_the_prompt(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0] == {"reason": "tie", "split": "train", "rows": [3, 4], "prompt": "я" * 80}
     assert lines[1]["prompt"] == "null" and "ж" in lines[2]["prompt"]
+
+
+def test_whole_conversations_as_texts_are_parted_into_turns():
+    """Anthropic/hh-rlhf has no prompt of its own: what both texts have before their last answer is one."""
+    start = "\n\nHuman: Hi\n\nAssistant: Hello!\nYes?\n\nHuman: Tea or coffee?\n\nAssistant:"
+    rows = [
+        {"chosen": f"{start} Tea, Human: with milk.", "rejected": f"{start} Coffee.\n"},
+        {"chosen": f"{start} Tea.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."},
+        {"chosen": f"{start} ", "rejected": f"{start} Coffee."},
+        {"chosen": f"{start} Tea.\n\nHuman: Thanks", "rejected": f"{start} Coffee."},
+        {"chosen": "\n\nAssistant: Tea.", "rejected": "\n\nAssistant: Coffee."},
+        {"prompt": "Q", "chosen": "\n\nHuman: yes", "rejected": "\n\nHuman: no"},
+    ]
+    ledger = Ledger()
+    pair, plain = checked_pairs(lambda: iter(rows), "pairs", "average", "train", 0.0, ledger)
+    assert pair["turns"] == said("Hi", "Hello!\nYes?", "Tea or coffee?")
+    assert pair["answers"] == ("Tea, Human: with milk.", "Coffee.") and pair["rows"] == [0]
+    assert plain["turns"] == said("Q") and plain["answers"] == ("\n\nHuman: yes", "\n\nHuman: no")
+    reasons = [(entry["rows"], entry["reason"]) for entry in ledger.entries]
+    assert reasons == [([1], "prompts_differ"), ([2], "empty_answer"), ([3], "empty_answer"), ([4], "empty_prompt")]
+    assert ledger.totals() == {"rows_read": 6, "rows_used": 2, "rows_dropped": 4, "prompts": 6}

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from utils.rows import (
     RATINGS,
     Ledger,
+    asks,
+    dialogue,
     hundredths,
     is_text,
     is_unicode,
@@ -78,7 +80,7 @@ def pairs_of_attributes(
 
 def check_attribute_row(record: Record) -> str:
     """The reason why a row of the attribute layout cannot be used, "" if it can."""
-    if not is_text(record.get("prompt")):
+    if not is_text(record.get("prompt")) or not asks(prompt_turns(record["prompt"])):
         return "empty_prompt"
     if not is_text(record.get("response")):
         return "empty_answer"
@@ -136,8 +138,11 @@ def pairs_of_records(read: Callable[[], Iterator[Record]], layout: str, split: s
 
 def pair_of_record(record: Record, rated: tuple[str, ...]) -> dict | str:
     """The pair in a record of the `pairs` layout, or the reason why there is none. rated: see rating_columns."""
-    turns, answers = [], []
-    for side in (record.get("chosen"), record.get("rejected")):
+    prompt, turns, answers = record.get("prompt"), [], []
+    sides = [record.get("chosen"), record.get("rejected")]
+    if not prompt and all(map(dialogue, sides)):
+        sides = [dialogue(side) for side in sides]
+    for side in sides:
         messages = messages_of(side)
         if not messages:
             return "bad_messages" if side else "empty_answer"
@@ -147,9 +152,8 @@ def pair_of_record(record: Record, rated: tuple[str, ...]) -> dict | str:
         answers.append(messages[-1]["content"])
     if turns[0] != turns[1]:
         return "prompts_differ"
-    prompt = record.get("prompt")
     turns = turns[0] or prompt_turns(prompt)  # no turns: the sides are answers only
-    if not turns or turns[-1]["role"] != "user":
+    if not asks(turns):
         return "empty_prompt"
     ratings = tuple(real_number(record.get(name)) for name in rated) or (None, None)
     if rated and None in ratings:
@@ -175,7 +179,7 @@ def pair_of_strength(record: Record) -> dict | str:
     turns = prompt_turns(prompt)
     first, second = (record.get(f"response_{i}", record.get(f"response{i}")) for i in (1, 2))
     strength = whole_number(record.get("preference_strength", record.get("overall_preference")))
-    if not turns or turns[-1]["role"] != "user":
+    if not asks(turns):
         return "empty_prompt"
     if not is_text(first) or not is_text(second):
         return "empty_answer"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +25,9 @@ HASHED = (  # what the fingerprint is of, as far as rows have it
     *("prompt", "chosen_rating", "rejected_rating", "rating"),
     *("input_ids", "completion_mask", "chosen_ids", "rejected_ids"),
 )
+OURS = {"train", "validation", "test", "metadata.json", "dropped.jsonl"}  # what a processed folder holds
+CLUTTER = {".DS_Store", ".ipynb_checkpoints", "Thumbs.db", "desktop.ini"}  # what others put into every folder
+READ_BY_DEFAULT = "processed_helpsteer"  # DATA_DIR of the scripts
 
 
 def row_features(rows: str = "pairs") -> Features:
@@ -105,35 +111,58 @@ def describe(
     }
 
 
-def check_folder(folder: Path) -> None:
-    """End the script where the output folder holds what is not of this script: it would be lost.
+def check_folder(folder: Path, dataset: str = "") -> None:
+    """End the script where writing to the output folder would lose what is not of an earlier run, or is `dataset`.
 
     If an earlier run was killed in the moment between its two renamings, the old rows are put back first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in sorted(folder.parent.glob(f".{folder.name}-*")):
-        if (left / "old").exists() and not folder.exists():
+    work = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}")  # as tempfile names it
+    for left in sorted(path for path in folder.parent.iterdir() if work.fullmatch(path.name)):
+        if is_ours(left / "old") and not folder.exists():
             os.replace(left / "old", folder)
         say(f"{left} is left of a run that was killed (or is still at work): delete it when none is running")
     if folder.is_file() or os.path.ismount(folder):
         stop(f"OUTPUT_DIR = '{folder}' is a {'file' if folder.is_file() else 'mount point'}: choose another name")
-    ours = {"train", "validation", "test", "metadata.json", "dropped.jsonl"}
-    others = {path.name for path in folder.glob("[!.]*")} - ours if folder.exists() else ()
-    if others:
-        stop(f"OUTPUT_DIR = '{folder}' holds {', '.join(sorted(others)[:5])}, not made here: choose another name")
+    read = Path(dataset).expanduser().resolve()
+    inside = folder.exists() and read.exists() and any(map(folder.samefile, (read, *read.parents)))
+    if dataset and inside:  # samefile(): macOS does not tell Rows from rows
+        stop(f"OUTPUT_DIR = '{folder}' is or holds DATASET, whose rows would be lost: choose another name")
+    held = {path.name for path in folder.iterdir()} - CLUTTER if folder.exists() else set()
+    if held - OURS:
+        stop(f"OUTPUT_DIR = '{folder}' holds {', '.join(sorted(held - OURS)[:5])}, not made here: choose another name")
+    if held and not is_ours(folder):
+        stop(
+            f"OUTPUT_DIR = '{folder}' holds {', '.join(sorted(held))}, of no run of a script here: choose another name"
+        )
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a script here has made the folder: it is renamed when whole, so its metadata are there."""
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(metadata, dict) and "fingerprint" in metadata
 
 
 def replace_folder(folder: Path, whole: Path) -> None:
     """Put the folder `whole` in the place of `folder`: the old one is there until the new one is complete."""
     old = whole.with_name("old")
-    if folder.exists():
-        os.replace(folder, old)
     try:
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(whole, folder)
-    except OSError:
-        if old.exists():
+    except BaseException:  # Ctrl-C too: what is left beside `whole` is deleted on the way out
+        if old.exists() and not folder.exists():
             os.replace(old, folder)
         raise
+
+
+def reading(command: str, folder: str) -> str:
+    """The command with the folder that it is to read, unless it reads that one anyway."""
+    folder = str(Path(folder).expanduser())
+    return command if folder == READ_BY_DEFAULT else f"{command} --data_dir {shlex.quote(folder)}"
 
 
 def report(metadata: dict, folder: Path, next_step: str = "python dataset_summary.py") -> None:

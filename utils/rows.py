@@ -21,6 +21,7 @@ RATINGS = {  # whole weights of the five attributes and their divisor: sums of 0
     "nvidia_70b": ((65, 80, 45, 55, -40), 100),  # the scalar scores of NVIDIA's 70B and 340B reward models
     "nvidia_340b": ((30, 74, 46, 47, -33), 100),
 }
+SPEAKER = re.compile(r"\n\n(Human|Assistant):[ \t\r]*")
 TURN_MARKER = re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)[ \t\r]*(?:\n|$)")
 
 
@@ -73,10 +74,24 @@ def chat_turns(prompt: str) -> list[Message]:
     if not rest:
         return [{"role": "user", "content": prompt}] if prompt.strip() else []
     turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
-    messages = [{"role": who.lower(), "content": text.strip("\n")} for who, text in turns if text.strip()]
+    messages = [{"role": who.lower(), "content": text.strip("\r\n")} for who, text in turns if text.strip()]
     while len(messages) > 1 and messages[-1]["role"] == "assistant":
         messages.pop()
     return messages
+
+
+def asks(turns: list[Message]) -> bool:
+    """Whether turns end in one of the user, which an answer can follow."""
+    return bool(turns) and turns[-1]["role"] == "user"
+
+
+def dialogue(text: object) -> list[Message]:
+    """The messages of a whole conversation in one text, as in Anthropic/hh-rlhf; [] for any other text."""
+    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
+        return []
+    _, *parts = SPEAKER.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def whole_number(value: object) -> int | None:

@@ -1,0 +1,111 @@
+"""The processed folder takes the place of an older one, and of nothing else, whenever the run is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.loading import content_of, load_rows, rows_of, write_lines
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return partial(load_rows, tokenizer_folder)
+
+
+def test_a_second_run_replaces_the_first(load):
+    load(rows_of(5))
+    _, parts, _ = load(rows_of(7))
+    assert len(parts["train"]) + len(parts["validation"]) == 7 and not list(Path().glob(".out-*"))
+
+
+def test_output_through_a_link_replaces_what_it_names(load, tmp_path):
+    (tmp_path / "big_disk" / "rows").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "big_disk" / "rows")
+    load(rows_of(5))
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "big_disk" / "rows" / "metadata.json").exists()
+
+
+def test_clutter_of_others_is_no_reason_to_stop(load, tmp_path):
+    load(rows_of(5))
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"")
+    assert load(rows_of(7))[0]["counts"]["pairs"] == 7
+
+
+def test_home_is_written_out(load, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(FileNotFoundError, match="dropped.jsonl"):  # load() looks for "~" to the letter
+        load(rows_of(3), OUTPUT_DIR="~/rows")
+    assert (tmp_path / "home" / "rows" / "metadata.json").exists() and not (tmp_path / "~").exists()
+    assert capsys.readouterr().out.endswith(f"python dataset_summary.py --data_dir {tmp_path}/home/rows\n")
+
+
+def test_what_another_folder_left_is_not_taken_for_ours(load, tmp_path):
+    """`.out-a-abc12345` is of a killed run that wrote out-a."""
+    load(rows_of(5), OUTPUT_DIR="out-a")
+    (tmp_path / ".out-a-abc12345").mkdir()
+    os.rename(tmp_path / "out-a", tmp_path / ".out-a-abc12345" / "old")
+    with pytest.raises(SystemExit, match="is not there"):
+        load("none.jsonl")
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out-a-abc12345" / "old").exists()
+    with pytest.raises(SystemExit, match="is not there"):
+        load("none.jsonl", OUTPUT_DIR="out-a")
+    assert (tmp_path / "out-a" / "metadata.json").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux which files are open")
+def test_no_file_is_open_when_the_work_is_deleted(load, monkeypatch):
+    """Windows would not delete it."""
+    before = Path("/proc/self/maps").read_text().count(".out-")
+    seen = []
+    monkeypatch.setattr(
+        "load_helpsteer_dataset.replace_folder", lambda *_: seen.append(Path("/proc/self/maps").read_text())
+    )
+    with pytest.raises(FileNotFoundError):
+        load(rows_of(5))
+    assert before == seen[0].count(".out-") == 0
+
+
+KILLED = """
+import os, signal, sys
+import load_helpsteer_dataset as script
+from utils.config import override_constants
+
+rename = os.replace
+def die(*names):
+    if names and os.path.basename(names[0]) != {name!r}:
+        return rename(*names)
+    os.kill(os.getpid(), signal.SIGKILL)
+if {name!r} == "saving":
+    script.describe = lambda *_: die()
+else:
+    script.os.replace = die
+script.main(override_constants(vars(script), sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("name", ["saving", "whole"])
+def test_a_killed_run_leaves_the_old_rows(load, tmp_path, tokenizer_folder, capsys, name):
+    """Killed while it saves, and in the worst moment: the old folder is moved away, the new one not there yet."""
+    load(rows_of(5))
+    before = content_of(tmp_path / "out")
+    rows = write_lines(tmp_path / "more.jsonl", rows_of(9))
+    options = [f"--dataset={rows}", f"--tokenizer={tokenizer_folder}", f"--output_dir={tmp_path / 'out'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(name=name), *options, "--max_length=64"], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    (left,) = tmp_path.glob(".out-*")
+    if name == "saving":
+        assert content_of(tmp_path / "out") == before
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="is not there"):
+        load("none.jsonl")
+    assert content_of(tmp_path / "out") == before, "the next run puts them back before anything else"
+    assert f"{left} is left of a run that was killed" in capsys.readouterr().out
