@@ -21,9 +21,9 @@ import numpy as np
 from utils.config import override_constants
 from utils.evaluation import interval, wins
 from utils.leaks import first_rows, leaking_groups, repeats
-from utils.processed import refuse_sft_rows
+from utils.processed import reading, refuse_sft_rows
 from utils.rows import hundredths
-from utils.runs import needs, say, script, stop, write_json, write_text
+from utils.runs import at_least, needs, say, script, stop, write_json, write_text
 from utils.shortcuts import SHORTCUTS, bands_of
 from utils.split import near_duplicate_groups
 from utils.tables import LENGTHS, SHORTCUT_NAMES, example_text, summary_text
@@ -89,10 +89,7 @@ def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     *_key are hashes of texts, equal for equal texts within this process. Before the window an answer's length is
     that of all the template writes for it, end of turn included, as it is in the window where nothing is cut.
     """
-    from utils.tokens import answer_texts, ids_of
-
-    def lengths(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in ids_of(tokenizer, texts)]
+    from utils.templates import answer_texts, ids_of, written_ids
 
     prompts = [messages[:-1] for messages in batch["chosen"]]
     answers = {side: [messages[-1]["content"] for messages in batch[side]] for side in ("chosen", "rejected")}
@@ -100,9 +97,10 @@ def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
         answer_texts(tokenizer, prompt, list(pair))
         for prompt, *pair in zip(prompts, answers["chosen"], answers["rejected"], strict=True)
     ]
+    ids = written_ids(tokenizer, written)
     found = {
-        "prompt_raw": lengths(batch["prompt"]),
-        "prompt": lengths([prompt for prompt, _ in written]),
+        "prompt_raw": [len(raw) for raw in ids_of(tokenizer, batch["prompt"])],
+        "prompt": [len(prompt) for prompt, _ in ids],
         "prompt_in_window": [sum(mask) for mask in batch["attention_mask"]],
         "multi_turn": [sum(message["role"] != "system" for message in prompt) > 1 for prompt in prompts],
         "prompt_key": [hash(prompt) for prompt in batch["prompt"]],
@@ -113,8 +111,8 @@ def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
         **{name: batch[name] for name in ("prompt_cut", "chosen_cut", "rejected_cut", "equal_after_cut")},
     }
     for i, (side, texts) in enumerate(answers.items()):
-        found[side] = lengths([both[i] for _, both in written])
-        found[f"{side}_in_window"] = found[f"{side}_longer_in_window"] = [len(ids) for ids in batch[f"{side}_ids"]]
+        found[side] = [len(both[i]) for _, both in ids]
+        found[f"{side}_in_window"] = found[f"{side}_longer_in_window"] = [len(cut) for cut in batch[f"{side}_ids"]]
         found[f"{side}_key"] = [hash(text) for text in texts]
         found |= {f"{side}_{name}": [count(text) for text in texts] for name, count in SHORTCUTS.items()}
     return found
@@ -155,8 +153,12 @@ def describe_lengths(lengths: np.ndarray) -> dict:
 
 
 def describe_gaps(gap: np.ndarray, limits: tuple) -> dict | None:
-    """Mean, median, bands and what MIN_RATING_GAP would keep; None where there are no ratings. gap: hundredths."""
-    if np.isnan(gap).any():
+    """Mean, median, bands and what MIN_RATING_GAP would keep, of the pairs with ratings; None where there are none.
+
+    gap: hundredths, NaN for a pair without ratings.
+    """
+    gap = gap[~np.isnan(gap)]
+    if not len(gap):
         return None
     kept = {str(limit): int((gap >= hundredths(limit)).sum()) for limit in limits}
     bands = {name: {"pairs": int(mask.sum()), "share": share(mask)} for name, mask in bands_of(gap).items()}
@@ -220,11 +222,13 @@ def draw(m: dict[str, np.ndarray], section: dict, window: int, folder: Path) -> 
     """Write the figures, and remove those of an earlier summary that these data do not allow; their file names."""
     from utils import plots
 
+    has = ~np.isnan(m["gap"])
+    rated, of_rated = {name: values[has] for name, values in m.items()}, section | {"pairs": int(has.sum())}
     figures = {
         "token_lengths.png": lambda: plots.token_lengths(m, section, window),
         "shortcuts.png": lambda: plots.shortcuts(section, SHORTCUT_NAMES),
-        "rating_gaps.png": lambda: plots.rating_gaps(m["gap"], section),
-        "length_by_gap.png": lambda: plots.length_by_gap(m, section),
+        "rating_gaps.png": lambda: plots.rating_gaps(rated["gap"], of_rated),
+        "length_by_gap.png": lambda: plots.length_by_gap(rated, of_rated),
     }
     drawn = list(figures) if section["rating_gap"] else ["token_lengths.png", "shortcuts.png"]
     for name, figure in figures.items():
@@ -252,8 +256,7 @@ def main(settings: dict) -> None:
     folder, output = needs(DATA_DIR, made_by="load_helpsteer_dataset.py"), Path(OUTPUT_DIR)
     metadata, parts = load_data(folder)
     tokenizer, _ = matching_tokenizer(DATA_DIR, "TOKENIZER", TOKENIZER or metadata["tokenizer"])
-    if EXAMPLES < 0:
-        stop(f"EXAMPLES = {EXAMPLES}: expected 0 or more")
+    at_least(0, EXAMPLES=EXAMPLES, SEED=SEED)
     output.mkdir(parents=True, exist_ok=True)
     # 2. measure every pair
     with tqdm(desc="measuring", total=sum(map(len, parts.values())), unit=" pairs") as progress:
@@ -274,7 +277,8 @@ def main(settings: dict) -> None:
     write_text(output / "summary.md", markdown(text, figures, summary["examples"]))
     # 5. say what is in it, where it is and what to run next
     say("\n\n".join(["", text, *(example_text(example) for example in summary["examples"]), ""]))
-    say(f"written: {output}/summary.json, summary.md, {', '.join(figures)}\nnext: python train_reward_model.py")
+    say(f"written: {output}/summary.json, summary.md, {', '.join(figures)}")
+    say(f"next: {reading('python train_reward_model.py', DATA_DIR)}")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ import importlib.metadata
 import math
 import os
 import platform
+import shlex
 import shutil
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
+from utils.hub import ask_hub, in_cache
 from utils.runs import ENVIRONMENT, say, script, stop
 
 if TYPE_CHECKING:
@@ -56,11 +56,7 @@ SIZES = {  # name: million parameters, layers, hidden + intermediate size
 # (hidden + intermediate), held for the backward pass, and 1 GB for the libraries: within a quarter of the peaks
 # of SmolLM2-135M on a CPU (4 to 16 rows of 256 tokens).
 BYTES = {"trained": 16, "frozen": 4, "cast": 2, "activation fp32": 36, "activation cast": 22}
-REASONS = {  # errors of the hub's library in a user's words
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
-    "HFValidationError": "neither a folder here nor a hub name",
-    "RepositoryNotFoundError": "the hub has no such name (or it is private: set HF_TOKEN)",
-}
+READ_BY_DEFAULT = {"dataset": "nvidia/HelpSteer2", "tokenizer": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # by step 1
 
 
 def row(name: str, *cells: str) -> None:
@@ -86,7 +82,8 @@ def read_requirements(file: Path) -> list[Requirement]:
 def check_versions(wanted: list[Requirement]) -> list[str]:
     """Print each package against its bounds, by metadata alone; returns a few words for each that is out of them."""
     say("versions")
-    row("python", platform.python_version(), ">=3.11", "ok")
+    tested = int(platform.python_version_tuple()[1]) <= 13  # perhaps it works: what does not is found below
+    row("python", platform.python_version(), ">=3.11,<3.14", "ok" if tested else "not tested")
     faults = []
     for package in wanted:
         try:
@@ -131,39 +128,6 @@ def check_machine(device: torch.device, precision: str, reason: str) -> None:
     row("disk", f"{disk:.1f} GB free here", "WARNING: a model and its checkpoints need about 5" if disk < 5 else "")
     if device.type == "mps":
         row("settings", ", ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name.startswith("PYTORCH")))
-
-
-def in_cache(name: str, kind: str) -> bool:
-    """Whether the hub's cache on this disk holds weights (kind "model") or rows ("dataset") of that name."""
-    from huggingface_hub import constants
-
-    repository = "--".join([f"{kind}s", *name.split("/")[:2]])  # a dataset's name may go on: owner/name/folder
-    wanted = ("*.safetensors", "*.bin") if kind == "model" else ("*.parquet", "*.jsonl*", "*.csv")
-    snapshots = Path(constants.HF_HUB_CACHE) / repository / "snapshots"
-    return any(file.exists() for pattern in wanted for file in snapshots.rglob(pattern))  # not a link to nowhere
-
-
-def ask_hub(names: dict[str, str], timeout: float) -> dict[str, str]:
-    """{kind: "" or why the hub does not give it, without addresses and tokens}, in `timeout` seconds in all."""
-    from huggingface_hub import HfApi
-
-    found = {kind: f"the hub did not answer within {timeout:g} s" for kind in names}
-
-    def ask(kind: str) -> None:
-        try:
-            HfApi().repo_info("/".join(names[kind].split("/")[:2]), repo_type=kind, timeout=timeout)
-            found[kind] = ""
-        except Exception as error:  # whatever the network throws, the answer is that it cannot be had
-            found[kind] = REASONS.get(type(error).__name__, f"the hub is not reachable ({type(error).__name__})")
-
-    # a thread for each, since no timeout of the library covers the name look-up
-    threads = [threading.Thread(target=ask, args=(kind,), daemon=True) for kind in names]
-    until = time.monotonic() + timeout
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, until - time.monotonic()))
-    return dict(found)
 
 
 def check_sources(names: dict[str, str], offline_model: str, timeout: float) -> dict[str, bool]:
@@ -260,19 +224,21 @@ def prove(model: nn.Module, device: torch.device, precision: str, seed: int) -> 
     return faults
 
 
-def next_command(had: dict[str, bool], offline_model: str) -> str:
-    """What to run now, given what can be had."""
+def next_command(had: dict[str, bool], names: dict[str, str], offline_model: str) -> str:
+    """What to run now, given what can be had. names: the model and the dataset that were looked for."""
     if not (had["model"] or had["offline"]):
         return "python -m extras.get_offline_model    # a copy of SmolLM2-135M-Instruct without the hub"
-    dataset = "" if had["dataset"] else " --dataset sample_data/helpsteer_sample.jsonl"
-    return f"python load_helpsteer_dataset.py{dataset}" + ("" if had["model"] else f" --tokenizer {offline_model}")
+    dataset = names["dataset"] if had["dataset"] else "sample_data/helpsteer_sample.jsonl"
+    options = {"dataset": dataset, "tokenizer": names["model"] if had["model"] else offline_model}
+    changed = [f" --{name} {shlex.quote(value)}" for name, value in options.items() if value != READ_BY_DEFAULT[name]]
+    return "python load_helpsteer_dataset.py" + "".join(changed)
 
 
 @script
 def main(settings: dict) -> None:
     # 1. versions
     if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 11):
-        stop(f"Python {platform.python_version()} is too old: make an environment with 3.11 or newer")
+        stop(f"Python {platform.python_version()} is too old: make an environment with 3.11, 3.12 or 3.13")
     faults = check_versions(read_requirements(Path(__file__).parent / REQUIREMENTS))
     if faults:
         stop(f"{'; '.join(faults)}: run `python -m pip install -r {REQUIREMENTS}`")
@@ -281,19 +247,21 @@ def main(settings: dict) -> None:
     # 2. machine
     device = choose_device(DEVICE)
     precision, reason = choose_precision(PRECISION, device)
-    check_machine(device, precision, reason)
-    what_fits(memory_gb(device)[0], precision, 2 * BATCH_SIZE * MAX_LENGTH)
-    # 3. model and data
-    had = check_sources({"model": MODEL, "dataset": DATASET}, OFFLINE_MODEL, TIMEOUT_SECONDS)
-    # 4. proof
+    names = {"model": MODEL, "dataset": DATASET}
     try:
+        check_machine(device, precision, reason)
+        what_fits(memory_gb(device)[0], precision, 2 * BATCH_SIZE * MAX_LENGTH)
+        # 3. model and data
+        had = check_sources(names, OFFLINE_MODEL, TIMEOUT_SECONDS)
+        # 4. proof
         faults = prove(tiny_model(SEED), device, precision, SEED)
     except RuntimeError as error:  # a driver that does not fit torch, an operation that the device does not have
-        faults = [str(error).splitlines()[0][:200]]
+        cure = "try another DEVICE or PRECISION" + ", or end what else uses it" * ("out of memory" in str(error))
+        stop(f"{device.type} in {precision} cannot be used: {str(error).splitlines()[0][:200]}; {cure}")
     if faults:
         stop(f"{device.type} in {precision} computes wrongly: {faults[0]}; try another DEVICE or PRECISION")
     # 5. say what to run next
-    say(f"next: {next_command(had, OFFLINE_MODEL)}")
+    say(f"next: {next_command(had, names, OFFLINE_MODEL)}")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,17 @@ def test_hub_folder_and_hub_split(hub):
     fails("owner/name/prefrence", "no folder or split 'prefrence' there, splits: goodness_split, train")
 
 
+def test_what_is_in_folders_or_has_no_train_names_what_to_ask_for(hub):
+    folder, _, _ = hub
+    write_lines(folder / "helpful-base" / "train.jsonl.gz", ROWS)
+    fails("Anthropic/hh-rlhf", "files in folders, name one: Anthropic/hh-rlhf/helpful-base$")
+    assert read(open_source("Anthropic/hh-rlhf/helpful-base", "average")) == ROWS
+    write_lines(folder / "one.jsonl", ROWS)
+    write_lines(folder / "two.jsonl", ROWS)
+    fails("owner/name", "no split for RATING = 'average', it has: one, two; name one: owner/name/one$")
+    assert open_source("owner/name/one", "average").split_used == {"train": "one"}
+
+
 def test_of_message_trees_the_tables_are_read_and_not_the_exports_beside_them(hub):
     folder, calls, _ = hub
     (folder / "data").mkdir()

@@ -16,7 +16,7 @@ from utils.controls import closed_answers
 from utils.heads import HEADS, PairLoss, reading_of
 from utils.pairs import PairCollator, load_pairs, ratings_of
 from utils.rewards import RewardModel, RewardPairs, require_worth, start_model
-from utils.tokens import render
+from utils.templates import render
 
 MEANS = [3.0, 3.0, 3.5, 2.0, 2.0]  # of the attributes
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}

@@ -14,7 +14,7 @@ from utils import quality_plots
 from utils.models import choose_precision, load_classifier, save_with_proof
 from utils.pairs import load_pairs
 from utils.rewards import RewardModel
-from utils.tokens import render
+from utils.templates import render
 
 SMALL = {
     "MAX_STEPS": 6,

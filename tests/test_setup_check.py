@@ -80,6 +80,14 @@ def test_old_python_is_named(requirements, monkeypatch):
         run_script(setup_check, REQUIREMENTS=requirements)
 
 
+def test_a_python_that_nobody_has_tried_is_not_called_ok(requirements, monkeypatch, capsys):
+    for version, verdict in ((("3", "13", "1"), "ok"), (("3", "14", "0"), "not tested")):
+        monkeypatch.setattr(platform, "python_version_tuple", lambda version=version: version)
+        check_versions(read_requirements(requirements))
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  python ")]
+        assert line.split(maxsplit=3)[-1] == verdict
+
+
 @pytest.mark.parametrize(
     "constants, message",
     [({"DEVICE": "tpu"}, "DEVICE = 'tpu' is not known"), ({"PRECISION": "int8"}, "PRECISION = 'int8' is not known")],
@@ -154,6 +162,19 @@ def test_driver_error_is_no_traceback(requirements, monkeypatch):
         run_script(setup_check, REQUIREMENTS=requirements, DEVICE="cpu")
 
 
+@pytest.mark.parametrize("place", ["check_machine", "one_step"])
+def test_a_full_device_is_not_said_to_compute_wrongly(requirements, monkeypatch, place):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nmore lines")
+
+    monkeypatch.setattr(setup_check, place, full)
+    with pytest.raises(
+        SystemExit, match="cpu in .* cannot be used: CUDA out of memory.*, or end what else uses it"
+    ) as end:
+        run_script(setup_check, REQUIREMENTS=requirements, DEVICE="cpu")
+    assert "\n" not in end.value.code
+
+
 def test_hub_that_never_answers_costs_the_timeout_and_no_more(monkeypatch):
     import huggingface_hub
 
@@ -221,4 +242,13 @@ def test_estimate_grows_with_what_is_trained(capsys):
 )
 def test_next_command(had, expected):
     had = {kind: kind in had.split() for kind in ("model", "dataset", "offline")}
-    assert next_command(had, "models/copy").split("    #")[0].endswith(expected)
+    names = {"model": setup_check.MODEL, "dataset": setup_check.DATASET}
+    assert next_command(had, names, "models/copy").split("    #")[0].endswith(expected)
+
+
+def test_next_command_has_what_was_looked_for():
+    names, had = {"model": "my model", "dataset": "owner/rows"}, {"model": True, "dataset": True, "offline": True}
+    assert next_command(had, names, "models/copy").endswith("dataset.py --dataset owner/rows --tokenizer 'my model'")
+    had |= {"model": False, "dataset": False}
+    sample = "sample_data/helpsteer_sample.jsonl"
+    assert next_command(had, names, "models/copy").endswith(f"--dataset {sample} --tokenizer models/copy")

@@ -184,9 +184,9 @@ def test_a_second_summary_is_equal_and_fits_a_terminal(sample_summary, sample_fo
     capsys.readouterr()
     assert summarise(sample_folder, output) == summary
     assert all((output / name).read_bytes() == pictures[name] for name in FIGURES)
-    table = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("changed", "written"))]
-    assert max(map(len, table)) <= 100
-    assert table[-1] == "next: python train_reward_model.py"
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if not line.startswith(("changed", "written"))) <= 100
+    assert last == f"next: python train_reward_model.py --data_dir {sample_folder}"
     page = (output / "summary.md").read_text()
     assert all(f"({name})" in page for name in FIGURES)
 
@@ -225,6 +225,23 @@ def test_a_source_without_ratings_and_with_a_test_split(small, tmp_path, tokeniz
     assert {path.name for path in output.glob("*.png")} == {"token_lengths.png", "shortcuts.png"}  # no old ones
 
 
+def test_ratings_of_one_split_are_shown_where_another_has_none(small, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(small, data)
+    rows = load_from_disk(str(small / "train"))
+    bare = rows.select([0]).map(lambda _: dict.fromkeys(("chosen_rating", "rejected_rating")), features=rows.features)
+    bare.save_to_disk(data / "test")
+    metadata = json.loads((data / "metadata.json").read_text())
+    (data / "metadata.json").write_text(json.dumps(metadata | {"test_size": 1}))
+    found, whole = summarise(data, tmp_path / "out"), summarise(small, tmp_path / "whole")
+    assert found["test"]["rating_gap"] is None and found["all"]["pairs"] == 5
+    for split in ("train", "all"):
+        assert found[split]["rating_gap"] == whole[split]["rating_gap"]
+    shown = capsys.readouterr().out
+    assert "no ratings in test\n" in shown and "the source has no ratings" not in shown
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == FIGURES
+
+
 def test_an_empty_validation_split_is_left_out(tmp_path, tokenizer_folder):
     source = write_rows(tmp_path / "rows.jsonl", ROWS)
     run_script(
@@ -249,7 +266,7 @@ def test_mistakes_end_in_one_line(small, tmp_path, tokenizer, tokenizer_folder):
 
     assert "run `python load_helpsteer_dataset.py` first" in line(data=tmp_path / "nothing")
     assert "holds no metadata.json" in line(data=tokenizer_folder)
-    assert "EXAMPLES = -1" in line(EXAMPLES=-1)
+    assert "EXAMPLES = -1" in line(EXAMPLES=-1) and "SEED = -1" in line(SEED=-1)
     assert "cannot be had" in line(TOKENIZER="nobody/nothing-of-this-name")
     other = tmp_path / "other"
     shutil.copytree(tokenizer_folder, other)

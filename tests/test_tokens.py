@@ -187,6 +187,8 @@ def test_a_window_too_small_ends_in_one_line(tokenizer):
         check_window(tokenizer, 40, "You are a pirate who answers in the words of the sea.")
     with pytest.raises(SystemExit, match="MAX_LENGTH is too small: chat template and system turn alone need"):
         encode(tokenizer, said("Q", system=LONG), LONG, "no", 100)
+    with pytest.raises(SystemExit, match=r"the prompt begins 'Why not\?'\)$"):
+        encode(tokenizer, said("Why\nnot?", system=LONG), LONG, "no", 100)
 
 
 def test_the_smallest_window_that_passes_the_check_encodes_everything(tokenizer):
@@ -207,7 +209,7 @@ def fits(tokenizer, window):
 
 
 def test_a_template_that_refuses_the_roles_ends_in_one_line(other):
-    with pytest.raises(SystemExit, match="refuses the turns user, user: Roles must take turns"):
+    with pytest.raises(SystemExit, match="refuses the turns user, user: Roles must take turns; they begin 'a'"):
         encode(other(STRICT), [*said("a"), *said("b")], "x", "y", 99)
 
 

@@ -30,7 +30,7 @@ def override_constants(script: dict, argv: list[str] | None = None) -> dict:
     Raises SystemExit(2) after one line on stderr for an unknown or ill-typed option, TypeError for a constant
     that can be no option.
     """
-    comments = top_constants(Path(script["__file__"]).read_text(encoding="utf-8"))
+    comments = top_constants(Path(script["__file__"]).read_text(encoding="utf-8-sig"))
     parser = parser_of(script, comments)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -103,11 +103,16 @@ def reader(name: str, default: object) -> Callable[[str], object]:
                 return TRUE_FALSE[text.lower()]
             if kind is tuple:
                 part_kind = type(default[0]) if default else str
-                return tuple(part_kind(part.strip()) for part in text.split(",") if part.strip())
-            if kind is float and not math.isfinite(float(text)):
-                raise ValueError  # 'nan' would pass as a float and poison the run in silence
-            return kind(text)
+                return tuple(value_of(part_kind, part.strip()) for part in text.split(",") if part.strip())
+            return value_of(kind, text)
         except (ValueError, KeyError):
             raise argparse.ArgumentTypeError(f"expected {kind.__name__} such as {default!r}, got {text!r}") from None
 
     return read
+
+
+def value_of(kind: type, text: str) -> object:
+    """The text as a value of a type; ValueError for a number that is not finite: it would poison a run in silence."""
+    if kind is float and not math.isfinite(float(text)):
+        raise ValueError
+    return kind(text)

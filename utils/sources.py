@@ -1,18 +1,17 @@
 """Where preference rows come from: the hub, a hub mirror folder, or one local file; records are read one by one."""
 
-import ast
-import csv
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from utils.runs import say, stop
+from utils.tabular import read_arrow, read_csv, read_parquet
 
 Record = dict  # one row as the source has it
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer, 0 to 4 each
@@ -34,7 +33,6 @@ EXPORTS = ("*.messages.jsonl.gz", "*.trees.jsonl.gz")  # beside the tables of oa
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # names of a split that is not for training
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002, older ones with a hash after it
-MESSAGES_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|content)['"]\s*:""")  # in a CSV cell
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json")
 HEAD = 100  # the first so many records show what columns there are: a single one may lack some
 
@@ -60,13 +58,13 @@ def open_source(dataset: str, rating: str, layouts: dict = LAYOUTS) -> Source:
     """
     path = Path(dataset).expanduser()
     if path.exists():
-        return from_files(dataset, "", files_of(path), rating, layouts)
+        return from_files(dataset, "", files_of(path, dataset), rating, layouts)
     if suffix_of(path) or dataset.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(dataset):
         stop(f"DATASET = {dataset!r} is not there: neither a file nor a folder, and not a hub name such as owner/name")
     folder, part = download(dataset)
     if part and (folder / part).is_dir():
-        return from_files(dataset, folder.name, files_of(folder / part), rating, layouts)
-    files = files_of(folder)
+        return from_files(dataset, folder.name, files_of(folder / part, dataset), rating, layouts)
+    files = files_of(folder, dataset)
     if part and part not in files:
         stop(f"DATASET = {dataset!r}: no folder or split {part!r} there, splits: {', '.join(files)}")
     return from_files(dataset, folder.name, {part: files[part]} if part else files, rating, layouts)
@@ -102,8 +100,11 @@ def download(dataset: str) -> tuple[Path, str]:
     return Path(folder), "".join(part)
 
 
-def files_of(path: Path) -> dict[str, list[Path]]:
-    """{split: files} of one file or of a folder, where shards train-00000-of-00002.parquet belong to one split."""
+def files_of(path: Path, dataset: str) -> dict[str, list[Path]]:
+    """{split: files} of one file or of a folder, where shards train-00000-of-00002.parquet belong to one split.
+
+    path: where the dataset is, which messages call by its name.
+    """
     if path.is_file():
         if not suffix_of(path):
             stop(f"DATASET = '{path}': cannot read this kind of file, known: {', '.join(READERS)}")
@@ -115,19 +116,28 @@ def files_of(path: Path) -> dict[str, list[Path]]:
         return {folder.name: sorted(folder.glob("data-*.arrow")) for folder in saved}
     files = {}
     for file in (file for folder in (path, path / "data") for file in sorted(folder.glob("*"))):
-        if file.is_file() and suffix_of(file) and file.name not in NOT_ROWS:
+        if is_of_rows(file):
             name = SHARD.sub("", file.name.removesuffix(suffix_of(file)))
             shards = files.setdefault(name, [])
             if shards and (file.parent, suffix_of(file)) != (shards[0].parent, suffix_of(shards[0])):
                 stop(f"DATASET = '{path}' has its split {name!r} twice: give {shards[0]} or {file}")
             shards.append(file)
     if not files:
+        parts = [
+            f"{dataset}/{folder.name}" for folder in sorted(path.iterdir()) if any(map(is_of_rows, folder.glob("*")))
+        ]
+        if parts:
+            stop(f"DATASET = {dataset!r} has its files in folders, name one: {', '.join(parts[:9])}")
         stop(f"DATASET = '{path}': no file in it that can be read, known: {', '.join(READERS)}")
     return files
 
 
+def is_of_rows(file: Path) -> bool:
+    return file.is_file() and suffix_of(file) != "" and file.name not in NOT_ROWS
+
+
 def from_files(dataset: str, revision: str, files: dict[str, list[Path]], rating: str, layouts: dict) -> Source:
-    train = choose_split(dataset, list(files), rating)
+    train = choose_split(dataset, files, rating)
     held_out = next((name for name in HELD_OUT if name in files and train == "train"), "")
     unread = [name for name in files if name not in (train, held_out)]
     if unread:
@@ -161,15 +171,20 @@ def by_split_column(read: Callable[[], Iterator[Record]]) -> dict[str, Callable[
     }
 
 
-def choose_split(dataset: str, names: list[str], rating: str) -> str:
+def choose_split(dataset: str, files: dict[str, list[Path]], rating: str) -> str:
     """The split to train on: train, or the one named after the rating, with or without `_split`, or the only one."""
+    names = list(files)
     if "train" in names or len(names) == 1:
         return "train" if "train" in names else names[0]
     for name in names:
         if named_after(rating, name):
             return name
-    wanted = f"for RATING = {rating!r}" if rating else "called train: name one of its files"
-    stop(f"DATASET = {dataset!r} has no split {wanted}, it has: {', '.join(names)}")
+    wanted = f"for RATING = {rating!r}" if rating else "called train"
+    file = files[names[0]][0]
+    place = file.parent if file.suffix == ".arrow" else file  # a folder of save_to_disk
+    if dataset.count("/") == 1 and not Path(dataset).expanduser().exists():
+        place = f"{dataset}/{names[0]}"
+    stop(f"DATASET = {dataset!r} has no split {wanted}, it has: {', '.join(names)}; name one: {place}")
 
 
 def named_after(rating: str, split: str) -> bool:
@@ -196,7 +211,7 @@ def read_json_lines(path: Path) -> Iterator[Record]:
             if line.strip():
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets
                     place = f"{error.msg} at column {error.colno}" if hasattr(error, "colno") else str(error)
                     stop(f"{path}: line {number} is not JSON ({place[:160]})")
                 if not isinstance(record, dict):
@@ -214,43 +229,11 @@ def read_json(path: Path) -> Iterator[Record]:
         records = json.loads(text)
     except json.JSONDecodeError as error:
         stop(f"{path}: line {error.lineno} is not JSON ({error.msg})")
+    except RecursionError as error:
+        stop(f"{path} is not JSON that can be read ({error})")
     if not all(isinstance(record, dict) for record in records):
         stop(f"{path}: expected an array of objects")
     yield from records
-
-
-def read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # the largest that fits a C long everywhere; the default is 131,072 letters
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        for record in reader:
-            if None in record:
-                stop(f"{path}: line {reader.line_num} has more cells than the header")
-            for name, cell in record.items():
-                if cell and MESSAGES_AS_TEXT.match(cell):
-                    record[name] = messages_in_cell(cell, f"{path}: line {reader.line_num}: {name}")
-            yield record
-
-
-def messages_in_cell(cell: str, place: str) -> list:
-    """The message list that a cell holds as JSON or, as pandas writes it, as Python."""
-    for parse in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError):
-            return parse(cell)
-    stop(f"{place} holds messages that are neither JSON nor Python (numpy's?): write .parquet or .jsonl instead")
-
-
-def read_parquet(path: Path) -> Iterator[Record]:
-    from pyarrow import parquet
-
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
-        yield from batch.to_pylist()
-
-
-def read_arrow(path: Path) -> Iterator[Record]:
-    from datasets import Dataset
-
-    yield from Dataset.from_file(str(path))
 
 
 READERS = {
@@ -266,6 +249,11 @@ READERS = {
 def suffix_of(path: Path) -> str:
     """The ending of a file that can be read, "" for others."""
     return next((suffix for suffix in READERS if path.name.endswith(suffix)), "")
+
+
+def first_of(records: Iterator[Record], count: int) -> Iterator[Record]:
+    """The first `count` records, 0 = all of them."""
+    return islice(records, min(count, sys.maxsize) or None)
 
 
 def head_of(records: Iterator[Record]) -> list[Record]:

@@ -108,19 +108,21 @@ def lengths_table(section: dict) -> list[str]:
 
 
 def gaps_table(sections: dict[str, dict]) -> list[str]:
-    """Rating gaps by split, and what MIN_RATING_GAP would keep of all."""
-    gaps = {name: section["rating_gap"] for name, section in sections.items()}
-    if not all(gaps.values()):
+    """Rating gaps of the splits that have ratings, and what MIN_RATING_GAP would keep of all pairs with ratings."""
+    gaps = {name: section["rating_gap"] for name, section in sections.items() if section["rating_gap"]}
+    if not gaps:
         return ["rating gap                            none: the source has no ratings"]
     rows = [["rating gap, chosen - rejected", *gaps]]
     rows += [[what, *(f"{gap[what]:.2f}" for gap in gaps.values())] for what in ("mean", "median")]
     for band in gaps["all"]["bands"]:
         cells = [gap["bands"][band] for gap in gaps.values()]
         rows.append([f"gap {band}", *(f"{cell['pairs']:,} {percent(cell['share']):>7}" for cell in cells)])
-    pairs = sections["all"]["pairs"]
+    pairs = sum(band["pairs"] for band in gaps["all"]["bands"].values())
     kept = gaps["all"]["pairs_kept_by_min_rating_gap"]
     kept = [f"{limit}: {count:,} ({percent(count / pairs)})" for limit, count in kept.items()]
-    return [*aligned(rows), *listed("pairs kept by MIN_RATING_GAP", kept)]
+    without = [name for name in sections if name not in gaps]
+    lines = [*aligned(rows), *listed("pairs kept by MIN_RATING_GAP", kept)]
+    return lines + ([f"no ratings in {', '.join(without)}"] if without else [])
 
 
 def shortcuts_table(sections: dict[str, dict]) -> list[str]:

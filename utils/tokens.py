@@ -1,19 +1,25 @@
-"""The one place that turns a conversation into token ids, and fits a pair into the window."""
+"""Tokenizers: loading one, telling whether two are the same, fitting prompts and answers into the window."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.rows import Message
 from utils.runs import explain_missing, stop
+from utils.templates import (
+    answer_texts,
+    end_of_turn,
+    ids_of,
+    prompt_ids,
+    start_of,
+    written_ids,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,46 +92,13 @@ def from_tokenizer_json(name: str) -> PreTrainedTokenizerBase:
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what the tokenizer does (vocabulary, ids of PROBES, end token), whatever it is called."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
+    ids = ids_of(tokenizer, list(PROBES))
     return hashlib.sha256(repr((vocabulary, ids, tokenizer.eos_token_id)).encode()).hexdigest()
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the chat template; line breaks count the same written out and as backslash-n."""
     return hashlib.sha256(tokenizer.get_chat_template().replace("\\n", "\n").strip().encode()).hexdigest()
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], ask: bool) -> str:
-    """The conversation as text in the tokenizer's chat template; `ask` adds the generation prompt."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        stop(f"the chat template of {tokenizer.name_or_path} refuses the turns {roles}: {error}")
-
-
-def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts that the template wrote: it has put in the special tokens itself."""
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
-def answer_texts(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answers: list[str]
-) -> tuple[str, list[str]]:
-    """(prompt text, what the template writes after it for each answer: the answer, end of turn, line break).
-
-    A few templates (reasoning models) end the generation prompt in a tag that they do not keep in a finished
-    turn; the prompt then ends where the two part.
-    """
-
-    def answered(answer: str) -> str:
-        return render(tokenizer, [*prompt, {"role": "assistant", "content": answer}], ask=False)
-
-    asked = render(tokenizer, prompt, ask=True)
-    full = [answered(answer) for answer in answers]
-    if not all(text.startswith(asked) for text in full):
-        asked = os.path.commonprefix([asked, answered("Yes")])  # not of the answers: both may begin with "<" too
-    return asked, [text[len(asked) :] for text in full]
 
 
 def check_window(tokenizer: PreTrainedTokenizerBase, max_length: int, system_prompt: str) -> None:
@@ -137,12 +110,6 @@ def check_window(tokenizer: PreTrainedTokenizerBase, max_length: int, system_pro
             f"MAX_LENGTH = {max_length} is too small: the shortest prompt in the chat template takes {needed} tokens, "
             f"and prompts may take half of the window: {2 * needed} or more"
         )
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the template writes after an answer's text (end-of-turn token, line break): may be empty."""
-    _, (written,) = answer_texts(tokenizer, [{"role": "user", "content": "Hi"}], ["Yes"])
-    return ids_of(tokenizer, [written.rpartition("Yes")[2]])[0]
 
 
 def encode_answers(
@@ -160,11 +127,9 @@ def encode_answers(
     all the same, see `closed`.
     """
     texts = [answer_texts(tokenizer, prompt, list(some)) for prompt, some in zip(prompts, answers, strict=True)]
-    prompt_ids = ids_of(tokenizer, [prompt for prompt, _ in texts])
     closing = end_of_turn(tokenizer)
     encoded = []
-    for messages, prompt, (_, written) in zip(prompts, prompt_ids, texts, strict=True):
-        ids = ids_of(tokenizer, written)
+    for messages, (prompt, ids) in zip(prompts, written_ids(tokenizer, texts), strict=True):
         limit = max(max_length - max(map(len, ids)), max_length // 2)
         prompt_cut = len(prompt) > limit
         if prompt_cut:
@@ -212,7 +177,8 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prom
     if scaffold >= limit:
         stop(
             f"MAX_LENGTH is too small: chat template and system turn alone need {scaffold} tokens, and a prompt may "
-            f"take {limit}; raise it, or replace the source's system turns by a short SYSTEM_PROMPT"
+            f"take {limit}; raise it, or replace the source's system turns by a short SYSTEM_PROMPT "
+            f"(the prompt begins {start_of(turns)})"
         )
     text = turns[0]["content"][-LETTERS_PER_TOKEN * limit :]  # what lies before is cut in any case
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -229,10 +195,6 @@ def fitted_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], m
     """Ids of a prompt with its generation prompt; one that is too long gives way as in a pair."""
     ids = prompt_ids(tokenizer, messages)
     return ids if len(ids) <= max_length else fit_prompt(tokenizer, messages, ids, max_length)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    return ids_of(tokenizer, [answer_texts(tokenizer, messages, ["Yes"])[0]])[0]
 
 
 def tokenised(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
