@@ -18,8 +18,7 @@ ANSWERS ?= 8
 PROMPTS ?= 40
 SEEDS ?= 1 2
 
-.PHONY: quickstart assignment test test-fast lint
-.SECONDARY:
+.PHONY: quickstart assignment test test-fast lint FORCE
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python setup_check.py
@@ -31,8 +30,8 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python train_reinforce.py --data_dir $(QUICK)/data --model $(MODEL) --reward_model $(QUICK)/reward_model --output_dir $(QUICK)/reinforce --max_steps 10 --batch_size 8 --eval_prompts 32
 	$(BIN)/python -m extras.make_report --look_in $(QUICK) --output $(QUICK)/report.html
 
-REWARD = $(BIN)/python train_reward_model.py --data_dir $(WORK)/data --model $(START) --max_rows $(PAIRS)
-REINFORCE = $(BIN)/python train_reinforce.py --data_dir $(WORK)/data --model $(START) --judge_model $(WORK)/judge \
+REWARD = $(BIN)/python train_reward_model.py --data_dir $(WORK)/data --model "$(START)" --max_rows $(PAIRS)
+REINFORCE = $(BIN)/python train_reinforce.py --data_dir $(WORK)/data --model "$(START)" --judge_model $(WORK)/judge \
 	--max_steps $(STEPS) --batch_size $(ANSWERS) --eval_prompts $(PROMPTS)
 POLICIES = $(foreach seed,$(SEEDS),$(WORK)/scalar-$(seed) $(WORK)/distribution-$(seed))
 COMMA = ,
@@ -44,8 +43,17 @@ assignment: $(WORK)/comparison/eval.json
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/python -m extras.get_offline_model
 
-$(WORK)/data/metadata.json: | $(VENV)/.installed $(if $(filter $(MODEL),$(START)),$(MODEL)/config.json)
-	$(BIN)/python load_helpsteer_dataset.py --dataset $(DATASET) --tokenizer $(START) --output_dir $(@D)
+# what all results under WORK were made with: other settings make them again, and the older ones are moved aside;
+# other seeds train the policies that are missing, and compare again. A file that stays as it is makes nothing new.
+SETTINGS = $(DATASET) $(START) $(PAIRS) $(STEPS) $(ANSWERS) $(PROMPTS)
+STAMP = mkdir -p $(@D); echo "$(1)" | cmp -s - $@ || echo "$(1)" > $@
+$(WORK)/settings.txt: FORCE
+	@$(call STAMP,$(SETTINGS))
+$(WORK)/seeds.txt: FORCE
+	@$(call STAMP,$(SEEDS))
+
+$(WORK)/data/metadata.json: $(WORK)/settings.txt | $(VENV)/.installed $(if $(filter $(MODEL),$(START)),$(MODEL)/config.json)
+	$(BIN)/python load_helpsteer_dataset.py --dataset "$(DATASET)" --tokenizer "$(START)" --output_dir $(@D)
 
 $(WORK)/scalar_reward/eval.json: $(WORK)/data/metadata.json
 	$(REWARD) --half even --output_dir $(@D)
@@ -62,8 +70,8 @@ $(WORK)/scalar-%/eval.json: $(WORK)/scalar_reward/eval.json $(WORK)/judge/eval.j
 $(WORK)/distribution-%/eval.json: $(WORK)/distribution_reward/eval.json $(WORK)/judge/eval.json
 	$(REINFORCE) --reward_model $(WORK)/distribution_reward --seed $* --output_dir $(@D)
 
-$(WORK)/comparison/eval.json: $(POLICIES:%=%/eval.json)
-	$(BIN)/python -m extras.evaluate --data_dir $(WORK)/data --model $(START) --reward_model $(WORK)/scalar_reward \
+$(WORK)/comparison/eval.json: $(POLICIES:%=%/eval.json) $(WORK)/seeds.txt
+	$(BIN)/python -m extras.evaluate --data_dir $(WORK)/data --model "$(START)" --reward_model $(WORK)/scalar_reward \
 		--judge_model $(WORK)/judge --policies $(subst $(SPACE),$(COMMA),$(strip $(POLICIES))) \
 		--prompts $(PROMPTS) --output_dir $(@D)
 
@@ -78,8 +86,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 $(BIN)/python:
-	$(PYTHON) -c "import sys; sys.exit('Python 3.11 to 3.13 is needed, this is ' + sys.version) if sys.version_info[:2] < (3, 11) else 0"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c "import sys; sys.exit('Python 3.11 to 3.13 is needed, this is ' + sys.version) if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0"
+	new=$$(test -e $(VENV) || echo yes); $(PYTHON) -m venv $(VENV) || \
+		{ rm -f $@; test -z "$$new" || rm -rf $(VENV); exit 1; }  # else the next make would take it for whole
 
 $(VENV)/.installed: requirements.txt constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
