@@ -192,7 +192,7 @@ def main(settings: dict) -> None:
     )
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"], "beta": beta}
     facts |= {"max_length": window, "train_pairs": len(rows), "project": project, "run_name": name}
-    facts |= {"device": str(device), "precision": precision, "weights": weights}
+    facts |= {"device": str(device), "precision": precision, "start": keys[0]}
     run = Run(OUTPUT_DIR or f"model_output/{project}/{name}", settings, RESUME, **facts)
     arguments = partial(
         training.training_arguments,

@@ -36,7 +36,8 @@ one_of() { # name value choices...
 
 one_of TRAINING_MODE "$TRAINING_MODE" none text embedding
 one_of LOSS_NAME "$LOSS_NAME" dpo ipo hinge sipa orpo simpo new_pref_po
-if [ "$BETA" = 0 ]; then
+case "$CONFIG" in *fsdp* | *zero3*) fail "CONFIG = '$CONFIG' takes the weights apart, which sampling and saving need whole" ;; esac
+if [[ "$BETA" =~ ^0*\.?0*$ ]]; then
     case "$LOSS_NAME" in new_pref_po) BETA=0.05 ;; simpo) BETA=2.0 ;; *) BETA=0.1 ;; esac # as in utils/losses.py
 fi
 [ "$LOSS_NAME" != new_pref_po ] || [ "$TRAINING_MODE" != none ] ||

@@ -200,7 +200,7 @@ def main(settings: dict) -> None:
     pick(reinforce.NORMS, "ADVANTAGE_NORM", ADVANTAGE_NORM)
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
-    device, precision = models.choose_machine(DEVICE, PRECISION)
+    device, precision = models.choose_machine(DEVICE, PRECISION, deepspeed=False)
     judges = reward_models.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
     scorer = judges["reward"]
     if RISK and scorer.reading.head != "distribution":
@@ -222,7 +222,7 @@ def main(settings: dict) -> None:
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
     facts |= {"train_prompts": len(rows), "reward_head": scorer.reading.head, "device": str(device)}
-    facts |= {"weights": references.weights_digest(model), "reward_weights": references.weights_digest(scorer.model)}
+    facts |= {"start": references.weights_digest(model), "reward_weights": references.weights_digest(scorer.model)}
     run = Run(OUTPUT_DIR, settings, RESUME, **facts, precision=precision)
     trainer = engine.start_engine(
         reinforce.Policy(model, TEMPERATURE),

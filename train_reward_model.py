@@ -124,6 +124,7 @@ def main(settings: dict) -> None:
         pairs,
         quality,
         quality_plots,
+        references,
         rewards,
         training,
         trl_engine,
@@ -139,10 +140,11 @@ def main(settings: dict) -> None:
         if HEAD != "attributes":
             stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
     judging.check_penalty(LENGTH_PENALTY)
-    if SHORTCUT_MODEL:
-        judging.load_shortcut_model(SHORTCUT_MODEL)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
+    shortcut = partial(judging.load_shortcut_model, SHORTCUT_MODEL, DEVICE) if SHORTCUT_MODEL else None
+    if shortcut:
+        shortcut()  # now, so that a wrong one is not found after the training
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
@@ -170,6 +172,7 @@ def main(settings: dict) -> None:
     set_seed(SEED)
     model = rewards.start_model(MODEL, tokenizer, reading)
     hidden.check_shared_rows(model, rows[0], collator)
+    start = references.weights_digest(model)
     head_rate = LEARNING_RATE if model.score.weight.any() else HEAD_LEARNING_RATE or LEARNING_RATE
     models.freeze_lower(model, FREEZE_LAYERS)
     if USE_LORA:
@@ -181,7 +184,7 @@ def main(settings: dict) -> None:
     say(f"{MODEL}: {models.count_parameters(model)}, on {len(trained_on)} pairs, {len(validation)} for validation")
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
-    facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "pair_loss": pair_loss}
+    facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "pair_loss": pair_loss, "start": start}
     run = Run(OUTPUT_DIR, settings, RESUME, device=str(device), precision=precision, **facts)
     arguments = partial(
         training.training_arguments,
@@ -228,7 +231,7 @@ def main(settings: dict) -> None:
     judging.set_reading(reading, LENGTH_PENALTY, few, outputs_of)
     weights = judging.surface_weights(rows)
     untrained = partial(rewards.untrained, MODEL, reading, device, SEED)
-    lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained, SHORTCUT_MODEL)
+    lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained, shortcut)
     shared = bool(epochs) and measured_on == "validation"
     result = quality.report(lines, reading.length_penalty) | {
         "measured_on": measured_on,

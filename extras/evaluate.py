@@ -12,12 +12,15 @@ python -m extras.evaluate --policies outputs/reinforce --judge_model outputs/jud
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
 from utils.runs import Run, at_least, check_run_folder, needs, read_json, say, script, stop
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from datasets import Dataset
 
     from utils.rewards import RewardModel
@@ -89,11 +92,9 @@ def in_its_window(rows: Dataset, model: RewardModel) -> Dataset:
 
 
 def judge_pairs(
-    model: RewardModel, name: str, rows: Dataset, batch_size: int, controls: int, shortcut: str, seed: int
+    model: RewardModel, name: str, rows: Dataset, batch_size: int, controls: int, shortcut: Callable | None, seed: int
 ) -> tuple[dict, list[dict]]:
     """(eval.json, lines of predictions.jsonl): the report on a reward model."""
-    from functools import partial
-
     import numpy as np
 
     from utils import judging, models, quality, rewards
@@ -175,8 +176,9 @@ def main(settings: dict) -> None:
     device, precision = models.choose_machine(DEVICE, PRECISION)
     if POLICIES and (DATASET or SHORTCUT_MODEL):
         stop("DATASET and SHORTCUT_MODEL are for judging pairs; POLICIES answer the prompts of DATA_DIR: leave one out")
-    if SHORTCUT_MODEL:
-        judging.load_shortcut_model(SHORTCUT_MODEL)
+    shortcut = partial(judging.load_shortcut_model, SHORTCUT_MODEL, DEVICE) if SHORTCUT_MODEL else None
+    if shortcut:
+        shortcut()  # now, so that a wrong one is not found after the scoring
     facts = {"device": str(device), "precision": precision, "began": began}  # an older run stays until this one is done
     # 2. compare policies
     if POLICIES:
@@ -196,7 +198,7 @@ def main(settings: dict) -> None:
     else:
         model = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
         rows = pairs_of_another_origin(DATASET, MAX_ROWS) if DATASET else pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
-        result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, SHORTCUT_MODEL, SEED)
+        result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, shortcut, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
         chosen = read_json(f"{REWARD_MODEL}/eval.json").get("epochs")  # on validation, which then flatters
         result["selection_shares_rows"] = bool(chosen) and not DATASET and SPLIT == "validation"

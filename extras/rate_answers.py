@@ -73,7 +73,8 @@ def recipe(settings: dict) -> dict:
 def take_folder(folder: Path, chosen: dict) -> bool:
     """True where the folder holds the items of this recipe; items of another one are moved aside with their ratings."""
     before = read_json(folder / "settings.json")
-    if before and before["recipe"] == chosen:
+    known = {name: value for name, value in chosen.items() if name != "trained" or name in before.get("recipe", {})}
+    if before and before["recipe"] == known:  # "trained" is not in older ones
         return (folder / items.ITEMS_FILE).exists()
     if before:
         aside = free_name(f"{folder.resolve()}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -68,7 +68,7 @@ def main(settings: dict) -> None:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import set_seed
 
-    from utils import answers, models, pairs, policies, policy_report, sft, tokens, training
+    from utils import answers, models, pairs, policies, policy_report, processed, references, sft, tokens, training
 
     least = answers.least_rating(MIN_RATING)
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
@@ -80,6 +80,7 @@ def main(settings: dict) -> None:
         tokens.check_window(tokenizer, MAX_LENGTH, "")
         found, ledger = answers.answers_of_source(DATASET, tokenizer, MAX_LENGTH, VALIDATION_SHARE, SEED, MAX_ROWS)
         facts = {"dataset_name": DATASET, "max_length": MAX_LENGTH, "counts": ledger.totals() | ledger.counts()}
+        facts["data_fingerprint"] = processed.fingerprint(found)
     else:
         tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
         found = {name: answers.load_answers(DATA_DIR, name, MAX_ROWS) for name in ("train", "validation")}
@@ -91,6 +92,7 @@ def main(settings: dict) -> None:
     set_seed(SEED)
     model = models.load_causal(MODEL)
     policies.check_architecture(model, rows)
+    facts["start"] = references.weights_digest(model)
     if PACKING:
         sft.check_packing(model, rows)
     if USE_LORA:

@@ -35,6 +35,7 @@ def test_output_through_a_link_replaces_what_it_names(load, tmp_path):
 def test_clutter_of_others_is_no_reason_to_stop(load, tmp_path):
     load(rows_of(5))
     (tmp_path / "out" / ".DS_Store").write_bytes(b"")
+    (tmp_path / "out" / "._metadata.json").write_bytes(b"")
     assert load(rows_of(7))[0]["counts"]["pairs"] == 7
 
 

@@ -5,18 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_reward_model
 from tests.conftest import ROOT, run_script
-from utils import judging, training
+from utils import judging, seeds, training
 from utils.heads import PairLoss, reading_of
 from utils.pairs import PairCollator, load_pairs, ratings_of
+from utils.runs import write_json
 from utils.training import last_checkpoint
 
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -95,6 +98,7 @@ def test_several_seeds_give_mean_and_spread(model_folder, sample_folder, tmp_pat
         ({"ENGINE": "trl", "HEAD": "distribution"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
         ({"LENGTH_PENALTY": "much"}, "LENGTH_PENALTY = 'much': expected a number such as 0.1, or fit"),
         ({"FREEZE_LAYERS": 3}, "FREEZE_LAYERS = 3: this model has 2"),
+        ({"FREEZE_LAYERS": 2, "USE_LORA": "true"}, "FREEZE_LAYERS = 2 leaves no layer for adapters"),
         ({"RATING": "taste"}, "RATING = 'taste' is not known"),
         ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
         ({"ENGINE": "trl", "EVAL_EVERY_STEPS": 2}, "EVAL_EVERY_STEPS is for ENGINE = pairs"),
@@ -134,6 +138,35 @@ def test_a_run_does_not_move_aside_what_it_reads(model_folder, sample_folder, tm
     with pytest.raises(SystemExit, match=r"is or holds MODEL, which this run reads: choose another name"):
         run_script(train_reward_model, **options | {"MODEL": tmp_path / "run", "PAIR_LOSS": "scaled"})
     assert read(tmp_path / "run/eval.json") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_does_not_go_on_over_another_model_of_the_same_name(model_folder, sample_folder, tmp_path, monkeypatch):
+    start = tmp_path / "start"
+    shutil.copytree(model_folder, start)
+    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": start, "OUTPUT_DIR": tmp_path / "run", "USE_LORA": "true"}
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(judging, "judged", lambda *_: 1 / 0)
+        run_script(train_reward_model, **options)
+    assert last_checkpoint(tmp_path / "run")
+    weights = load_file(start / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, start / "model.safetensors", {"format": "pt"})
+    run_script(train_reward_model, **options)
+    (aside,) = tmp_path.glob("run-*")
+    assert not read(aside / "run.json")["finished"] and read(tmp_path / "run/run.json")["finished"]
+
+
+def test_seeds_of_other_rows_are_trained_again(sample_folder, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(seeds.subprocess, "run", lambda command: made.append(command) or SimpleNamespace(returncode=0))
+    fingerprint = read(Path(sample_folder) / "metadata.json")["fingerprint"]
+    for number, rows in (("1", fingerprint), ("2", "other rows")):
+        folder = tmp_path / "run-seeds" / number
+        folder.mkdir(parents=True)
+        settings = {"DATA_DIR": sample_folder, "SEED": int(number), "SEEDS": [], "OUTPUT_DIR": str(folder)}
+        write_json(folder / "run.json", {"finished": "yes", "settings": settings, "data_fingerprint": rows})
+        write_json(folder / "eval.json", {"accuracy": 0.5})
+    found = seeds.run_seeds({"DATA_DIR": sample_folder}, ("1", "2"), str(tmp_path / "run"), ("accuracy",))
+    assert len(made) == 1 and "--seed=2" in made[0] and found["accuracy"]["mean"] == 0.5
 
 
 def test_an_epoch_whose_evaluation_was_killed_is_still_compared(model_folder, sample_folder, tmp_path, monkeypatch):

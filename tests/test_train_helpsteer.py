@@ -20,10 +20,10 @@ def shell(tmp_path, **variables):
 
 
 def test_the_shell_script_shows_what_it_starts(sample_folder, tmp_path):
-    done = shell(tmp_path, DRY_RUN=1, DATA_DIR=sample_folder, GPUS=2, CONFIG="configs/fsdp.yaml", BETA=0.2)
+    done = shell(tmp_path, DRY_RUN=1, DATA_DIR=sample_folder, GPUS=2, CONFIG="configs/deepspeed_zero2.yaml", BETA=0.2)
     assert done.returncode == 0, done.stderr
     assert "HelpSteer_new_pref_po_Text/HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.2-alpha0.1" in done.stdout
-    assert "accelerate launch --config_file configs/fsdp.yaml --num_processes 2 train_dpo.py" in done.stdout
+    assert "accelerate launch --config_file configs/deepspeed_zero2.yaml --num_processes 2 train_dpo.py" in done.stdout
     options = {word[2:].upper() for word in done.stdout.split() if word.startswith("--")}
     assert options - {"CONFIG_FILE", "NUM_PROCESSES"} <= set(train_dpo.__dict__)
 
@@ -34,6 +34,7 @@ def test_the_shell_script_shows_what_it_starts(sample_folder, tmp_path):
         ({"TRAINING_MODE": "song"}, "TRAINING_MODE = 'song' is not known, choose one of: none text embedding"),
         ({"TRAINING_MODE": "none"}, "LOSS_NAME = new_pref_po learns from a preference in the prompt"),
         ({"PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not there"),
+        ({"GPUS": "2", "CONFIG": "configs/fsdp.yaml"}, "CONFIG = 'configs/fsdp.yaml' takes the weights apart"),
         ({"GPUS": "many"}, "GPUS = 'many': expected a whole number"),
         ({"GPUS": "2", "CONFIG": "no.yaml"}, "CONFIG = 'no.yaml' is not there, here: configs/deepspeed_zero2.yaml"),
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py"),

@@ -228,6 +228,10 @@ def test_a_judge_is_another_model_than_the_reward_model(options, judges, tmp_pat
         with pytest.raises(SystemExit, match="was trained on: name one that no policy was trained on"):
             check_judge({"a": str(tmp_path)}, same)
         shutil.rmtree(tmp_path / name)
+    (tmp_path / "rows").mkdir()
+    write_json(
+        tmp_path / "rows/metadata.json", {"settings": {"MODE": "ranked", "REWARD_MODEL": judges["distribution"]}}
+    )
     write_json(tmp_path / "run.json", {"script": "train_reinforce.py", "settings": settings})
     check_judge({"a": str(tmp_path), "b": "nowhere"}, judges["distribution"])
     with pytest.raises(SystemExit, match="was trained on: name one that no policy was trained on"):

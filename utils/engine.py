@@ -15,7 +15,7 @@ from transformers import get_scheduler
 
 from utils.models import release_memory
 from utils.reinforce import Baseline, Policy
-from utils.runs import Run, stop
+from utils.runs import Run
 from utils.training import COMPLETE, last_checkpoint, trained_state
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names for PRECISION
@@ -115,8 +115,6 @@ def start_engine(
     rates: learning rate at its highest, weight decay, schedule (transformers' name), share of the steps in which the
     rate grows from 0, steps. tracker: none, or what accelerate logs to.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        stop("REINFORCE has a loop of its own, which DeepSpeed does not know: use configs/multi_gpu.yaml")
     rate, decay, schedule, warmup, steps = rates
     accelerator = Accelerator(
         mixed_precision=MIXED[precision],

@@ -58,7 +58,7 @@ def trained_on(folder: str, deep: int = 9) -> set[Path]:
     settings = record.get("settings", {})
     found = {settings["REWARD_MODEL"]} if record.get("script") == "train_reinforce.py" else set()
     made = read_json(Path(settings.get("DATA_DIR") or ".") / "metadata.json").get("settings", {})
-    if made.get("MODE") == "ranked":
+    if made.get("MODE") == "ranked" and record.get("script") != "train_reinforce.py":  # which takes the prompts only
         found.add(made["REWARD_MODEL"])
     earlier = trained_on(settings["MODEL"], deep - 1) if settings.get("MODEL") and deep else set()
     return {Path(name).resolve() for name in found if name} | earlier

@@ -30,26 +30,26 @@ def judged(
     surface_weights: np.ndarray | None,
     control_pairs: int,
     untrained: Callable | None,
-    shortcut_model: str,
+    shortcut: Callable[[], RewardModel] | None,
 ) -> list[dict]:
     """The lines of predictions.jsonl for rows with token columns.
 
     surface_weights [9]: see `surface_weights`, None to leave that shortcut out. control_pairs: so many pairs are tried
     without their prompts, with those of others, and by a model with a random head (untrained: () to it, or None).
-    shortcut_model: folder of a reward model that was trained on answers alone, or "".
+    shortcut: () to a reward model that was trained on answers alone, or None.
     """
     right = shortcuts_right(rows, surface_weights)
     right |= controls_right(outputs_of, untrained, rows, tokenizer, reading, control_pairs)
-    if shortcut_model:
-        other = load_shortcut_model(shortcut_model)  # its tokenizer and window may be others
+    if shortcut:
+        other = shortcut()  # its tokenizer and window may be others
         prompts, answers = [side[:-1] for side in rows["chosen"]], answers_of([rows["chosen"], rows["rejected"]])
         right["answers_only"] = wins(*other.reading.rewards(*other.read(prompts, answers)).numpy().T)
     return lines_of(rows, outputs_of(rows), reading, right)
 
 
-def load_shortcut_model(folder: str) -> RewardModel:
-    """SHORTCUT_MODEL on the best device, or an end to the script where it was trained on more than answers."""
-    model = RewardModel.load(folder, constant="SHORTCUT_MODEL")
+def load_shortcut_model(folder: str, device: str) -> RewardModel:
+    """SHORTCUT_MODEL on DEVICE, or an end to the script where it was trained on more than answers."""
+    model = RewardModel.load(folder, device, constant="SHORTCUT_MODEL")
     if not model.config.get("answers_only"):
         stop(f"SHORTCUT_MODEL = {folder!r} has seen prompts: name one of `train_reward_model.py --answers_only true`")
     return model

@@ -52,13 +52,16 @@ def choose_device(name: str = "") -> torch.device:
     return PartialState(cpu=kind == "cpu", timeout=timedelta(days=1)).device
 
 
-def choose_machine(device_name: str, precision_name: str) -> tuple[torch.device, str]:
+def choose_machine(device_name: str, precision_name: str, deepspeed: bool = True) -> tuple[torch.device, str]:
     """(device, precision) by the two constants, printed with the reason.
 
-    Ends the script under a launcher that takes the weights apart: sampling, judging and saving need them whole.
+    deepspeed: whether the script's loop is one that DeepSpeed knows. Ends the script under a launcher that takes the
+    weights apart: sampling, judging and saving need them whole.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         stop("FSDP and ZeRO-3 take the weights apart, and the scripts here need them whole: use configs/multi_gpu.yaml")
+    if not deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        stop("this script has a loop of its own, which DeepSpeed does not know: use configs/multi_gpu.yaml")
     device = choose_device(device_name)
     if device.type == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         say(f"one of {torch.cuda.device_count()} GPUs is used: for all of them, start with `accelerate launch`")
@@ -191,6 +194,8 @@ def add_lora(
     missing = sorted(set(targets) - names) if targets else ["nothing"]
     if missing:
         stop(f"LORA_TARGETS: no layer is called {', '.join(missing)}; this model has {', '.join(sorted(names))}")
+    if frozen and frozen >= model.config.num_hidden_layers:  # PEFT takes an empty list of layers for all of them
+        stop(f"FREEZE_LAYERS = {frozen} leaves no layer for adapters: lower it, or set USE_LORA to False")
     config = LoraConfig(
         task_type=task,
         r=rank,

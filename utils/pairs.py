@@ -274,5 +274,5 @@ def in_order(found: list[tuple[np.ndarray, dict]], count: int) -> dict[str, np.n
             arrays[name][numbers] = value
     assert seen.all(), "rows lost"
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        stop("the model's outputs are not finite: lower LEARNING_RATE, and start again")
+        stop("the model's outputs are not finite: set PRECISION = fp32, or LEARNING_RATE lower where it was trained")
     return arrays

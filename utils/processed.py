@@ -129,6 +129,7 @@ def check_folder(folder: Path, dataset: str = "") -> None:
     if dataset and inside:  # samefile(): macOS does not tell Rows from rows
         stop(f"OUTPUT_DIR = '{folder}' is or holds DATASET, whose rows would be lost: choose another name")
     held = {path.name for path in folder.iterdir()} - CLUTTER if folder.exists() else set()
+    held = {name for name in held if not name.startswith(("._", ".nfs"))}  # of macOS and NFS beside files of ours
     if held - OURS:
         stop(f"OUTPUT_DIR = '{folder}' holds {', '.join(sorted(held - OURS)[:5])}, not made here: choose another name")
     if held and not is_ours(folder):

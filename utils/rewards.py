@@ -17,7 +17,7 @@ from utils.hidden import hidden_states
 from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, plain, save_with_proof
 from utils.pairs import PairCollator
 from utils.rows import Message
-from utils.runs import read_json, say, stop, write_json
+from utils.runs import explain_missing, read_json, say, stop, write_json
 from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer, prompt_ids
 
 CONFIG_FILE = "reward_config.json"
@@ -224,12 +224,16 @@ def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading,
     """(tokenizer, reading, window) of a reward model that was not trained here; one line where it is none."""
     made = "a run folder of train_reward_model.py or a reward model of the hub with one output"
     try:
-        config, template = AutoConfig.from_pretrained(name), from_tokenizer_json(name).chat_template
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
         stop(f"{constant} = {name!r} is not there: run `python train_reward_model.py` first, or name {made}")
     kinds = getattr(config, "architectures", None) or []
     if config.num_labels != 1 or not any("SequenceClassification" in kind for kind in kinds):
         stop(f"{constant} = {name!r} is no reward model with one output: name {made}")
+    try:
+        template = from_tokenizer_json(name).chat_template
+    except (OSError, ValueError) as error:
+        explain_missing(constant, name, error)
     if not template:
         say(f"{name} has no chat template: it reads `User: ...` and `Assistant: ...`")
     tokenizer = load_tokenizer(name, "" if template else "plain", constant)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NoReturn
 
 PACKAGES = ("torch", "transformers", "datasets", "trl", "peft", "accelerate")
-# constants that name what a run reads, and facts of it that tell whether other things bear these names now
-INPUTS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "SHORTCUT_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH", "DATA_DIR")
-READ = ("data_fingerprint", "reward_weights", "weights")
+MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "SHORTCUT_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
+INPUTS = (*MODELS, "DATA_DIR", "DATASET")  # constants that name what a run reads
+READ = ("data_fingerprint", "reward_weights", "start")  # facts of a run: whether that was the same under these names
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # a GPU's words, a CPU's, Windows'
 ENVIRONMENT = {  # set before torch is imported; what the user has set wins
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # operations that Apple's GPU lacks run on the CPU
@@ -177,7 +177,7 @@ class Run:
     def take_folder(self, settings: dict, resume: bool) -> None:
         check_run_folder(self.folder, settings)
         before = read_json(self.folder / "run.json")
-        same = before and all(before.get(name) == self.record.get(name) for name in READ)
+        same = before and all(before.get(name, self.record.get(name)) == self.record.get(name) for name in READ)
         if same and not before["finished"] and resume and same_work(before["settings"], settings):
             say(f"{self.folder} holds an unfinished run with the same settings: going on from its last checkpoint")
             self.record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
@@ -223,8 +223,9 @@ def check_run_folder(folder: str | Path, settings: dict) -> None:
     for name in INPUTS:
         given = settings.get(name) or ()
         for value in (given,) if isinstance(given, str) else given:
-            if folder.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
-                stop(f"OUTPUT_DIR = '{folder}' is or holds {name}, which this run reads: choose another name")
+            path = Path(value).resolve()
+            if folder.exists() and any(it.exists() and it.samefile(folder) for it in (path, *path.parents)):
+                stop(f"the run folder '{folder}' is or holds {name}, which this run reads: choose another name")
     if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
         stop(f"OUTPUT_DIR = '{folder}' holds files but no run of a script here: choose another name")
 

@@ -22,10 +22,11 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         stop("SEEDS starts a run for each seed, which cannot share a launcher's processes: launch each one with --seed")
     seeds = [int(seed) for seed in seeds]
+    rows = read_json(Path(settings["DATA_DIR"]) / "metadata.json").get("fingerprint")
     for seed in seeds:
         mine = settings | {"SEED": seed, "SEEDS": (), "OUTPUT_DIR": str(folder / str(seed))}
         before = read_json(folder / str(seed) / "run.json")
-        if before.get("finished") and same_work(before["settings"], mine):
+        if before.get("finished") and same_work(before["settings"], mine) and before.get("data_fingerprint") == rows:
             say(f"seed {seed}: {folder / str(seed)} is there")
             continue
         say(f"seed {seed}:")

@@ -93,6 +93,8 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what the tokenizer does (vocabulary, ids of PROBES, end token), whatever it is called."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     ids = ids_of(tokenizer, list(PROBES))
+    one, other, both = ids_of(tokenizer, ["Hi\n", "Yes", "Hi\nYes"])
+    ids += [] if one + other == both else [both]  # rows of such a tokenizer were once cut in another way
     return hashlib.sha256(repr((vocabulary, ids, tokenizer.eos_token_id)).encode()).hexdigest()
 
 
