@@ -21,7 +21,8 @@ from utils.generated import Asked, Written, in_batches, left_open, pairs_of, rea
 from utils.processed import row_features
 from utils.rows import Ledger
 from utils.sampling import Answer, Luck, draws
-from utils.tokens import end_of_turn, tokenised
+from utils.templates import end_of_turn
+from utils.tokens import tokenised
 
 SMALL = {"MAX_ROWS": 12, "MAX_NEW_TOKENS": 8, "BATCH_SIZE": 4, "DEVICE": "cpu", "PRECISION": "fp32"}
 

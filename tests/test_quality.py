@@ -210,7 +210,7 @@ def test_cut_answers_are_closed_for_reward_models(sample_folder, tokenizer):
     """Else the token at which an answer is read says whether it was cut, and a reward model learns just that."""
     from utils.controls import closed_answers
     from utils.pairs import load_pairs
-    from utils.tokens import end_of_turn
+    from utils.templates import end_of_turn
 
     rows, closing = load_pairs(sample_folder, "train", 60), end_of_turn(tokenizer)
     closed = closed_answers(rows, tokenizer)

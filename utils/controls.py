@@ -4,7 +4,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.tokens import closed, end_of_turn, prompt_ids
+from utils.templates import end_of_turn, prompt_ids
+from utils.tokens import closed
 
 NOTHING_ASKED = [{"role": "user", "content": ""}]  # the prompt of who sees answers alone
 LENGTH_BINS = 4  # quarters of the pairs by how much their answers differ in length

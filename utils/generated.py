@@ -13,7 +13,7 @@ from utils.answers import load_answers
 from utils.rows import Ledger, Message, finished_row, is_text
 from utils.runs import write_text
 from utils.sources import Record
-from utils.tokens import end_of_turn
+from utils.templates import end_of_turn
 
 CUT_LETTER = "\ufffd"  # what the bytes of half a letter are decoded to
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.rows import Message
 from utils.runs import say, stop
-from utils.tokens import encode_answers, ids_of, prompt_ids
+from utils.templates import ids_of, prompt_ids
+from utils.tokens import encode_answers
 
 VECTORS_FILE = "prompt_embedding.safetensors"
 VECTORS_NAMES = ("prompt_embeddings", "embeddings")  # entries of a file that may hold the vectors

@@ -18,7 +18,8 @@ from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, p
 from utils.pairs import PairCollator
 from utils.rows import Message
 from utils.runs import explain_missing, read_json, say, stop, write_json
-from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer, prompt_ids
+from utils.templates import prompt_ids
+from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
 
 CONFIG_FILE = "reward_config.json"
 HUB_WINDOW = 4096  # most tokens of prompt and answer that a reward model of the hub is given

@@ -16,7 +16,8 @@ from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import autocast, plain
 from utils.pairs import TOKENS_AT_ONCE, PairCollator, like_length, row_multiple
 from utils.rows import Message
-from utils.tokens import end_of_turn, fitted_prompt
+from utils.templates import end_of_turn
+from utils.tokens import fitted_prompt
 
 
 @dataclass
