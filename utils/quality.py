@@ -43,19 +43,11 @@ def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
     found |= {"verdict": verdict(shortcuts[hardest], NAMES[hardest]), "best_shortcut": best, "shortcuts": shortcuts}
     if "without_prompt" in shortcuts:
         found["prompt_verdict"] = verdict(shortcuts["without_prompt"], NAMES["without_prompt"])
-    size = both["_characters"]
-    bands = length_bands((size[:, 0] - size[:, 1]) / np.maximum(size.max(axis=1), 1))
-    matched = bands["equal within 10 %"]
     gaps = np.vectorize(hundredths)(both["_rating"]) if not np.isnan(both["_rating"]).any() else None
     margin = both[""][:, 0] - both[""][:, 1]
+    found |= by_length(right, both, length_penalty)
     found |= {
         "by_gap": shares(right, bands_of(gaps[:, 0] - gaps[:, 1])) if gaps is not None else {},
-        "by_length_difference": shares(right, bands),
-        "length_matched_accuracy": float(right[matched].mean()) if matched.any() else None,
-        "length_matched_interval": interval(right[matched]) if matched.any() else None,
-        "length_matched_pairs": int(matched.sum()),
-        "length_correlation": correlation(both[""], np.log(np.maximum(size, 1))),
-        "length_correlation_in_window": correlation(both[""], np.log(np.maximum(both["_tokens"], 1))),
         **calibration(np.array([line["win"] for line in lines])),
         "coverage_by_margin": coverage(right, np.abs(margin)),
         "margin": float(margin.mean()),
@@ -64,17 +56,34 @@ def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
     }
     if "chosen_spread" in lines[0]:
         found["coverage_by_spread"] = coverage(right, -pair_of(lines, "_spread").sum(axis=1))
-    if length_penalty:
-        before = both[""] + length_penalty * both["_tokens"] / 100
-        found["length_penalty"] = {
-            "for_100_tokens": length_penalty,
-            "accuracy_without": float(wins(*before.T).mean()),
-            "length_correlation_without": correlation(before, np.log(np.maximum(size, 1))),
-        }
     subsets = {line["subset"] for line in lines} - {""}
     of = np.array([line["subset"] for line in lines])
     found["by_subset"] = shares(right, {name: of == name for name in sorted(subsets)})
     found["worst_mistakes"] = [lines[i] for i in np.argsort(margin)[:WORST] if margin[i] < 0]
+    return found
+
+
+def by_length(right: np.ndarray, both: dict[str, np.ndarray], penalty: float) -> dict[str, object]:
+    """What length has to do with it. right [pairs]; both: rewards (""), _characters and _tokens [pairs, 2] each."""
+    size = both["_characters"]
+    logs = np.log(np.maximum(size, 1))
+    bands = length_bands((size[:, 0] - size[:, 1]) / np.maximum(size.max(axis=1), 1))
+    matched = bands["equal within 10 %"]
+    found = {
+        "by_length_difference": shares(right, bands),
+        "length_matched_accuracy": float(right[matched].mean()) if matched.any() else None,
+        "length_matched_interval": interval(right[matched]) if matched.any() else None,
+        "length_matched_pairs": int(matched.sum()),
+        "length_correlation": correlation(both[""], logs),
+        "length_correlation_in_window": correlation(both[""], np.log(np.maximum(both["_tokens"], 1))),
+    }
+    if penalty:
+        before = both[""] + penalty * both["_tokens"] / 100
+        found["length_penalty"] = {
+            "for_100_tokens": penalty,
+            "accuracy_without": float(wins(*before.T).mean()),
+            "length_correlation_without": correlation(before, logs),
+        }
     return found
 
 
