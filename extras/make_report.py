@@ -103,8 +103,8 @@ def missing(runs: list[dict], data: list[dict]) -> list[str]:
     return [f"python {command}" for command in absent + ([] if data else ["dataset_summary.py"])]
 
 
-def page(runs: list[dict], seeds: list[dict], data: list[dict]) -> str:
-    """The report as HTML; texts of the rows are escaped by the template engine."""
+def page(runs: list[dict], seeds: list[dict], data: list[dict], absent: list[str]) -> str:
+    """The report as HTML; texts of the rows are escaped by the template engine. absent: commands that were not run."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from utils.quality import NAMES
@@ -118,7 +118,7 @@ def page(runs: list[dict], seeds: list[dict], data: list[dict]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(
-        runs=runs, seeds=seeds, data=data, missing=missing(runs, data), names=NAMES, questions=questions(runs)
+        runs=runs, seeds=seeds, data=data, missing=absent, names=NAMES, questions=questions(runs)
     )
 
 
@@ -129,7 +129,7 @@ def main(settings: dict) -> None:
     if not runs and not data:
         stop(f"no run.json under {' or '.join(LOOK_IN)}: run `python train_reward_model.py` first, or name RUNS")
     Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(OUTPUT), page(runs, read_seeds(places), data))
+    write_text(Path(OUTPUT), page(runs, read_seeds(places), data, [] if RUNS else missing(runs, data)))
     unfinished = [run["name"] for run in runs if not run["result"]]
     if unfinished:
         say(f"not finished yet, so without figures: {', '.join(unfinished)}")

@@ -148,7 +148,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_rows_say(folders, tmp_path
     run_script(make_report, RUNS=f"{folder},{folders['distribution']}", OUTPUT=tmp_path / "page.html", LOOK_IN=tmp_path)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert result["verdict"].replace("'", "&#39;") in text and text.count("data:image/png;base64,") == 10
-    assert "<script" not in text and "&lt;script&gt;" in text
+    assert "<script" not in text and "&lt;script&gt;" in text and "Not here:" not in text, "these two were asked for"
     assert "http://" not in text and "https://" not in text
     with pytest.raises(SystemExit, match=r"nothing/run.json is not there yet"):
         run_script(make_report, RUNS=tmp_path / "nothing", OUTPUT=tmp_path / "page.html")
