@@ -161,10 +161,13 @@ def test_missing_runs_are_named_and_nothing_is_drafted_without_reinforce():
 
 def test_the_page_shows_a_comparison(compared, tmp_path):
     """In a real browser: nothing is fetched, a sample opens at a click, and a phone needs no scrolling sideways."""
+    run_script(make_report, OUTPUT=tmp_path / "all.html", LOOK_IN=compared)
+    everything = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert "Not here: a run of python train_reward_model.py" in everything and "Greedy answers" in everything
     run_script(make_report, RUNS=compared, OUTPUT=tmp_path / "page.html", LOOK_IN=tmp_path)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "best of 3" in page and "Greedy answers" in page and page.count("data:image/png;base64,") == 2
-    assert "Not here: a run of python train_reward_model.py" in page
+    assert "Not here:" not in page, "a report on one run does not ask for others"
     with Browser(tmp_path / "profile") as browser:
         browser.open(tmp_path / "page.html")
         assert browser.texts("h3")[:2] == ["Sampled answers", "Greedy answers"]
