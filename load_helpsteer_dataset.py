@@ -31,7 +31,7 @@ from utils.processed import (
     save_parts,
     write_rows,
 )
-from utils.rows import RATINGS, Ledger, finished_row
+from utils.rows import RATINGS, Ledger, Message, finished_row, with_persona
 from utils.runs import at_least, pick, script, stop, write_json
 from utils.sources import Source, first_of, head_of, open_source
 from utils.split import near_duplicate_groups, split_indices
@@ -83,8 +83,18 @@ def process_dataset(train: Dataset, validation: Dataset, tokenizer: PreTrainedTo
     return tokenised(train, tokenizer, max_length), tokenised(validation, tokenizer, max_length)
 
 
-def read_pairs(source: Source, rating: str, gap: float, system: str, max_rows: int, work: str, ledger: Ledger) -> dict:
-    """{"train": pairs, "test": pairs}: the checked pairs of each split of the source, on disk under `work`."""
+def read_pairs(
+    source: Source, rating: str, gap: float, system: str, max_rows: int, work: str, ledger: Ledger, fits: dict
+) -> dict:
+    """{"train": pairs, "test": pairs}: the checked pairs of each split of the source, on disk under `work`.
+
+    fits: tokenizer and max_length, for pairs that no cut brings into the window.
+    """
+    from utils.tokens import unfit
+
+    def reason(turns: list[Message], answers: tuple[str, str]) -> str:
+        return unfit(with_persona(turns, system), answers, **fits)
+
     parts = {}
     for role, open_records in source.splits.items():
         layout = source.layouts[role]
@@ -94,7 +104,7 @@ def read_pairs(source: Source, rating: str, gap: float, system: str, max_rows: i
         def read(open_records: Callable = open_records) -> Iterator[dict]:
             return first_of(open_records(), max_rows)
 
-        pairs = checked_pairs(read, layout, rating, role, gap, ledger)
+        pairs = checked_pairs(read, layout, rating, role, gap, ledger, reason)
         rows = (finished_row(pair, system) for pair in tqdm(pairs, f"pairing {role}", unit=" pairs"))
         parts[role] = write_rows(rows, row_features(), f"{work}/{role}.arrow")
     return parts
@@ -131,7 +141,8 @@ def main(settings: dict) -> None:
     check_window(tokenizer, MAX_LENGTH, SYSTEM_PROMPT)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as work:
         # 2. read and pair
-        pairs = read_pairs(source, RATING, MIN_RATING_GAP, SYSTEM_PROMPT, MAX_ROWS, work, ledger)
+        fits = {"tokenizer": tokenizer, "max_length": MAX_LENGTH}
+        pairs = read_pairs(source, RATING, MIN_RATING_GAP, SYSTEM_PROMPT, MAX_ROWS, work, ledger, fits)
         if not len(pairs["train"]):
             stop(f"no pair is left of {ledger.totals()['rows_read']} rows of {DATASET}, left out: {ledger.counts()}")
         # 3. split and tokenise

@@ -52,7 +52,7 @@ PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 OUTPUT_DIR = "outputs/evaluation"  # the run folder
 
 
-def pairs_of_another_origin(dataset: str, max_rows: int) -> Dataset:
+def pairs_of_another_origin(dataset: str, max_rows: int, model: RewardModel) -> Dataset:
     """Rows of the checked pairs of a file, folder or hub dataset; what is left out is counted aloud."""
     from itertools import islice
 
@@ -61,13 +61,15 @@ def pairs_of_another_origin(dataset: str, max_rows: int) -> Dataset:
     from utils.pairing import checked_pairs
     from utils.rows import Ledger, finished_row
     from utils.sources import open_source
+    from utils.tokens import unfit
 
+    fits = partial(unfit, tokenizer=model.tokenizer, max_length=model.max_length)
     source, ledger = open_source(dataset, ""), Ledger()
     role = list(source.splits)[-1]  # what the source holds out, where it does: the model may have learned the rest
     say(f"judged on the pairs of {dataset}, split {source.split_used[role]}")
     pairs = [
         finished_row(pair, "") | {"subset": pair.get("subset", "")}
-        for pair in checked_pairs(source.splits[role], source.layouts[role], "average", role, 0.0, ledger)
+        for pair in checked_pairs(source.splits[role], source.layouts[role], "average", role, 0.0, ledger, fits)
     ]
     if ledger.entries:
         say("left out: " + ", ".join(f"{count} {reason}" for reason, count in ledger.counts().items()))
@@ -197,7 +199,10 @@ def main(settings: dict) -> None:
     # 3. or judge a reward model
     else:
         model = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
-        rows = pairs_of_another_origin(DATASET, MAX_ROWS) if DATASET else pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
+        if DATASET:
+            rows = pairs_of_another_origin(DATASET, MAX_ROWS, model)
+        else:
+            rows = pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
         result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, shortcut, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
         chosen = read_json(f"{REWARD_MODEL}/eval.json").get("epochs")  # on validation, which then flatters

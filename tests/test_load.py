@@ -1,5 +1,6 @@
 """load_helpsteer_dataset.py from end to end: what it writes and what it says."""
 
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from datasets import Dataset
 import load_helpsteer_dataset
 from tests.conftest import ROOT, SAMPLE
 from tests.loading import load_rows, rows_of, write_lines
+from tests.test_tokens import STRICT
 from utils.split import near_duplicate_groups
 from utils.tokens import chat_template_sha256, tokenizer_sha256
 
@@ -42,6 +44,29 @@ def check_books(metadata, parts, ledger):
 
 
 # what is written
+
+
+def pair_of(*turns, answers=("good", "bad")):
+    sides = [[*turns, {"role": "assistant", "content": answer}] for answer in answers]
+    return {"chosen": sides[0], "rejected": sides[1]}
+
+
+def test_rows_that_no_cut_brings_into_the_window_are_left_out_by_name(load, tokenizer, tmp_path):
+    """One such row in a large source must not end the load; a long system turn with room enough stays."""
+    ask = [{"role": "user", "content": f"Question{i} asks{i} about{i}?"} for i in range(8)]
+    long = {"role": "system", "content": "Be brief. " * (60 // len(tokenizer("Be brief. ")["input_ids"]) + 2)}
+    rows = [pair_of(turn) for turn in ask[:5]]
+    rows += [pair_of(long, ask[5]), pair_of(long, ask[6], answers=("good " * 200, "bad"))]
+    metadata, parts, ledger = load(rows)
+    check_books(metadata, parts, ledger)
+    assert [(entry["reason"], entry["rows"]) for entry in ledger] == [("long_system_turn", [6])]
+    assert metadata["counts"]["pairs"] == 6
+    strict = deepcopy(tokenizer)
+    strict.chat_template = STRICT
+    strict.save_pretrained(tmp_path / "strict")
+    metadata, parts, ledger = load([*rows, pair_of(ask[0], ask[7])], TOKENIZER=tmp_path / "strict")
+    check_books(metadata, parts, ledger)
+    assert [(entry["reason"], entry["rows"]) for entry in ledger] == [("refused_by_template", [i]) for i in (5, 6, 7)]
 
 
 def test_metadata_and_columns_of_the_sample(load, tokenizer, tokenizer_folder, capsys):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from utils.rows import (
     RATINGS,
     Ledger,
+    Message,
     asks,
     dialogue,
     hundredths,
@@ -28,12 +29,19 @@ PAIR_RATINGS = (  # names of the two rating columns in sources that have pairs
 
 
 def checked_pairs(
-    read: Callable[[], Iterator[Record]], layout: str, rating: str, split: str, min_rating_gap: float, ledger: Ledger
+    read: Callable[[], Iterator[Record]],
+    layout: str,
+    rating: str,
+    split: str,
+    min_rating_gap: float,
+    ledger: Ledger,
+    unfit: Callable[[list[Message], tuple[str, str]], str] | None = None,
 ) -> Iterator[dict]:
     """The pairs of one split of a source that pass every check; the ledger takes all the rest.
 
     read: opens the records anew at each call. layout: a key of utils.sources.LAYOUTS. A pair is a dict of prompt,
     turns (messages before the answer), answers, ratings and rows (numbers in the source), chosen first.
+    unfit: why turns and answers cannot be tokenised, "" where they can.
     """
     if layout == "attributes":
         pairs = pairs_of_attributes(read, rating, split, ledger)
@@ -43,6 +51,7 @@ def checked_pairs(
     for pair in pairs:
         content = hash((str(pair["turns"]), *pair["answers"]))
         reason = check_pair(pair, min_rating_gap) or ("duplicate" if content in seen else "")
+        reason = reason or (unfit(pair["turns"], pair["answers"]) if unfit else "")
         if reason:
             ledger.drop(reason, split, pair["rows"], pair["prompt"])
         else:

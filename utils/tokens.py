@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.rows import Message
@@ -132,7 +133,7 @@ def encode_answers(
     closing = end_of_turn(tokenizer)
     encoded = []
     for messages, (prompt, ids) in zip(prompts, written_ids(tokenizer, texts), strict=True):
-        limit = max(max_length - max(map(len, ids)), max_length // 2)
+        limit = prompt_limit(ids, max_length)
         prompt_cut = len(prompt) > limit
         if prompt_cut:
             prompt = fit_prompt(tokenizer, messages, prompt, limit)
@@ -143,6 +144,26 @@ def encode_answers(
             kept = [closed(answer, closing) if was_cut else answer for answer, was_cut in zip(kept, cut, strict=True)]
         encoded.append(Encoded(prompt, kept, prompt_cut, cut))
     return encoded
+
+
+def prompt_limit(answer_ids: list[list[int]], max_length: int) -> int:
+    """Ids that a prompt may have: what its longest answer leaves, and half of the window in any case."""
+    return max(max_length - max(map(len, answer_ids)), max_length // 2)
+
+
+def unfit(turns: list[Message], answers: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """The reason why a prompt and its answers cannot be brought into the window, whatever is cut; "" if they can."""
+    try:
+        tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answers[0]}], tokenize=False)
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return "refused_by_template"
+    system = [message for message in turns if message["role"] == "system"]
+    scaffold = len(prompt_ids(tokenizer, [*system, {"role": "user", "content": ""}])) if system else 0
+    if scaffold < max_length // 2:
+        return ""
+    ((prompt, ids),) = written_ids(tokenizer, [answer_texts(tokenizer, turns, list(answers))])
+    return "long_system_turn" if scaffold >= prompt_limit(ids, max_length) < len(prompt) else ""
 
 
 def cut_answer(ids: list[int], room: int, closing: int) -> list[int]:
