@@ -118,7 +118,7 @@ def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     return found
 
 
-def describe(m: dict[str, np.ndarray], window: int, windows: tuple, gaps: tuple, seed: int) -> dict:
+def describe(m: dict[str, np.ndarray], window: int, windows: tuple, gaps: tuple) -> dict:
     """The content of summary.json for one split or for all. m: the measures of `measure`; shares are 0 to 1."""
     lengths = m | {"prompt_raw_cut": np.minimum(m["prompt_raw"], window)}
     cut = {side: share(m[f"{side}_cut"]) for side in ("prompt", "chosen", "rejected")}
@@ -130,7 +130,7 @@ def describe(m: dict[str, np.ndarray], window: int, windows: tuple, gaps: tuple,
         "cut_share": cut | {"both_answers": share(m["chosen_cut"] & m["rejected_cut"])},
         "equal_after_cut": int(m["equal_after_cut"].sum()),
         "rating_gap": describe_gaps(m["gap"], gaps),
-        "shortcuts": {name: describe_shortcut(m, name, seed) for name in SHORTCUT_NAMES},
+        "shortcuts": {name: describe_shortcut(m, name) for name in SHORTCUT_NAMES},
     }
 
 
@@ -166,16 +166,17 @@ def describe_gaps(gap: np.ndarray, limits: tuple) -> dict | None:
     return {"mean": mean, "median": median, "bands": bands, "pairs_kept_by_min_rating_gap": kept}
 
 
-def describe_shortcut(m: dict[str, np.ndarray], name: str, seed: int) -> dict:
+def describe_shortcut(m: dict[str, np.ndarray], name: str) -> dict:
     """Pair accuracy of a shortcut, over all pairs and within each band of rating gaps that has pairs."""
     right = wins(m[f"chosen_{name}"], m[f"rejected_{name}"])
-    bands = {band: pair_accuracy(right[mask], seed) for band, mask in bands_of(m["gap"]).items() if mask.any()}
-    return pair_accuracy(right, seed) | {"by_gap": bands}
+    prompts, bands = m["prompt_key"], bands_of(m["gap"])
+    by_gap = {band: pair_accuracy(right[mask], prompts[mask]) for band, mask in bands.items() if mask.any()}
+    return pair_accuracy(right, prompts) | {"by_gap": by_gap}
 
 
-def pair_accuracy(right: np.ndarray, seed: int) -> dict:
-    """Accuracy and its 95 % interval. right: 1 for a pair that is right, 0.5 for a tie, else 0 [pairs]."""
-    low, high = interval(right, seed)
+def pair_accuracy(right: np.ndarray, prompts: np.ndarray) -> dict:
+    """Accuracy and its 95 % interval over prompts. right: 1 for a pair that is right, 0.5 for a tie, else 0 [pairs]."""
+    low, high = interval(right, prompts)
     found = {"accuracy": float(right.mean()), "low": low, "high": high}
     counts = {"pairs": len(right), "ties": int((right == 0.5).sum())}
     return {name: round(value, 6) for name, value in found.items()} | counts
@@ -267,7 +268,7 @@ def main(settings: dict) -> None:
     about = ("dataset_name", "revision", "split_used", "rating", "tokenizer", "max_length", "fingerprint")
     summary = {"data": {name: metadata[name] for name in about}, "settings": settings}
     for name, m in {"all": everything, **measures}.items():
-        summary[name] = describe(m, metadata["max_length"], WINDOWS, GAPS, SEED)
+        summary[name] = describe(m, metadata["max_length"], WINDOWS, GAPS)
     summary["repeats"] = find_repeats(parts, measures, near_duplicates(parts), EXAMPLES)
     summary["examples"] = examples_of(parts, EXAMPLES, SEED)
     # 4. save

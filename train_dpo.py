@@ -12,7 +12,6 @@ accelerate launch train_dpo.py                    # on several GPUs
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -158,6 +157,7 @@ def main(settings: dict) -> None:
     given = {"BETA": BETA, "SFT_WEIGHT": SFT_WEIGHT, "LABEL_SMOOTHING": LABEL_SMOOTHING, "USE_LORA": USE_LORA}
     given["EVAL_EVERY_STEPS"] = EVAL_EVERY_STEPS
     check_loss(LOSS, GUIDANCE, ENGINE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, **given)
+    schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
     if REWARD_MODEL and not SAMPLE_PROMPTS:
@@ -180,7 +180,8 @@ def main(settings: dict) -> None:
     hidden.check_shared_rows(model, rows[0], collator)
     if USE_LORA and TRAIN_POLICY:
         model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
-    model.requires_grad_(False) if not TRAIN_POLICY else None
+    if not TRAIN_POLICY:
+        model.requires_grad_(False)
     if GRADIENT_CHECKPOINTING:
         models.use_gradient_checkpointing(model)
     say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
@@ -192,7 +193,8 @@ def main(settings: dict) -> None:
     )
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"], "beta": beta}
     facts |= {"max_length": window, "train_pairs": len(rows), "project": project, "run_name": name}
-    facts |= {"device": str(device), "precision": precision, "start": keys[0]}
+    facts["start"] = references.key_of(rows, said.vectors, weights, "")  # in any precision, as on another GPU
+    facts |= {"device": str(device), "precision": precision}
     run = Run(OUTPUT_DIR or f"model_output/{project}/{name}", settings, RESUME, **facts)
     arguments = partial(
         training.training_arguments,
@@ -200,11 +202,11 @@ def main(settings: dict) -> None:
         device=device,
         precision=precision,
         num_train_epochs=EPOCHS,
-        max_steps=MAX_STEPS or -1,
+        max_steps=MAX_STEPS,
         per_device_train_batch_size=BATCH_SIZE,
         gradient_accumulation_steps=ACCUMULATION,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type=pick(training.SCHEDULES, "SCHEDULE", SCHEDULE),
+        lr_scheduler_type=schedule,
         warmup_steps=WARMUP_SHARE,
         weight_decay=WEIGHT_DECAY,
         logging_steps=LOG_EVERY_STEPS,
@@ -240,9 +242,7 @@ def main(settings: dict) -> None:
         if ENGINE == "pairs":
             trainer.train_dataset = keep(rows, key=keys[0])
     # 4. train
-    began = time.monotonic()
     training.train(trainer, run)
-    run.note(train_seconds=round(time.monotonic() - began, 2))
     # 5. evaluate
     result = figures()
     # 6. save
@@ -251,7 +251,7 @@ def main(settings: dict) -> None:
         if SAMPLE_PROMPTS:
             start = models.load_causal(MODEL).to(device)
             spoken = (guidance.Guidance(),) * 2 if both else (said, said.with_vectors(module.vectors))
-            few = validation.select(range(min(SAMPLE_PROMPTS, len(validation))))
+            few = pairs.different_prompts(validation, SAMPLE_PROMPTS)
             sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)
             samples, compared = policy_report.before_and_after(start, model, few, sampler, judges, spoken)
             if judges:
@@ -261,9 +261,7 @@ def main(settings: dict) -> None:
             guidance.save_vectors(module.vectors, run.folder)
         policy_report.save(model, tokenizer, run.folder, rows, collator)
         policy_report.write_pair_results(run.folder, result, samples, run.record)
-    trainer.accelerator.wait_for_everyone()
-    run.finish()
-    training.remove_checkpoints(run.folder)
+    training.close(run, trainer.accelerator)
     # 7. say where it is
     say(policy_report.told(result))
     say(f"written: {run.folder}")

@@ -159,7 +159,7 @@ def update(
     return engine.accelerator.reduce(loss, reduction="mean").item(), engine.step(longest)
 
 
-def check(batch: int, per_prompt: int, baseline: str, temperature: float, risk: float, win: bool) -> None:
+def check(batch: int, per_prompt: int, baseline: str, temperature: float, risk: float, win: bool, cut: bool) -> None:
     """End the script where constants do not go together."""
     import os
 
@@ -172,6 +172,8 @@ def check(batch: int, per_prompt: int, baseline: str, temperature: float, risk: 
         stop(f"TEMPERATURE = {temperature}: expected more than 0, since greedy answers have no log-probs to push")
     if risk and win:
         stop("RISK and WIN_REWARD are two rewards: set one of them to 0 or False")
+    if cut:
+        stop("MASK_CUT leaves cut answers out of the update, so CUT_PENALTY would do nothing: set one of them")
 
 
 @script
@@ -184,9 +186,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_GRAD_NORM=MAX_GRAD_NORM, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
     at_least(max(1, LEAST_LENGTH), MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # shorter ones would stop the run at its first step
     shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
-    check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE, RISK, WIN_REWARD)
-    if MASK_CUT and CUT_PENALTY:
-        stop("MASK_CUT leaves cut answers out of the update, so CUT_PENALTY would do nothing: set one of them")
+    check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE, RISK, WIN_REWARD, MASK_CUT and CUT_PENALTY != 0)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     import torch
     from accelerate.utils import gather_object
@@ -203,12 +203,11 @@ def main(settings: dict) -> None:
     device, precision = models.choose_machine(DEVICE, PRECISION, deepspeed=False)
     judges = reward_models.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
     scorer = judges["reward"]
-    if RISK and scorer.reading.head != "distribution":
-        stop(f"RISK = {RISK} needs the spread of a distribution: {REWARD_MODEL!r} has a {scorer.reading.head} head")
+    reinforce.check_reading(scorer.reading, RISK, WIN_REWARD, REWARD_MODEL)
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows = pairs.load_pairs(DATA_DIR, "train", MAX_ROWS)
-    held_out = pairs.load_pairs(DATA_DIR, "validation", EVAL_PROMPTS)
+    held_out = pairs.different_prompts(pairs.load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
     conversations = [messages[:-1] for messages in rows["chosen"]]
     set_seed(SEED)
     model = models.without_dropout(models.load_causal(MODEL))
@@ -235,8 +234,8 @@ def main(settings: dict) -> None:
     accelerator, baseline = trainer.accelerator, reinforce.Baseline(BASELINE, BASELINE_DECAY)
     if reference != "adapter":
         reference.to(device)
-    how = {"temperature": TEMPERATURE, "batch_size": GENERATION_BATCH, "precision": precision}
-    how["max_new_tokens"] = MAX_NEW_TOKENS
+    how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "batch_size": GENERATION_BATCH}
+    how["precision"] = precision
     window, answers = metadata["max_length"], BATCH_SIZE * ANSWERS_PER_PROMPT
     scoring = reinforce.Scoring(scorer, RISK, WIN_REWARD, LENGTH_PENALTY, CUT_PENALTY, REWARD_CLIP)
     opponents = reinforce.Opponents(partial(reinforce.start_answers, model, reference, tokenizer, window, how))
@@ -281,15 +280,13 @@ def main(settings: dict) -> None:
     result = {}
     if first_process():
         start = models.load_causal(MODEL).to(device) if reference == "adapter" else reference
-        sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision, GENERATION_BATCH)
+        sampler = comparing.Sampler(tokenizer, window, seed=SEED, **how)
         lines, result = policy_report.before_and_after(start, model, held_out, sampler, judges)
         result |= result.pop("reward")
         # 6. save
         policy_report.save(model, tokenizer, run.folder, rows, pairs.PairCollator(tokenizer.pad_token_id))
         policy_report.write_reinforce_results(run.folder, result, lines, run.record)
-    accelerator.wait_for_everyone()
-    run.finish()
-    training.remove_checkpoints(run.folder)
+    training.close(run, accelerator)
     accelerator.end_training()  # trackers are closed, and processes no longer wait for each other
     # 7. say where it is
     say(f"{policy_report.told(result)}\nwritten: {run.folder}")

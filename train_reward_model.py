@@ -12,7 +12,6 @@ accelerate launch train_reward_model.py                    # on several GPUs
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,7 @@ REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 HALVES = {"even": 0, "odd": 1}  # first row of each
 ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.RewardTrainer"}
-FITTED_ON = 500  # training pairs on which LENGTH_PENALTY = fit is fitted, at most
+FITTED_ON = 500  # pairs on which LENGTH_PENALTY = fit is fitted, at most
 
 
 def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool, **options: float) -> None:
@@ -86,8 +85,9 @@ def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool,
     for name, value in options.items():
         if value and head not in fits[name]:
             stop(f"{name} = {value} is for HEAD = {' or '.join(fits[name])}, not for {head}: set it to 0")
-        if not 0 <= value <= (0.5 if name == "LABEL_SMOOTHING" else 1):
-            stop(f"{name} = {value}: expected a share from 0 to {0.5 if name == 'LABEL_SMOOTHING' else 1}")
+    shares(**options)
+    if options["LABEL_SMOOTHING"] >= 0.5:  # the loss would be lowest where nothing is told apart
+        stop(f"LABEL_SMOOTHING = {options['LABEL_SMOOTHING']}: expected a share from 0 to below 0.5")
     if (loss in NEED_RATINGS or options["RATING_WEIGHT"]) and not rated:
         stop(f"not all of these rows have ratings, which PAIR_LOSS = {loss!r} or RATING_WEIGHT needs: leave both out")
     if head == "attributes" and not attributed:
@@ -132,7 +132,7 @@ def main(settings: dict) -> None:
     from utils.losses import PAIR_LOSSES
     from utils.rows import RATINGS
 
-    named = PAIR_LOSSES[pick({head: head for head in heads.HEADS}, "HEAD", HEAD)]
+    named = pick(PAIR_LOSSES, "HEAD", HEAD)
     pair_loss = PAIR_LOSS or next(iter(named))
     pick(named, "PAIR_LOSS", pair_loss)
     if RATING:
@@ -140,6 +140,7 @@ def main(settings: dict) -> None:
         if HEAD != "attributes":
             stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
     judging.check_penalty(LENGTH_PENALTY)
+    schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
     shortcut = partial(judging.load_shortcut_model, SHORTCUT_MODEL, DEVICE) if SHORTCUT_MODEL else None
@@ -192,11 +193,11 @@ def main(settings: dict) -> None:
         device=device,
         precision=precision,
         num_train_epochs=EPOCHS,
-        max_steps=MAX_STEPS or -1,
+        max_steps=MAX_STEPS,
         per_device_train_batch_size=BATCH_SIZE,
         gradient_accumulation_steps=ACCUMULATION,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type=pick(training.SCHEDULES, "SCHEDULE", SCHEDULE),
+        lr_scheduler_type=schedule,
         warmup_steps=WARMUP_SHARE,
         weight_decay=WEIGHT_DECAY,
         logging_steps=LOG_EVERY_STEPS,
@@ -222,13 +223,11 @@ def main(settings: dict) -> None:
         trainer = training.PairTrainer(module, args, trained_on, collator, loss, run, accuracy, {"score": head_rate})
     best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
     # 4. train
-    began = time.monotonic()
     training.train(trainer, run)
-    run.note(train_seconds=round(time.monotonic() - began, 2))
     epochs = best.restore() if best else {}
     # 5. evaluate
-    few = rows.select(range(min(FITTED_ON, len(rows))))
-    judging.set_reading(reading, LENGTH_PENALTY, few, outputs_of)
+    unused = rows if measured_on == "validation" else validation  # rewards of training pairs are too sure
+    judging.set_reading(reading, LENGTH_PENALTY, unused.select(range(min(FITTED_ON, len(unused)))), outputs_of)
     weights = judging.surface_weights(rows)
     untrained = partial(rewards.untrained, MODEL, reading, device, SEED)
     lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained, shortcut)
@@ -244,9 +243,7 @@ def main(settings: dict) -> None:
         facts |= {"surface_weights": weights.tolist()} | {n: result[n] for n in ("reward_mean", "reward_std")}
         rewards.save(model, tokenizer, run.folder, reading, rows, collator, **facts)
         quality_plots.write_results(run.folder, result, lines, run.record)
-    trainer.accelerator.wait_for_everyone()
-    run.finish()
-    training.remove_checkpoints(run.folder)
+    training.close(run, trainer.accelerator)
     # 7. say where it is
     say(quality.told(result))
     say(f"written: {run.folder}")

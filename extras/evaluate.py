@@ -16,7 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Run, at_least, check_run_folder, needs, read_json, say, script, stop
+from utils.processed import splits_of
+from utils.runs import Run, at_least, check_run_folder, needs, pick, read_json, say, script, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,7 +143,7 @@ def compare_policies(
     tokenizer, metadata = pairs.matching_tokenizer(data_dir, "MODEL", model)
     for folder in policies.values():  # all of them before the first one answers: the ids are read by each
         pairs.matching_tokenizer(data_dir, "POLICIES", folder)
-    rows = pairs.load_pairs(data_dir, split, count)
+    rows = pairs.different_prompts(pairs.load_pairs(data_dir, split), count)
     prompts = [messages[:-1] for messages in rows["chosen"]]
     device = judges["reward"].model.device
 
@@ -172,7 +173,8 @@ def main(settings: dict) -> None:
         stop(f"TEMPERATURE = {TEMPERATURE}: expected more than 0; greedy answers are compared anyway")
     check_run_folder(OUTPUT_DIR, settings)
     if not DATASET:
-        needs(f"{DATA_DIR}/{SPLIT}", made_by="load_helpsteer_dataset.py")
+        needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
+        pick(splits_of(DATA_DIR), "SPLIT", SPLIT)
     from utils import frontier, judging, models, pairs, quality, quality_plots, rewards
 
     device, precision = models.choose_machine(DEVICE, PRECISION)
@@ -182,6 +184,7 @@ def main(settings: dict) -> None:
     if shortcut:
         shortcut()  # now, so that a wrong one is not found after the scoring
     facts = {"device": str(device), "precision": precision, "began": began}  # an older run stays until this one is done
+    facts["data_fingerprint"] = None if DATASET else read_json(f"{DATA_DIR}/metadata.json").get("fingerprint")
     # 2. compare policies
     if POLICIES:
         policies = frontier.names_of(POLICIES)
@@ -205,6 +208,9 @@ def main(settings: dict) -> None:
             rows = pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
         result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, shortcut, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
+        result["prompts_trained_on"] = judging.prompts_trained_on(REWARD_MODEL, rows)
+        if result["prompts_trained_on"]:
+            say(f"WARNING: {REWARD_MODEL} was trained on {result['prompts_trained_on']} of these {len(rows)} prompts")
         chosen = read_json(f"{REWARD_MODEL}/eval.json").get("epochs")  # on validation, which then flatters
         result["selection_shares_rows"] = bool(chosen) and not DATASET and SPLIT == "validation"
         run = Run(OUTPUT_DIR, settings, resume=False, **facts)

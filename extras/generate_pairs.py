@@ -132,9 +132,7 @@ def main(settings: dict) -> None:
 
     pick(generated.MODES, "MODE", MODE)
     folder = Path(OUTPUT_DIR).expanduser().resolve()
-    if folder == Path(DATA_DIR).resolve():
-        stop(f"OUTPUT_DIR = '{OUTPUT_DIR}' is DATA_DIR, whose rows would be lost: choose another name")
-    processed.check_folder(folder)
+    processed.check_folder(folder, DATA_DIR, "DATA_DIR")
     device, precision = models.choose_machine(DEVICE, PRECISION)
     judge = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision)["reward"] if MODE == "ranked" else None
     # 2. load
@@ -149,7 +147,9 @@ def main(settings: dict) -> None:
     # 3. answer; a run goes on only with the same weights and rows
     same = {"WEIGHTS": references.weights_digest(model), "DATA": metadata["fingerprint"]}
     same |= {"JUDGE": references.weights_digest(judge.model)} if judge else {}
-    run = Run(ANSWERS_DIR, settings | same, RESUME, dataset_name=metadata["dataset_name"], precision=precision)
+    facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
+    facts |= {"device": str(device), "precision": precision}
+    run = Run(ANSWERS_DIR, settings | same, RESUME, **facts)
     sampling = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P}
     sampling |= {"seed": SEED, "batch_size": BATCH_SIZE, "precision": precision}
     batches = generated.in_batches(asked, [len(prompts[one.number]) for one in asked], max(1, BATCH_SIZE // count))

@@ -21,7 +21,7 @@ from pathlib import Path
 from extras.rating import agreement, items, ratings, terminal
 from extras.rating.labels import LABELS as WORDS
 from utils.config import override_constants
-from utils.processed import refuse_sft_rows
+from utils.processed import refuse_sft_rows, splits_of
 from utils.rows import prompt_text, with_persona
 from utils.runs import at_least, free_name, needs, pick, read_json, say, script, stop, write_json, write_text
 
@@ -89,7 +89,8 @@ def random_prompts(data_dir: str, split: str, count: int, seed: int) -> list[dic
     """What items.make_items takes, still without answers, for random rows; `human` is their chosen answer."""
     from datasets import load_from_disk
 
-    rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
+    needs(data_dir, made_by="load_helpsteer_dataset.py")
+    rows = load_from_disk(str(pick(splits_of(data_dir), "SPLIT", split)))
     refuse_sft_rows(data_dir, read_json(Path(data_dir) / "metadata.json"))
     if not len(rows):
         stop(f"{data_dir}/{split} has no rows: choose another SPLIT")

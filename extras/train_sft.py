@@ -11,7 +11,6 @@ python train_dpo.py --model outputs/sft    # the folder is a start, and a refere
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 from utils.config import override_constants
@@ -109,7 +108,7 @@ def main(settings: dict) -> None:
         device=device,
         precision=precision,
         num_train_epochs=EPOCHS,
-        max_steps=MAX_STEPS or -1,
+        max_steps=MAX_STEPS,
         per_device_train_batch_size=BATCH_SIZE,
         gradient_accumulation_steps=ACCUMULATION,
         learning_rate=LEARNING_RATE,
@@ -136,18 +135,14 @@ def main(settings: dict) -> None:
     module.to(trainer.accelerator.device)
     before = scored("perplexity before")
     # 4. train
-    began = time.monotonic()
     training.train(trainer, run)
-    run.note(train_seconds=round(time.monotonic() - began, 2))
     # 5. evaluate
     result = sft.perplexity_figures(before, scored("perplexity after"))
     # 6. save
     if first_process():
         policy_report.save(model, tokenizer, run.folder, rows, collator)
         sft.write_results(run.folder, result, run.record)
-    trainer.accelerator.wait_for_everyone()
-    run.finish()
-    training.remove_checkpoints(run.folder)
+    training.close(run, trainer.accelerator)
     # 7. say where it is
     say(sft.told(result))
     say(f"written: {run.folder}\nnext: python train_dpo.py --model {run.folder}")

@@ -5,10 +5,20 @@ import torch
 
 from tests.toys import sample_of
 from utils.heads import Reading
-from utils.reinforce import Baseline, Opponents, Scoring, alarm, figures_of, normalised, prompt_of
+from utils.reinforce import Baseline, Opponents, Scoring, alarm, check_reading, figures_of, normalised, prompt_of
 from utils.sampling import Answer
 
 ALL = torch.tensor([True] * 4)
+
+
+def test_grades_that_win_know_no_length_penalty():
+    graded = Reading("distribution", [float(grade) for grade in range(1, 11)])
+    check_reading(graded, 0.5, False, "x")
+    check_reading(graded, 0.0, True, "x")
+    graded.length_penalty = 0.1
+    with pytest.raises(SystemExit, match="WIN_REWARD compares grades, without the length penalty that 'x' has"):
+        check_reading(graded, 0.0, True, "x")
+    check_reading(Reading("scalar", length_penalty=0.1), 0.0, True, "x")
 
 
 # baselines
@@ -164,6 +174,7 @@ def test_figures_of_a_step():
     samples[0].logp, samples[0].reference, samples[0].entropy, samples[1].entropy = -3.0, -5.0, 4.0, 12.0
     found = figures_of(samples, torch.tensor([-1.0, 1.0]), Baseline("none"), 0.5, 2.0, seconds=2.0)
     assert found["reward"] == 2.0 and found["reward_std"] == 1.0 and found["kl"] == 1.0 and found["entropy"] == 2.0
+    assert found["kl_error"] == pytest.approx(1.0), "of 2 and 0"
     assert found["completions/mean_length"] == 4.0 and found["completions/ended"] == found["completions/clipped_ratio"]
     assert found["completions/repetition"] == pytest.approx((0 + 3 / 4) / 2) and found["tokens_per_second"] == 4.0
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils.comparing import Answers, Sampler, compared, repetition
+from utils.comparing import Answers, Sampler, compared, distinct_2, repetition
 from utils.guidance import Guidance
 from utils.sampling import Answer, generate, logps_of
 
@@ -72,7 +72,8 @@ def test_best_of_n_is_the_best_answer_of_the_start(sampler, start):
     before, best = sampler.answers(start, start, PROMPTS), sampler.best_of(4, start, PROMPTS, Judge())
     one = sampler.best_of(1, start, PROMPTS, Judge())
     assert [answer.ids for answer in one.answers] == [answer.ids for answer in before.answers]
-    assert (one.kl == 0).all() and best.kl == pytest.approx(np.full(8, math.log(4) - 3 / 4))
+    assert one.kl_bound == 0 and best.kl_bound == pytest.approx(math.log(4) - 3 / 4)
+    assert best.kl is None, "a bound is no measurement"
     tries = [Sampler(**vars(sampler) | {"seed": 5 + i}).answers(start, start, PROMPTS) for i in range(4)]
     assert rewards_of(best).tolist() == np.max([rewards_of(one) for one in tries], axis=0).tolist()
     assert rewards_of(best).sum() > rewards_of(before).sum()
@@ -95,4 +96,13 @@ def test_greedy_answers_need_no_luck(sampler, start, better):
 def test_repetition_and_the_figures_of_answers():
     assert repetition([1, 2, 3, 4]) == 0.0 and repetition([1, 2]) == 0.0 and repetition([1] * 12) == 0.9
     answers = Answers([Answer([9], [1, 2, 1, 2], "", True), Answer([9], [1, 2], "", False)], np.zeros(2))
-    assert answers.figures() == {"length": 3.0, "ended": 0.5, "repetition": 0.0, "distinct_2": 2 / 4}
+    assert answers.figures() == {"length": 3.0, "ended": 0.5, "repetition": 0.0}
+    assert distinct_2([[1, 2, 1, 2], [1, 2]]) == 2 / 4 and distinct_2([[1], []]) == 0.0
+
+
+def test_different_pairs_of_tokens_are_counted_in_as_much_text_on_both_sides():
+    """Their share falls as texts grow, whatever is written."""
+    short = Answers([Answer([9], [1, 2, 3], "", True)] * 2, np.zeros(2))
+    long = Answers([Answer([9], [1, 2, 3, 1, 2, 3, 1], "", True)] * 2, np.zeros(2))
+    found = compared(short, long, (np.zeros(2), np.ones(2)))
+    assert found["distinct_2_before"] == found["distinct_2_after"] == 2 / 4

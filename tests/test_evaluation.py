@@ -29,6 +29,20 @@ def test_interval_covers_the_binomial_one():
     assert interval(np.array([1.0])) == (1.0, 1.0) and interval(np.ones(5)) == (1.0, 1.0)
 
 
+def test_pairs_of_one_prompt_are_one_draw():
+    """Each prompt four times over: the interval is that of the prompts, and p no smaller."""
+    random = np.random.default_rng(1)
+    right = (random.random(40) < 0.62).astype(float)
+    repeated, groups = np.repeat(right, 4), np.repeat(np.arange(40), 4)
+    assert interval(repeated, groups) == pytest.approx(interval(right))
+    narrow = interval(repeated)
+    assert narrow[1] - narrow[0] < 0.6 * (interval(right)[1] - interval(right)[0])
+    once, four = paired_difference(right, 1 - right), paired_difference(repeated, 1 - repeated, groups)
+    assert four == pytest.approx(once) and paired_difference(repeated, 1 - repeated)["p_value"] < once["p_value"]
+    unequal = share_right(np.array([1.0, 1.0, 1.0, 0.0]), np.array([7, 7, 7, 8]))
+    assert unequal["accuracy"] == 0.75 and unequal["pairs"] == 4 and (unequal["low"], unequal["high"]) == (0.0, 1.0)
+
+
 def test_p_value_of_a_fair_coin_is_not_small():
     random = np.random.default_rng(3)
     one, other = random.random(100), random.random(100)
@@ -61,6 +75,22 @@ def test_calibration_equals_scikit_learn():
     assert found["ece"] == pytest.approx(expected) and found["ece"] > 0.05
 
 
+def test_what_chance_makes_of_calibration_shrinks_with_the_pairs_and_holds():
+    random = np.random.default_rng(0)
+
+    def of(pairs):
+        win = 1 / (1 + np.exp(-random.normal(0, 0.8, size=pairs)))
+        win = np.where(random.random(pairs) < win, win, 1 - win)  # P(chosen wins) of a model that knows itself
+        return calibration(win)
+
+    found = [of(60) for _ in range(60)]
+    assert 0.8 < np.mean([one["ece"] <= one["ece_of_chance"] for one in found]) <= 1.0
+    assert found[0]["ece_of_chance"] > 0.12 and of(2000)["ece_of_chance"] < 0.05
+    assert calibration(np.full(500, 0.99) * (np.arange(500) % 2))["ece"] > 0.4, "sure, and wrong half of the time"
+    sure = calibration(np.full(500, 0.99) * (np.arange(500) % 2))
+    assert sure["ece_of_chance"] < 0.05
+
+
 def test_a_coin_that_knows_it_is_calibrated():
     found = calibration(np.full(10, 0.5))
     assert found["ece"] == 0.0 and found["brier"] == 0.25
@@ -86,6 +116,7 @@ def test_identical_policies_compare_as_not_shown_and_a_better_one_is_found():
     assert better["verdict"] == "grew" and better["difference_low"] > 0 and better["win_rate_low"] > 0.5
     assert better["kl"] == pytest.approx(kl.mean()) and better["kl_error"] == pytest.approx(kl.std(ddof=1) / 60**0.5)
     assert comparison(before, before - 0.5, kl)["verdict"] == "fell"
+    assert comparison(before[:1], before[:1], kl[:1])["kl_error"] is None, "one answer has no spread"
 
 
 def test_what_length_does_not_explain_is_the_intercept():

@@ -6,12 +6,13 @@ import time
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
 from extras import evaluate, make_report
 from tests.browser import Browser
 from tests.conftest import run_script
-from utils.frontier import names_of, over_seeds, recipes
-from utils.questions import questions
+from utils.frontier import names_of, over_seeds, p_over_seeds, recipes
+from utils.questions import apart, questions
 from utils.runs import write_json
 
 SMALL = {"PROMPTS": 6, "MAX_NEW_TOKENS": 6, "DEVICE": "cpu", "PRECISION": "fp32", "BEST_OF_N": 3}
@@ -48,6 +49,25 @@ def test_runs_that_differ_in_their_seed_only_are_one_recipe(tmp_path):
     assert found["gains"]["b1"]["std"] is None
     (between,) = found["between"]
     assert between["difference"] == pytest.approx(1.5, abs=0.1) and between["p_value"] < 0.01
+    assert between["p_over_seeds"] is None, "one run of b1"
+    rewards |= {"b2": start + 0.5}
+    (between,) = over_seeds({"a1": ["a1", "a2"], "b1": ["b1", "b2"]}, {"judge": rewards})["judge"]["between"]
+    gains = [[1.0, 2.0], [float((rewards["b1"] - start).mean()), 0.5]]
+    assert between["p_over_seeds"] == pytest.approx(ttest_ind(*gains, equal_var=False).pvalue)
+    assert p_over_seeds([1.0, 1.0], [1.0, 1.0]) is None
+
+
+@pytest.mark.parametrize(
+    "p_value, p_over_seeds, said",
+    [
+        (0.2, 0.01, "are not shown to differ"),
+        (0.01, None, "differ on these prompts, in these runs; what other seeds would do is not known"),
+        (0.01, 0.3, "differ on these prompts, but from seed to seed they vary as much (Welch's test: p = 0.3)"),
+        (0.01, 0.02, "differ, on these prompts and from seed to seed (Welch's test: p = 0.02)"),
+    ],
+)
+def test_recipes_differ_only_by_more_than_their_seeds_do(p_value, p_over_seeds, said):
+    assert apart({"p_value": p_value, "p_over_seeds": p_over_seeds}) == said
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +167,12 @@ def test_the_draft_quotes_what_was_measured():
     assert "By a judge that it was not trained against" in first
     assert "by spread: 0.610 right, against 0.580 on all 80 pairs" in more
     assert "Here no ratings anchor the grades" in read
+    assert "stays below" not in more, "an older run has no figure of what chance makes"
+    elsewhere = reward_model("distribution") | {"result": MODEL | {"pairs": 70, "ece_of_chance": 0.1}}
+    answered = questions([*runs, reward_model("scalar"), elsewhere])
+    told = " ".join(answered[1][1])
+    assert "a perfectly calibrated model stays below 0.100" in told and "were not measured on the same pairs" in told
+    assert "not measured on the same pairs" not in more
     assert "Run extras.evaluate with POLICIES" in improved, "two scales cannot be compared"
     assert "not shown to be better than 'longer wins'" in why and "+0.100 (-0.100 to +0.300)" in why
 

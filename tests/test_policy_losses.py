@@ -205,6 +205,21 @@ def test_ours_and_trl_give_equal_losses_and_equal_weights(model_folder, tokenize
         torch.testing.assert_close(value, results[1][1][key], atol=1e-3, rtol=0, msg=key)
 
 
+def test_the_reference_of_trl_is_the_model_as_it_is_given(model_folder, tokenizer, tmp_path):
+    """TRL would read one from the disk, where other weights may be."""
+    module, _ = make(model_folder, "dpo", reference=False)
+    with torch.no_grad():
+        module.model.model.norm.weight += 0.5
+    arguments = partial(toy_arguments, tmp_path, batch=2, num_train_epochs=1)
+    run = Run(tmp_path / "run", {"SEED": 0})
+    trainer = dpo_trainer(module.model, toy_rows(2), tokenizer, run, arguments, "dpo", 0.1)
+    assert trainer.ref_model is not module.model
+    torch.testing.assert_close(trainer.ref_model.state_dict(), module.model.state_dict())
+    trainer.train()
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert logged[0] == pytest.approx(math.log(2), abs=1e-5), "policy and reference are the same at the start"
+
+
 @pytest.mark.parametrize("name", ["orpo", "simpo"])
 def test_losses_without_a_reference_equal_a_plain_implementation_on_a_model(model_folder, name):
     """Two rows a pair, full logits, log_softmax: nothing shared with the code that trains."""

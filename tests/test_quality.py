@@ -79,6 +79,20 @@ def test_better_than_the_best_shortcut_means_better_than_each():
     assert shortcuts["untrained_head"]["accuracy"] == 1.0, "of nine pairs: said, and no rival"
 
 
+def test_the_best_of_many_shortcuts_is_partly_lucky():
+    """A model behind one of three shortcuts is called worse only if that holds for three tries."""
+    rows, right = planted_rows(200, 0.5), np.arange(200) % 2 < 1
+    outputs = np.stack([right, ~right], axis=1)[..., None].astype(np.float32)
+    better = right | (np.arange(200) % 40 == 1)  # right where the model is, and on 5 pairs more: p = 0.06
+    more = right | (np.arange(200) % 20 == 1)  # on 10 more: p = 0.002
+    for ahead, said in ((better, "not shown to be better than 'longer wins'"), (more, "worse than 'longer wins'")):
+        rivals = {"longer": ahead, "surface": right, "more_list_items": ~right}
+        found = report(lines_of(rows, outputs, Reading("scalar"), {n: r.astype(float) for n, r in rivals.items()}))
+        assert found["verdict"].startswith(said) and found["verdict"].endswith("corrected for 3 shortcuts")
+        p = found["shortcuts"]["longer"]["p_value"]
+        assert f"p = {min(1, 3 * p):.2g}" in found["verdict"]
+
+
 def test_length_bands_equal_plain_python():
     sizes = [(90, 100), (100, 90), (91, 100), (100, 100), (50, 100), (100, 50), (51, 100), (1, 100), (89, 100)]
     masks = length_bands(np.array([(a - b) / max(a, b) for a, b in sizes]))

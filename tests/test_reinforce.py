@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, se
 from tests.toys import sample_of
 from train_reinforce import advantages, rewards, rollout, update
 from utils.engine import start_engine
-from utils.logps import answer_logps_and_entropies
-from utils.models import without_dropout
+from utils.logps import answer_logps, answer_logps_and_entropies
+from utils.models import add_lora, use_gradient_checkpointing, without_dropout
 from utils.policies import reference_of
 from utils.reinforce import (
     Baseline,
@@ -111,6 +111,36 @@ def test_entropies_and_log_probs_equal_a_plain_loop(model_folder, tokenizer):
         assert found == pytest.approx(expected, rel=1e-4)
     sums, _ = answer_logps_and_entropies(model, batch_of(answers), 0.8)
     assert not sums.requires_grad
+
+
+def test_a_models_own_repetition_penalty_and_cuts_are_not_used(model_folder, tokenizer):
+    """Qwen2.5 brings 1.1, top_k 20 and top_p 0.8 along: log-probs would be of another distribution than the samples."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    prompts = [[1, 4, 5], [1, 6, 7, 8], [1, 9, 9, 9]]
+    expected = [answer.ids for answer in generate(model, tokenizer, prompts, 12, 1.0, seed=3)]
+    for name, value in {"repetition_penalty": 5.0, "top_k": 2, "top_p": 0.1, "temperature": 0.01}.items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.do_sample = True
+    assert [answer.ids for answer in generate(model, tokenizer, prompts, 12, 1.0, seed=3)] == expected
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_checkpointing_computes_again_and_changes_no_gradient(model_folder, lora):
+    answers = [Answer([1, 4, 5], [6, 7, 8, 9], "", True), Answer([1, 5], [7, 2], "", True)]
+    found = {}
+    for again in (False, True):
+        set_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+        calls = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model = add_lora(model, "CAUSAL_LM", 4, 8, 0.0, ("q_proj",)) if lora else model
+        if again:
+            use_gradient_checkpointing(model)
+        answer_logps(model.train(), batch_of(answers))[0].sum().backward()
+        found[again] = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        assert len(calls) == 1 + again, "the second time in the backward pass"
+    assert found[False] and found[True].keys() == found[False].keys()
+    torch.testing.assert_close(found[True], found[False])
 
 
 # learning

@@ -1,20 +1,27 @@
 """train_reward_model.py from end to end: what it writes, that the save is proved, that others can load it."""
 
+import contextlib
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import train_reward_model
 from tests.conftest import run_script
 from utils import quality_plots
-from utils.models import choose_precision, load_classifier, save_with_proof
+from utils.heads import Reading
+from utils.models import add_lora, load_classifier, plain, save_with_proof
 from utils.pairs import load_pairs
 from utils.rewards import RewardModel
+from utils.runs import Run
 from utils.templates import render
+from utils.training import training_arguments
+from utils.trl_engine import reward_trainer
 
 SMALL = {
     "MAX_STEPS": 6,
@@ -95,6 +102,26 @@ def test_lora_keeps_its_head_and_leaves_a_plain_folder(model_folder, sample_fold
     assert not any("lora" in name for name in whole)
 
 
+def test_trl_gets_every_row_whole_also_those_over_its_own_limit(model_folder, tokenizer, tmp_path):
+    """trl.RewardTrainer filters rows over max_length, 1024 by default, out of the data behind a progress bar."""
+    ids = list(range(3, 203))
+    row = {"input_ids": ids, "attention_mask": [1] * 200, "chosen_ids": ids * 5, "rejected_ids": ids[:9]}
+    rows = Dataset.from_list([row, row | {"chosen_ids": ids[:5]}])
+    arguments = partial(training_arguments, folder=tmp_path, device=torch.device("cpu"), precision="fp32", max_steps=1)
+    arguments = partial(arguments, save_steps=0, eval_steps=0, report_to="none")
+    model = load_classifier(model_folder, 1)
+    trainer = reward_trainer(model, rows, tokenizer, Run(tmp_path / "run", {"SEED": 0}), arguments, {})
+    lengths = [(len(one["chosen_ids"]), len(one["rejected_ids"])) for one in trainer.train_dataset]
+    assert lengths == [(1200, 209), (205, 209)]
+
+
+def test_rewards_that_are_not_finite_end_in_one_line(model_folder, tokenizer):
+    model = load_classifier(model_folder, 1).eval()
+    model.score.weight.data[:] = float("nan")
+    with pytest.raises(SystemExit, match="rewards are not finite: set PRECISION = fp32"):
+        RewardModel(model, tokenizer, Reading("scalar"), 64).outputs_of_ids([[3, 4]], 1)
+
+
 def test_trl_engine_trains_on_the_same_rows(model_folder, sample_folder, tmp_path):
     options = SMALL | {
         "ENGINE": "trl",
@@ -160,17 +187,30 @@ def test_a_save_that_does_not_reload_equal_is_an_error(model_folder, tokenizer, 
 
     def other(folder):
         reloaded = load_classifier(folder, 1)
-        reloaded.score.weight.data += 1e-3
+        reloaded.score.weight.data += shift
         return reloaded
 
+    def head(model):
+        return plain(model).score.weight.detach().clone()
+
+    shift = 3e-5
     with pytest.raises(RuntimeError, match="differ by"):
-        save_with_proof(model, tokenizer, tmp_path, other, lambda m: m.score.weight.detach().clone())
+        save_with_proof(model, tokenizer, tmp_path, other, head)
+    shift = 3e-6
+    save_with_proof(model, tokenizer, tmp_path, other, head)
+    model.score.weight.data *= 100  # merged adapters are held to a share of the largest score
+    largest = head(model).abs().max().item()
+    for shift, equal in ((5e-4 * largest, True), (2e-3 * largest, False)):  # noqa: B007, `other` reads it
+        adapted = add_lora(load_classifier(model_folder, 1), "SEQ_CLS", 4, 8, 0.0, ("q_proj",), "score")
+        adapted.get_base_model().score.modules_to_save["default"].weight.data = head(model)
+        with contextlib.nullcontext() if equal else pytest.raises(RuntimeError, match="differ by"):
+            save_with_proof(adapted, tokenizer, tmp_path / str(equal), other, head)
 
 
 def test_a_save_is_proved_on_the_device_of_the_training(model_folder, tokenizer, tmp_path):
     """Scores come back on the CPU, so they do not tell where they were made; two devices round in two ways."""
     model = load_classifier(model_folder, 1).to("meta")
-    model.save_pretrained = lambda folder: None
+    model.save_pretrained = model.cpu = model.to = lambda *_: None
     places = []
 
     def score(model):
@@ -208,6 +248,7 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model
         ("REPORT_TO", "paper", "REPORT_TO = 'paper' is not known, choose one of: none, tensorboard, trackio, wandb"),
         ("REPORT_TO", "wandb", "REPORT_TO = 'wandb' needs a package that is not here: run `pip install wandb`"),
         ("PRECISION", "fp16", "PRECISION = 'fp16' needs a GradScaler"),
+        ("SCHEDULE", "cosin", "SCHEDULE = 'cosin' is not known, choose one of: cosine, linear, constant"),
     ],
 )
 def test_mistakes_end_in_one_line(sample_folder, model_folder, tmp_path, constant, value, message):
@@ -231,13 +272,3 @@ def test_a_folder_without_validation_pairs_is_named(model_folder, tokenizer_fold
     run_script(load_helpsteer_dataset, **options, OUTPUT_DIR=tmp_path / "data")
     with pytest.raises(SystemExit, match="validation has no pair to use"):
         run_script(train_reward_model, DATA_DIR=tmp_path / "data", MODEL=model_folder, DEVICE="cpu")
-
-
-@pytest.mark.parametrize(
-    "device, capability, found",
-    [("cuda", (9, 0), "bf16"), ("cuda", (8, 0), "bf16"), ("cuda", (7, 5), "fp16"), ("mps", None, "fp32")],
-)
-def test_precision_is_what_the_device_does_natively(monkeypatch, device, capability, found):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert choose_precision("", torch.device(device))[0] == found
-    assert choose_precision("fp32", torch.device(device))[0] == "fp32"

@@ -42,17 +42,23 @@ def options(model_folder, sample_folder, tmp_path):
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Qwen1.5B"),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M"),
         ("models/SmolLM2-135M-Instruct/", "SmolLM2-135M"),
+        ("google/gemma-2-2b-it", "gemma-2-2b-it"),
+        ("google/gemma-2-2b", "gemma-2-2b"),
     ],
 )
 def test_short_names_of_models(name, short):
     assert short_model(name) == short
 
 
-def test_names_of_runs():
+def test_names_of_runs(tmp_path):
     found = run_names("nvidia/HelpSteer2", "Text", "Qwen2.5-1.5B", "new_pref_po", 0.05, 0.1)
     assert found == ("HelpSteer_new_pref_po_Text", "HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.05-alpha0.1")
     names = ("esfrankel17/HelpSteer2_binarized", "HuggingFaceH4/ultrafeedback_binarized", "OpenAssistant/oasst1", "x")
     assert [short_dataset(name) for name in names] == ["HelpSteer", "UFB", "OASST", "Custom"]
+    rows = tmp_path / "helpsteer-things" / "mine.jsonl"
+    rows.parent.mkdir()
+    rows.touch()
+    assert short_dataset(str(rows)) == "Custom", "the folders above a file say nothing of its rows"
 
 
 def test_the_run_folder_is_complete_and_a_plain_model(options, model_folder, tmp_path, monkeypatch):

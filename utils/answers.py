@@ -10,6 +10,7 @@ from utils.processed import row_features
 from utils.rows import (
     Ledger,
     Message,
+    asks,
     hundredths,
     is_text,
     is_unicode,
@@ -190,7 +191,7 @@ def check_answer(turns: list[Message], answer: str) -> str:
         return "broken_text"
     if not is_text(answer):
         return "empty_answer"
-    if not turns or turns[-1]["role"] != "user":
+    if not asks(turns):
         return "empty_prompt"
     return "" if all(turn["role"] in ROLES for turn in turns) else "bad_turn"
 

@@ -24,11 +24,13 @@ FIRST_NUMBER = 2**40
 class Answers:
     """What a policy answered to some prompts, in their order.
 
-    kl [prompts]: log pi - log start of each answer; None for greedy ones, whose mean would be no KL.
+    kl [prompts]: log pi - log start of each answer; None where its mean would be no KL: for greedy answers, and for
+    the best of several, of which only a bound of the KL is known (kl_bound, nats an answer).
     """
 
     answers: list[Answer]
     kl: np.ndarray | None
+    kl_bound: float | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -39,14 +41,12 @@ class Answers:
         """Means over the answers.
 
         length: tokens. ended: share that came to an end of turn. repetition: share of the runs of three tokens that
-        stood in the same answer before. distinct_2: share of different ones among all pairs of neighbouring tokens.
+        stood in the same answer before.
         """
-        pairs = [pair for answer in self.answers for pair in zip(answer.ids, answer.ids[1:], strict=False)]
         return {
             "length": float(self.lengths.mean()),
             "ended": float(np.mean([answer.ended for answer in self.answers])),
             "repetition": float(np.mean([repetition(answer.ids) for answer in self.answers])),
-            "distinct_2": len(set(pairs)) / max(len(pairs), 1),
         }
 
 
@@ -54,6 +54,12 @@ def repetition(ids: list[int]) -> float:
     """Share of the runs of NGRAM tokens in an answer that stood in it before; 0 where it is shorter."""
     runs = Counter(tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1))
     return 1 - len(runs) / runs.total() if runs else 0.0
+
+
+def distinct_2(answers: list[list[int]]) -> float:
+    """Share of different ones among all pairs of neighbouring tokens of answers (ids)."""
+    pairs = [pair for ids in answers for pair in zip(ids, ids[1:], strict=False)]
+    return len(set(pairs)) / max(len(pairs), 1)
 
 
 @dataclass
@@ -123,7 +129,7 @@ class Sampler:
         )
 
     def best_of(self, count: int, start: nn.Module, prompts: list[list[Message]], judge: RewardModel) -> Answers:
-        """Of `count` answers of the start to each prompt that with the highest reward; kl is its bound for all.
+        """Of `count` answers of the start to each prompt that with the highest reward, with a bound of the KL.
 
         ln n - (n - 1) / n bounds the KL of best of n from above (https://arxiv.org/abs/2401.01879). The first answers
         are the start's own in this comparison, so that best of 1 is the start.
@@ -133,7 +139,7 @@ class Sampler:
         ]
         scores = np.stack([rewards_of(judge, prompts, answers) for answers in tries])  # [count, prompts]
         best = [tries[i][place] for place, i in enumerate(scores.argmax(axis=0))]
-        return Answers(best, np.full(len(prompts), math.log(count) - (count - 1) / count))
+        return Answers(best, None, math.log(count) - (count - 1) / count)
 
 
 def same_answers(answers: list[Answer], prompts: list[list[int]]) -> list[Answer]:
@@ -151,9 +157,13 @@ def compared(before: Answers, after: Answers, rewards: tuple[np.ndarray, np.ndar
     """The fields of a comparison in eval.json: `evaluation.comparison`, and the figures of both sides' answers.
 
     difference_at_equal_length: what is left of the difference of rewards where both answers are equally long.
+    distinct_2_before, _after: of as many tokens of both answers to a prompt, since it falls as texts grow.
     """
     found = comparison(*rewards, after.kl)
-    sides = (("before", before.figures()), ("after", after.figures()))
-    found |= {f"{name}_{side}": value for side, figures in sides for name, value in figures.items()}
+    shorter = np.minimum(before.lengths, after.lengths).astype(int)
+    for side, which in (("before", before), ("after", after)):
+        found |= {f"{name}_{side}": value for name, value in which.figures().items()}
+        cut = [answer.ids[:tokens] for answer, tokens in zip(which.answers, shorter, strict=True)]
+        found[f"distinct_2_{side}"] = distinct_2(cut)
     longer = np.log(after.lengths) - np.log(before.lengths)
     return found | {"difference_at_equal_length": at_equal_length(rewards[1] - rewards[0], longer)}

@@ -13,13 +13,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from utils.models import release_memory
+from utils.models import release_memory, trained_state
 from utils.reinforce import Baseline, Policy
 from utils.runs import Run
-from utils.training import COMPLETE, last_checkpoint, trained_state
+from utils.training import COMPLETE, KEPT, last_checkpoint
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names for PRECISION
-KEPT = 2  # checkpoints that are kept
 
 
 @dataclass
@@ -90,7 +89,8 @@ class Engine:
         assert set(state["weights"]) == set(trained_state(module)), "checkpoint of another model"
         module.load_state_dict(state["weights"], strict=False)
         for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+            if name in state:  # a GradScaler is there on one kind of GPU and not on another
+                part.load_state_dict(state[name])
         vars(baseline).update(state["baseline"])
         forget_steps_after(state["step"], run)
         return state["step"]

@@ -108,6 +108,8 @@ def side_by_side(
     figures = {}
     for name, side in answers.items():
         figures[name] = {**side.figures(), **mean_kl(side.kl)}
+        if side.kl_bound is not None:
+            figures[name]["kl_bound"] = side.kl_bound
         for judge, all_scores in scores.items():
             mine = all_scores[name]
             low, high = interval(mine)
@@ -136,7 +138,8 @@ def over_seeds(groups: dict[str, list[str]], scores: dict[str, dict[str, np.ndar
     """For each judge: what every recipe gains over the start, from seed to seed, and the recipes against each other.
 
     gains: {recipe: values (one a run), mean, std (of a sample; None for one run)}. between: the paired difference of
-    the means over runs of two recipes, on the same prompts; its interval covers the prompts, not the training's chance.
+    the means over runs of two recipes, on the same prompts; its interval and p cover the prompts. p_over_seeds covers
+    the training's chance (Welch's test of the runs' values; None where a recipe has one run or all are equal).
     """
     found = {}
     for judge, by_name in scores.items():
@@ -146,9 +149,23 @@ def over_seeds(groups: dict[str, list[str]], scores: dict[str, dict[str, np.ndar
             values = [float((by_name[name] - by_name[START]).mean()) for name in names]
             spread = statistics.stdev(values) if len(values) > 1 else None
             gains[group] = {"runs": names, "values": values, "mean": statistics.fmean(values), "std": spread}
-        between = [{"one": a, "other": b, **paired_difference(means[a], means[b])} for a, b in combinations(groups, 2)]
+        between = [
+            {"one": a, "other": b, **paired_difference(means[a], means[b])}
+            | {"p_over_seeds": p_over_seeds(gains[a]["values"], gains[b]["values"])}
+            for a, b in combinations(groups, 2)
+        ]
         found[judge] = {"gains": gains, "between": between}
     return found
+
+
+def p_over_seeds(one: list[float], other: list[float]) -> float | None:
+    """Two-sided p of Welch's test of two recipes' gains, a value a run; None where no spread is known."""
+    from scipy.stats import ttest_ind
+
+    if min(len(one), len(other)) < 2 or len({*one, *other}) == 1:
+        return None
+    p = float(ttest_ind(one, other, equal_var=False).pvalue)
+    return None if np.isnan(p) else p
 
 
 @in_style
@@ -162,16 +179,19 @@ def frontier(figures: dict[str, dict], judge: str, prompts: int) -> Figure:
         "KL to the start (for best of n a bound); below, by the length of the answers.",
         height=8.0, rows=2, gap=0.32, one_x=False,
     )  # fmt: skip
+    costs = {
+        name: {"kl": found.get("kl_bound", found["kl"]), "length": found["length"]} for name, found in figures.items()
+    }
     for axes, key, label in zip(panels, ("kl", "length"), ("KL to the start (nats an answer)", "tokens"), strict=True):
         for name, found in figures.items():
-            color = MUTED if name == START else ORANGE if name.startswith("best of") else BLUE
-            x, y = found[key], found[judge]["mean"]
+            color = MUTED if name == START else ORANGE if "kl_bound" in found else BLUE
+            x, y = costs[name][key], found[judge]["mean"]
             axes.plot([x, x], [found[judge]["low"], found[judge]["high"]], color=color, linewidth=1.5, alpha=0.6)
             axes.plot(x, y, "o", color=color, markersize=7)
         axes.set(xlabel=label, ylabel="mean reward")
         axes.margins(x=0.18)
         axes.grid(axis="y")
-        name_dots(axes, {name: (found[key], found[judge]["mean"]) for name, found in figures.items()})
+        name_dots(axes, {name: (costs[name][key], found[judge]["mean"]) for name, found in figures.items()})
     return figure
 
 
@@ -197,6 +217,7 @@ def told(figures: dict[str, dict], judges: tuple[str, ...]) -> str:
     for name, found in figures.items():
         means = "  ".join(f"{found[judge]['mean']:7.3f}" for judge in judges)
         kl = "-" if found["kl"] is None else f"{found['kl']:.2f}"
+        kl = f"<={found['kl_bound']:.2f}" if "kl_bound" in found else kl
         rest = f"{kl:>7}  {found['length']:6.1f}  {found['ended']:5.2f}  {found['repetition']:10.3f}"
         lines.append(f"{name:{width}}  {means}  {rest}")
     for name, found in figures.items():

@@ -1,6 +1,7 @@
 """Answers of a policy to the prompts of a processed folder, kept as they come, and the pairs that are made of them."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from utils.answers import load_answers
+from utils.pairs import like_length
 from utils.rows import Ledger, Message, finished_row, is_text
 from utils.runs import write_text
 from utils.sources import Record
@@ -49,12 +51,13 @@ def asked_of(data_dir: str, splits: tuple[str, ...], max_rows: int, ledger: Ledg
         for row in rows.select_columns(["row", "prompt", "messages", "rating"]):
             ledger.read(row["prompt"])
             key, rating = str(row["messages"][:-1]), -np.inf if row["rating"] is None else row["rating"]
-            other = best.get(key)
-            if other is None or rating > other[0]:
+            if key not in best:
                 best[key] = (rating, row)
-            left = row if other and best[key] is other else other and other[1]
-            if left:
-                ledger.drop("same_prompt", split, [left["row"]], left["prompt"])
+                continue
+            left = row
+            if rating > best[key][0]:
+                left, best[key] = best[key][1], (rating, row)
+            ledger.drop("same_prompt", split, [left["row"]], left["prompt"])
         for _, row in best.values():
             *turns, human = row["messages"]
             found.append(Asked(len(found), split, row["row"], row["prompt"], turns, human["content"]))
@@ -66,8 +69,7 @@ def in_batches(asked: list[Asked], lengths: list[int], size: int) -> list[list[A
 
     A function of the prompts alone: a run that goes on makes the same batches, and batches decide the last digits.
     """
-    order = sorted(range(len(asked)), key=lambda i: (-lengths[i], i))
-    return [[asked[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    return [[asked[i] for i in batch] for batch in like_length(lengths, math.inf, size)]
 
 
 def read_written(path: Path, batches: list[list[Asked]]) -> dict[int, Written]:
@@ -118,7 +120,8 @@ def ranked(asked: Asked, written: Written) -> dict | str:
     places = [i for i, text in enumerate(written.texts) if is_text(text)]
     if not places:
         return "empty_answer"
-    best, worst = (pick(places, key=lambda i: written.rewards[i]) for pick in (max, min))
+    best = max(places, key=lambda i: written.rewards[i])
+    worst = min(places, key=lambda i: written.rewards[i])
     if len({written.texts[i].strip() for i in places}) < 2:
         return "equal_answers"
     if written.rewards[best] == written.rewards[worst]:

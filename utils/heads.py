@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 from torch.nn import functional
 
-from utils.losses import PAIR_LOSSES, centring, grade_cross_entropy, log_tie, log_win, masked_squared_error
+from utils.losses import PAIR_LOSSES, centring, grade_cross_entropy, log_tie, log_win
 from utils.rows import RATINGS
+from utils.sources import ATTRIBUTES, HIGHEST_ATTRIBUTE
 
 GRADES = 10
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-HIGHEST_ATTRIBUTE = 4  # people gave whole numbers from 0 to this
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,8 @@ def reading_of(head: str, rating: str, ratings: list[float], means: list[float] 
     """
     weights, divisor = RATINGS.get(rating, RATINGS["average"])
     shares = [weight / divisor for weight in weights]
-    lowest, highest = (HIGHEST_ATTRIBUTE * sum(w for w in shares if sign * w > 0) for sign in (-1, 1))
+    lowest = HIGHEST_ATTRIBUTE * sum(min(weight, 0) for weight in shares)
+    highest = HIGHEST_ATTRIBUTE * sum(max(weight, 0) for weight in shares)
     if means is None:
         lowest, highest = min(ratings, default=0.0), max(ratings, default=1.0)
     highest = max(highest, lowest + 1e-6)  # all alike: any line will do
@@ -145,7 +145,7 @@ class PairLoss:
         chosen, rejected = reading.rewards(both).unbind(1)
         if reading.head == "attributes":
             targets = batch["attributes"] - torch.tensor(reading.means, device=both.device)
-            losses = masked_squared_error(both, targets).mean(dim=1)
+            losses = function(both, targets).mean(dim=1)
         elif reading.head == "distribution":
             losses = function(both[:, 0], both[:, 1], batch["gap"], self.smoothing)
             if self.rating_weight:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from utils.controls import shuffled_prompts, without_prompts
@@ -14,7 +15,7 @@ from utils.heads import Reading
 from utils.pairs import answer_tokens
 from utils.rewards import RewardModel, answers_of
 from utils.rows import real_number
-from utils.runs import say, stop
+from utils.runs import read_json, say, stop
 from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
 
 SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters of them in predictions.jsonl
@@ -53,6 +54,20 @@ def load_shortcut_model(folder: str, device: str) -> RewardModel:
     if not model.config.get("answers_only"):
         stop(f"SHORTCUT_MODEL = {folder!r} has seen prompts: name one of `train_reward_model.py --answers_only true`")
     return model
+
+
+def prompts_trained_on(folder: str, rows: Dataset) -> int | None:
+    """How many of the rows have a prompt that the model of a run folder was trained on; None where that is not known.
+
+    Known while the rows of its training are there: their folder is in run.json, their fingerprint too.
+    """
+    record = read_json(Path(folder) / "run.json")
+    data = Path(record.get("settings", {}).get("DATA_DIR", ""))
+    same = read_json(data / "metadata.json").get("fingerprint") == record.get("data_fingerprint")
+    if not (record.get("data_fingerprint") and same and (data / "train").is_dir()):
+        return None
+    trained_on = set(load_from_disk(str(data / "train"))["prompt"])
+    return sum(prompt in trained_on for prompt in rows["prompt"])
 
 
 def pairs_right(outputs: np.ndarray, rows: Dataset, reading: Reading) -> np.ndarray:
@@ -115,9 +130,15 @@ def lines_of(rows: Dataset, outputs: np.ndarray, reading: Reading, right: dict[s
     both, tokens = torch.tensor(outputs), torch.tensor(answer_tokens(rows))
     rewards, win = reading.rewards(both, tokens).tolist(), reading.win(both[:, 0], both[:, 1], tokens).tolist()
     spread = reading.spread(both).tolist() if reading.head == "distribution" else None
-    lines = []
+    lines, first = [], {}  # first: of each prompt the number of its first pair
     for i, row in enumerate(rows):
-        line = {"row": row.get("row", i), "subset": row.get("subset", ""), "prompt": row["prompt"][:SHOWN_PROMPT]}
+        asked = str(row["chosen"][:-1])
+        line = {
+            "row": row.get("row", i),
+            "same_prompt": first.setdefault(asked, i),
+            "subset": row.get("subset", ""),
+            "prompt": row["prompt"][:SHOWN_PROMPT],
+        }
         line["win"] = win[i]
         for j, side in enumerate(("chosen", "rejected")):
             text = row[side][-1]["content"]
@@ -144,9 +165,9 @@ def check_penalty(penalty: str) -> None:
 def set_reading(reading: Reading, penalty: str, few: Dataset, outputs_of: Outputs) -> None:
     """Set length_penalty to LENGTH_PENALTY, and win_scale where no loss of pairs has taught the size of a difference.
 
-    What is not given is fitted on a few training pairs, by a logistic regression of people's choice on the differences
-    of reward and, for the penalty, of length (100 tokens) together: sigma(a dr + b dl). A reward minus c = -b / a for
-    100 tokens keeps the part of length that people reward, and no more.
+    What is not given is fitted on a few pairs that nothing is measured on, by a logistic regression of people's choice
+    on the differences of reward and, for the penalty, of length (100 tokens) together: sigma(a dr + b dl). A reward
+    minus c = -b / a for 100 tokens keeps the part of length that people reward, and no more.
     """
     reading.length_penalty = 0.0 if penalty == "fit" else float(penalty)
     if penalty != "fit" and reading.head != "attributes":
@@ -158,10 +179,10 @@ def set_reading(reading: Reading, penalty: str, few: Dataset, outputs_of: Output
         columns.append((tokens[:, 0] - tokens[:, 1]) / 100)
     weights = fit_logistic(np.stack(columns, axis=1))
     if weights[0] <= 0:
-        say("the reward does not tell the chosen answers of the training pairs: nothing is fitted to it")
+        say(f"the reward does not tell the chosen answers of {len(few)} pairs: nothing is fitted to it")
         return
     if reading.head == "attributes":
         reading.win_scale = float(weights[0])
     if penalty == "fit":
         reading.length_penalty = float(-weights[1] / weights[0])
-        say(f"length penalty fitted on {len(few)} training pairs: {reading.length_penalty:.3f} for 100 tokens")
+        say(f"length penalty fitted on {len(few)} pairs: {reading.length_penalty:.3f} for 100 tokens")

@@ -66,6 +66,8 @@ def choose_machine(device_name: str, precision_name: str, deepspeed: bool = True
     if device.type == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         say(f"one of {torch.cuda.device_count()} GPUs is used: for all of them, start with `accelerate launch`")
     precision, reason = choose_precision(precision_name, device)
+    if precision != "fp32" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        stop("DeepSpeed would turn the weights into 16 bits: set PRECISION = fp32, or use configs/multi_gpu.yaml")
     say(f"device {device}, precision {precision}: {reason}")
     return device, precision
 
@@ -208,6 +210,23 @@ def add_lora(
     return get_peft_model(model, config)
 
 
+def with_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> torch.optim.Optimizer:
+    """The optimizer, in which the parameters whose names hold a name of `rates` are groups of their own."""
+    for name, rate in rates.items():
+        found = [value for other, value in model.named_parameters() if name in other and value.requires_grad]
+        for group in optimizer.param_groups:
+            group["params"] = [value for value in group["params"] if not any(value is one for one in found)]
+        optimizer.add_param_group({"params": found, "lr": rate, "weight_decay": 0.0})
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
+def trained_state(model: nn.Module, state: dict | None = None) -> dict[str, torch.Tensor]:
+    """The part of a model's state that is trained."""
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    return {name: value for name, value in (state or model.state_dict()).items() if name in trained}
+
+
 def use_gradient_checkpointing(model: nn.Module) -> None:
     """Compute activations again in the backward pass: about a third more time for a fraction of the memory."""
     plain(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -249,7 +268,9 @@ def save_with_proof(
             model = model.merge_and_unload()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        model.cpu()  # what fits the device once may not fit twice
         after = score(reload(str(folder)).to(device).eval())
+        model.to(device)
     difference = (before - after).abs().max().item()
     limit = PROOF_RELATIVE * before.abs().max().item() if merged else PROOF_ABSOLUTE
     if not difference <= limit:

@@ -13,13 +13,14 @@ MODES = {"none": "Plain", "text": "Text", "embedding": "Emb"}  # what GUIDANCE m
 
 def short_dataset(name: str) -> str:
     """HelpSteer, UFB, OASST or Custom, by the dataset_name of the metadata."""
+    name = Path(name).name if Path(name).exists() else name  # of a local file not the folders above it
     return next((short for part, short in DATASETS if part in name.lower()), "Custom")
 
 
 def short_model(name: str) -> str:
     """A model's name without owner and -Instruct; DeepSeek-R1-Distill-Qwen-1.5B becomes DeepSeek-R1-Qwen1.5B."""
     short = Path(name.rstrip("/")).name
-    short = re.sub(r"-(Instruct|instruct|Chat|chat|it)\b", "", short)
+    short = re.sub(r"-[Ii]nstruct\b", "", short)
     return re.sub(r"-Distill-([A-Za-z]+)-(\d)", r"-\1\2", short)
 
 

@@ -19,7 +19,7 @@ from utils.rows import (
     real_number,
     whole_number,
 )
-from utils.sources import ATTRIBUTES, Record, head_of
+from utils.sources import ATTRIBUTES, HIGHEST_ATTRIBUTE, Record, head_of
 
 PAIR_RATINGS = (  # names of the two rating columns in sources that have pairs
     ("chosen_rating", "rejected_rating"),
@@ -94,7 +94,7 @@ def check_attribute_row(record: Record) -> str:
     if not is_text(record.get("response")):
         return "empty_answer"
     grades = [whole_number(record.get(name)) for name in ATTRIBUTES]
-    return "" if all(grade is not None and 0 <= grade <= 4 for grade in grades) else "bad_attribute"
+    return "" if all(grade is not None and 0 <= grade <= HIGHEST_ATTRIBUTE for grade in grades) else "bad_attribute"
 
 
 def best_against_worst(group: list[dict], rating: str, split: str, ledger: Ledger) -> dict | None:
@@ -114,9 +114,11 @@ def best_against_worst(group: list[dict], rating: str, split: str, ledger: Ledge
     scores = [sum(w * grade for w, grade in zip(weights, answer["attributes"], strict=True)) for answer in answers]
     rows = [answer["row"] for answer in answers]
     if len(answers) == 1:
-        return ledger.drop("unpaired", split, rows, group[0]["prompt"])
+        ledger.drop("unpaired", split, rows, group[0]["prompt"])
+        return None
     if max(scores) == min(scores):
-        return ledger.drop("tie", split, rows, group[0]["prompt"])
+        ledger.drop("tie", split, rows, group[0]["prompt"])
+        return None
     best, worst = answers[scores.index(max(scores))], answers[scores.index(min(scores))]
     for answer in answers:
         if answer is not best and answer is not worst:

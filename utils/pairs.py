@@ -5,11 +5,12 @@ again behind the prompt, so that both answers are computed as if they stood alon
 while the prompt is paid for once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, disable_caching, load_from_disk
 from torch import nn
@@ -44,6 +45,14 @@ def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
     if not len(rows):
         stop(f"{data_dir}/{split} has no pair to use: run load_helpsteer_dataset.py with a larger share or more rows")
     return rows
+
+
+def different_prompts(rows: Dataset, count: int = 0) -> Dataset:
+    """The first `count` rows (0 = all) with a conversation of their own: answers to one prompt are no two draws."""
+    first = {}
+    for i, messages in enumerate(rows["chosen"]):
+        first.setdefault(str(messages[:-1]), i)
+    return rows.select(list(first.values())[: count or None])
 
 
 def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrainedTokenizerBase, dict]:
@@ -91,11 +100,16 @@ def answer_tokens(rows: Dataset) -> np.ndarray:
     return np.array([[len(ids) for ids in rows[f"{side}_ids"]] for side in ("chosen", "rejected")], dtype=float).T
 
 
+def prompt_of(row: dict) -> list[int]:
+    """The ids of a row's prompt, without its padding."""
+    return row["input_ids"][: sum(row["attention_mask"])]
+
+
 def whole_rows(rows: Dataset) -> Dataset:
     """The rows as TRL's trainers take them: chosen_ids and rejected_ids with the prompt in front, nothing else."""
 
     def whole(row: dict) -> dict:
-        prompt = row["input_ids"][: sum(row["attention_mask"])]
+        prompt = prompt_of(row)
         return {"chosen_ids": prompt + row["chosen_ids"], "rejected_ids": prompt + row["rejected_ids"]}
 
     return rows.map(whole, remove_columns=rows.column_names, desc="rows for TRL")
@@ -116,7 +130,7 @@ class PairCollator:
         self.pad_id, self.multiple = pad_id, multiple
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        prompts = [row["input_ids"][: sum(row["attention_mask"])] for row in rows]
+        prompts = [prompt_of(row) for row in rows]
         batch = self.shared_rows(prompts, rows, "vectors_at")
         if "guided_ids" in rows[0]:
             guided = self.shared_rows([row["guided_ids"] for row in rows], rows, "guided_at")
@@ -165,15 +179,17 @@ def split_batch(batch: dict[str, torch.Tensor], tokens: int, multiple: int) -> l
 
     The gradient of the whole is the sum over the parts, in the memory of one of them.
     """
-    lengths = {name: batch[name].amax(dim=1) + 1 for name in ("ends", "guided_ends") if name in batch}  # [batch] each
+    ends = [name for name in ("ends", "guided_ends") if name in batch]
+    found = torch.stack([batch[name].amax(dim=1) + 1 for name in ends]).tolist()  # a device is asked once, not a row
+    lengths = dict(zip(ends, found, strict=True))
     parts, first = [], 0
     count = len(batch["row"])
     for i in range(1, count + 1):
-        if i < count and (i + 1 - first) * sum(int(part[first : i + 1].max()) for part in lengths.values()) <= tokens:
+        if i < count and (i + 1 - first) * sum(max(part[first : i + 1]) for part in lengths.values()) <= tokens:
             continue
         part = {name: value[first:i] for name, value in batch.items()}
         for name, those in lengths.items():
-            longest = -(-int(those[first:i].max()) // multiple) * multiple
+            longest = -(-max(those[first:i]) // multiple) * multiple
             for column in ("input_ids", "segments", "position_ids"):
                 column = name.replace("ends", column)
                 part[column] = part[column][:, :longest]
@@ -224,13 +240,13 @@ def forward_pairs(
     rows: Dataset,
     collator: PairCollator,
     batch_size: int,
-    accelerator: object,
+    accelerator: Accelerator,
     progress: str = "scoring pairs",
 ) -> dict[str, np.ndarray]:
     """What the model says of every row, in the order of the rows, each exactly once on any number of processes.
 
     model: a module whose forward takes a batch of PairCollator and returns {name: tensor [batch, ...]}.
-    accelerator: an accelerate.Accelerator; its autocast is used. Returns float32 arrays [rows, ...].
+    accelerator: its autocast is used. Returns float32 arrays [rows, ...].
     """
     batches = like_length(pair_lengths(rows), 2 * TOKENS_AT_ONCE[accelerator.device.type], batch_size)
     world, me = accelerator.num_processes, accelerator.process_index
@@ -249,7 +265,7 @@ def forward_pairs(
     return in_order(gather_object(found), len(rows))
 
 
-def like_length(lengths: np.ndarray, tokens: int, count: int = 0) -> list[list[int]]:
+def like_length(lengths: Sequence[int], tokens: float, count: int = 0) -> list[list[int]]:
     """Places in `lengths`, in parts of like length, the longest first: at most `tokens` positions with the padding.
 
     count: at most so many in a part, 0 = any number. What is longer than `tokens` is a part of its own.

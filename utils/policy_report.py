@@ -36,7 +36,8 @@ def pair_figures(outputs: dict[str, np.ndarray], rows: Dataset, loss: PolicyPair
     with torch.no_grad():
         losses, logged = loss({name: torch.tensor(values) for name, values in outputs.items()}, batch)
     rewards = {side: logged[f"rewards/{side}"].numpy() for side in ("chosen", "rejected")}
-    accuracy = share_right(wins(rewards["chosen"], rewards["rejected"]))
+    prompts = np.unique([str(messages[:-1]) for messages in rows["chosen"]], return_inverse=True)[1]
+    accuracy = share_right(wins(rewards["chosen"], rewards["rejected"]), prompts)
     found = {
         "pairs": accuracy["pairs"],
         "accuracy": accuracy["accuracy"],
@@ -111,9 +112,12 @@ def told(result: dict) -> str:
             f"loss {result['loss']:.3f}"
         )
     if result.get("kl") is not None:
-        lines.append(f"KL to the start {result['kl']:.2f} +- {result['kl_error']:.2f} nats an answer")
-    compared = {"reward": result.get("comparison", result), "a judge's reward": result.get("judge", {})}
-    lines += [told_comparison(found, name) for name, found in compared.items() if "mean_reward_after" in found]
+        error = "" if result["kl_error"] is None else f" +- {result['kl_error']:.2f}"
+        lines.append(f"KL to the start {result['kl']:.2f}{error} nats an answer")
+    sides = {"reward": result.get("comparison", result), "a judge's reward": result.get("judge", {})}
+    lines += [told_comparison(found, name) for name, found in sides.items() if "mean_reward_after" in found]
+    if "length_after" in sides["reward"]:
+        lines.append(told_answers(sides["reward"]))
     return "\n".join(lines)
 
 
@@ -124,6 +128,15 @@ def told_comparison(found: dict, name: str) -> str:
         f"{found['mean_reward_after']:.3f} after, difference {found['difference']:+.3f} "
         f"[{found['difference_low']:+.3f}, {found['difference_high']:+.3f}], p = {found['p_value']:.2g}: "
         f"{found['verdict']}"
+    )
+
+
+def told_answers(found: dict) -> str:
+    """One line on the answers themselves: a reward can grow while they get worse."""
+    figures = {"tokens": ("length", 1), "came to an end": ("ended", 2), "repetition": ("repetition", 3)}
+    return "answers before and after: " + ", ".join(
+        f"{name} {found[f'{key}_before']:.{digits}f} and {found[f'{key}_after']:.{digits}f}"
+        for name, (key, digits) in figures.items()
     )
 
 

@@ -111,7 +111,7 @@ def describe(
     }
 
 
-def check_folder(folder: Path, dataset: str = "") -> None:
+def check_folder(folder: Path, dataset: str, constant: str = "DATASET") -> None:
     """End the script where writing to the output folder would lose what is not of an earlier run, or is `dataset`.
 
     If an earlier run was killed in the moment between its two renamings, the old rows are put back first.
@@ -126,8 +126,8 @@ def check_folder(folder: Path, dataset: str = "") -> None:
         stop(f"OUTPUT_DIR = '{folder}' is a {'file' if folder.is_file() else 'mount point'}: choose another name")
     read = Path(dataset).expanduser().resolve()
     inside = folder.exists() and read.exists() and any(map(folder.samefile, (read, *read.parents)))
-    if dataset and inside:  # samefile(): macOS does not tell Rows from rows
-        stop(f"OUTPUT_DIR = '{folder}' is or holds DATASET, whose rows would be lost: choose another name")
+    if inside:  # samefile(): macOS does not tell Rows from rows
+        stop(f"OUTPUT_DIR = '{folder}' is or holds {constant}, whose rows would be lost: choose another name")
     held = {path.name for path in folder.iterdir()} - CLUTTER if folder.exists() else set()
     held = {name for name in held if not name.startswith(("._", ".nfs"))}  # of macOS and NFS beside files of ours
     if held - OURS:
@@ -136,6 +136,11 @@ def check_folder(folder: Path, dataset: str = "") -> None:
         stop(
             f"OUTPUT_DIR = '{folder}' holds {', '.join(sorted(held))}, of no run of a script here: choose another name"
         )
+
+
+def splits_of(folder: str | Path) -> dict[str, Path]:
+    """{name: path} of the splits that a processed folder has."""
+    return {path.parent.name: path.parent for path in sorted(Path(folder).glob("*/state.json"))}
 
 
 def is_ours(folder: Path) -> bool:

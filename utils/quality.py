@@ -28,8 +28,8 @@ def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
     length_penalty: what was taken off these rewards for each 100 tokens; the report then says what that changes.
     """
     both = {name: pair_of(lines, name) for name in ("", "_characters", "_tokens", "_rating")}
-    right = wins(*both[""].T)
-    accuracy = share_right(right)
+    right, prompts = wins(*both[""].T), prompts_of(lines)
+    accuracy = share_right(right, prompts)
     found = {
         "pairs": accuracy["pairs"],
         "ties": int((right == 0.5).sum()),
@@ -38,16 +38,16 @@ def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
         "accuracy_high": accuracy["high"],
         "length_baseline": float(wins(*both["_characters"].T).mean()),
     }
-    shortcuts = against_shortcuts(lines, right)
-    best, hardest = rivals(shortcuts, len(lines))
-    found |= {"verdict": verdict(shortcuts[hardest], NAMES[hardest]), "best_shortcut": best, "shortcuts": shortcuts}
+    shortcuts = against_shortcuts(lines, right, prompts)
+    best, said = held_against(shortcuts, len(lines))
+    found |= {"verdict": said, "best_shortcut": best, "shortcuts": shortcuts}
     if "without_prompt" in shortcuts:
         found["prompt_verdict"] = verdict(shortcuts["without_prompt"], NAMES["without_prompt"])
     gaps = np.vectorize(hundredths)(both["_rating"]) if not np.isnan(both["_rating"]).any() else None
     margin = both[""][:, 0] - both[""][:, 1]
-    found |= by_length(right, both, length_penalty)
+    found |= by_length(right, both, prompts, length_penalty)
     found |= {
-        "by_gap": shares(right, bands_of(gaps[:, 0] - gaps[:, 1])) if gaps is not None else {},
+        "by_gap": shares(right, bands_of(gaps[:, 0] - gaps[:, 1]), prompts) if gaps is not None else {},
         **calibration(np.array([line["win"] for line in lines])),
         "coverage_by_margin": coverage(right, np.abs(margin)),
         "margin": float(margin.mean()),
@@ -58,21 +58,24 @@ def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
         found["coverage_by_spread"] = coverage(right, -pair_of(lines, "_spread").sum(axis=1))
     subsets = {line["subset"] for line in lines} - {""}
     of = np.array([line["subset"] for line in lines])
-    found["by_subset"] = shares(right, {name: of == name for name in sorted(subsets)})
+    found["by_subset"] = shares(right, {name: of == name for name in sorted(subsets)}, prompts)
     found["worst_mistakes"] = [lines[i] for i in np.argsort(margin)[:WORST] if margin[i] < 0]
     return found
 
 
-def by_length(right: np.ndarray, both: dict[str, np.ndarray], penalty: float) -> dict[str, object]:
-    """What length has to do with it. right [pairs]; both: rewards (""), _characters and _tokens [pairs, 2] each."""
+def by_length(right: np.ndarray, both: dict[str, np.ndarray], prompts: np.ndarray, penalty: float) -> dict[str, object]:
+    """What length has to do with it.
+
+    right [pairs]; both: rewards (""), _characters and _tokens [pairs, 2] each; prompts: see `prompts_of`.
+    """
     size = both["_characters"]
     logs = np.log(np.maximum(size, 1))
     bands = length_bands((size[:, 0] - size[:, 1]) / np.maximum(size.max(axis=1), 1))
     matched = bands["equal within 10 %"]
     found = {
-        "by_length_difference": shares(right, bands),
+        "by_length_difference": shares(right, bands, prompts),
         "length_matched_accuracy": float(right[matched].mean()) if matched.any() else None,
-        "length_matched_interval": interval(right[matched]) if matched.any() else None,
+        "length_matched_interval": interval(right[matched], prompts[matched]) if matched.any() else None,
         "length_matched_pairs": int(matched.sum()),
         "length_correlation": correlation(both[""], logs),
         "length_correlation_in_window": correlation(both[""], np.log(np.maximum(both["_tokens"], 1))),
@@ -87,16 +90,21 @@ def by_length(right: np.ndarray, both: dict[str, np.ndarray], penalty: float) ->
     return found
 
 
-def rivals(shortcuts: dict[str, dict], pairs: int) -> tuple[str, str]:
-    """(the most accurate shortcut, the one that the model is held against), of those measured on all pairs.
+def held_against(shortcuts: dict[str, dict], pairs: int) -> tuple[str, str]:
+    """(the most accurate shortcut, the verdict on the model), of the shortcuts that were measured on all pairs.
 
     A model that is right more often than each of them is held against the one it is least surely better than: where
-    that is shown, it is shown for all, and no correction for many tests is needed.
+    that is shown, it is shown for all, and no correction for many tests is needed. One that is behind is held against
+    the best of them, which some luck on these same pairs has made the best: p then counts once for each of them
+    (Bonferroni).
     """
     found = {name: entry for name, entry in shortcuts.items() if name not in ITSELF and entry["pairs"] == pairs}
     best = max(found, key=lambda name: found[name]["accuracy"])
-    ahead = found[best]["difference"] > 0
-    return best, max(found, key=lambda name: found[name]["p_value"]) if ahead else best
+    if found[best]["difference"] > 0:
+        hardest = max(found, key=lambda name: found[name]["p_value"])
+        return best, verdict(found[hardest], NAMES[hardest])
+    corrected = found[best] | {"p_value": min(1.0, found[best]["p_value"] * len(found))}
+    return best, f"{verdict(corrected, NAMES[best])}, corrected for {len(found)} shortcuts"
 
 
 def length_bands(difference: np.ndarray) -> dict[str, np.ndarray]:
@@ -117,7 +125,12 @@ def pair_of(lines: list[dict], name: str) -> np.ndarray:
     return np.array([[line[f"{side}{name}"] for side in ("chosen", "rejected")] for line in lines], dtype=float)
 
 
-def against_shortcuts(lines: list[dict], right: np.ndarray) -> dict[str, dict]:
+def prompts_of(lines: list[dict]) -> np.ndarray:
+    """A number for each pair [pairs], the same for pairs of one prompt: chance draws prompts, not pairs."""
+    return np.array([line.get("same_prompt", i) for i, line in enumerate(lines)])
+
+
+def against_shortcuts(lines: list[dict], right: np.ndarray, prompts: np.ndarray) -> dict[str, dict]:
     """For each shortcut: pairs, accuracy, and the paired difference of the model on the same pairs."""
     found = {}
     for name in NAMES:
@@ -125,13 +138,13 @@ def against_shortcuts(lines: list[dict], right: np.ndarray) -> dict[str, dict]:
         if here.any():
             theirs = np.array([line["shortcuts"][name] for line in lines if name in line["shortcuts"]])
             share = {"pairs": int(here.sum()), "accuracy": float(theirs.mean())}
-            found[name] = share | paired_difference(right[here], theirs)
+            found[name] = share | paired_difference(right[here], theirs, prompts[here])
     return found
 
 
-def shares(right: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, dict]:
+def shares(right: np.ndarray, masks: dict[str, np.ndarray], prompts: np.ndarray) -> dict[str, dict]:
     """pairs, accuracy and interval within each mask that has pairs."""
-    return {name: share_right(right[mask]) for name, mask in masks.items() if mask.any()}
+    return {name: share_right(right[mask], prompts[mask]) for name, mask in masks.items() if mask.any()}
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float | None:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from utils.curves import training_curves
 from utils.evaluation import share_right
 from utils.plots import BLUE, MUTED, ORANGE, in_style, new_figure, save, told
-from utils.quality import ITSELF, NAMES, pair_of
+from utils.quality import ITSELF, NAMES, pair_of, prompts_of
 from utils.runs import write_json, write_text
 
 
@@ -56,7 +56,14 @@ def accuracies(result: dict, lines: list[dict]) -> Figure:
 
 def of_shortcut(lines: list[dict], name: str) -> dict:
     """share_right of a shortcut on the pairs where it was measured."""
-    return share_right(np.array([line["shortcuts"][name] for line in lines if name in line["shortcuts"]]))
+    here = np.array([name in line["shortcuts"] for line in lines])
+    right = np.array([line["shortcuts"][name] for line in lines if name in line["shortcuts"]])
+    return share_right(right, prompts_of(lines)[here])
+
+
+def unpenalised(result: dict) -> bool:
+    """Whether P(a beats b) is of the grades alone, while rewards have a length penalty: so it is for distributions."""
+    return "length_penalty" in result and "coverage_by_spread" in result
 
 
 @in_style
@@ -65,9 +72,11 @@ def reliability(result: dict) -> Figure:
     curve = result["reliability"]
     x, y, n = (np.array([entry[name] for entry in curve]) for name in ("confidence", "accuracy", "pairs"))
     figure, (axes,) = new_figure(
-        f"Its probabilities are off by {result['ece']:.2f} on average",
+        f"Its probabilities are off by {result['ece']:.2f} on average; by chance alone it could be "
+        f"{result['ece_of_chance']:.2f}",
         "How often the answer that the model prefers is the chosen one, by how sure it is. Dots: groups of pairs,\n"
-        f"their area is the number of pairs. Brier score {result['brier']:.3f}; a coin that says 0.5 has 0.25.",
+        f"their area is the number of pairs. Brier score {result['brier']:.3f}; a coin that says 0.5 has 0.25."
+        + ("\nThe probabilities are those of the grades, without the length penalty." if unpenalised(result) else ""),
         height=5.0,
     )
     axes.plot([0.5, 1], [0.5, 1], color=MUTED, linestyle="--", linewidth=1)
@@ -145,8 +154,8 @@ def write_results(folder: Path, result: dict, lines: list[dict], record: dict | 
         f"Reward model: {result['accuracy']:.1%} of {result['pairs']} {result['measured_on']} pairs are ranked right"
     )
     start = {"bradley_terry": (0.6931, "a coin:"), "win_probability": (0.7985, "all grades alike:")}
-    baselines = {"accuracy": (result["length_baseline"], "the longer answer wins:")}
-    if record["pair_loss"] in start:
+    baselines = {"accuracy": (result["length_baseline"], f"the longer answer wins, {result['measured_on']}:")}
+    if record["pair_loss"] in start and not record["settings"]["RATING_WEIGHT"]:
         baselines["loss"] = start[record["pair_loss"]]
     training_curves(folder, ("loss", "accuracy"), baselines, title)
     write_text(folder / "README.md", model_card(result, record))

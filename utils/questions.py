@@ -1,7 +1,7 @@
 """Drafted answers to the five questions of the assignment, made of measured figures only; what is missing is named.
 
-The questions: https://arxiv.org/abs/2402.14740 with a reward model that gives a number, then with one that gives a
-distribution over grades. A question without its runs is answered by the command that makes them.
+They are about REINFORCE (https://arxiv.org/abs/2402.14740) against a reward model that gives a number, then against one
+that gives a distribution over grades. A question without its runs is answered by the command that makes them.
 """
 
 from pathlib import Path
@@ -105,11 +105,19 @@ def more(models: dict[str, dict | None]) -> list[str]:
         )
     if models["scalar"]:
         other = models["scalar"]["result"]
+        same = all(result.get(name) == other.get(name) for name in ("pairs", "measured_on", "length_baseline"))
         lines.append(
-            f"Calibration of P(chosen wins): expected error {result['ece']:.3f} and Brier score {result['brier']:.3f}, "
-            f"with a number {other['ece']:.3f} and {other['brier']:.3f} (a coin: 0.25)."
+            f"Calibration of P(chosen wins): {calibrated(result)}; with a number {calibrated(other)} (a coin: 0.25)."
+            + ("" if same else " The two were not measured on the same pairs, so this compares nothing.")
         )
     return lines
+
+
+def calibrated(result: dict) -> str:
+    """Expected error of calibration, what chance alone would make of it on so few pairs, and Brier score."""
+    chance = result.get("ece_of_chance")  # runs of older versions have none
+    by_chance = f" (in 95 % of such samples a perfectly calibrated model stays below {chance:.3f})" if chance else ""
+    return f"expected error {result['ece']:.3f}{by_chance}, Brier score {result['brier']:.3f}"
 
 
 def how_it_is_read(model: dict | None) -> list[str]:
@@ -141,25 +149,38 @@ def improved(by_head: dict[str, list[dict]], compared: dict | None) -> list[str]
     found = result["over_seeds"][name]
     for gain in found["gains"].values():
         values = ", ".join(f"{value:+.3f}" for value in gain["values"])
-        alone = " (one run, so nothing is known of another seed)"
-        spread = alone if gain["std"] is None else f" +- {gain['std']:.3f} from seed to seed"
+        single = " (one run, so nothing is known of another seed)"
+        spread = single if gain["std"] is None else f" +- {gain['std']:.3f} from seed to seed"
         alone = ", ".join(result["policies"]["sampled"][run][name]["verdict"] for run in gain["runs"])
         lines.append(
             f"{', '.join(gain['runs'])}: by the {name} a mean difference to the start of {gain['mean']:+.3f}{spread} "
             f"({values}) on {result['prompts']} prompts; each run by itself: {alone}."
         )
     for pair in found["between"]:
-        shown = "differ" if pair["p_value"] < 0.05 else "are not shown to differ"
         lines.append(
-            f"{pair['one']} and {pair['other']}, means over their runs, {shown}: {pair['difference']:+.3f} "
+            f"{pair['one']} and {pair['other']}, means over their runs, {apart(pair)}: {pair['difference']:+.3f} "
             f"(95 % interval over prompts {pair['low']:+.3f} to {pair['high']:+.3f}, p = {pair['p_value']:.2g})."
         )
+    if found["between"]:
+        lines.append("Behind the runs of a head stands one reward model: what another one would do is not known.")
     best = next((found for name, found in result["policies"]["sampled"].items() if name.startswith("best of")), None)
     if best:
         lines.append(
             f"Beside them, the best of several answers of the start, chosen by the reward model: {told(best[name])}."
         )
     return lines
+
+
+def apart(pair: dict) -> str:
+    """Whether two recipes differ: on these prompts, and by more than other seeds would do."""
+    if pair["p_value"] >= 0.05:
+        return "are not shown to differ"
+    seeds = pair["p_over_seeds"]
+    if seeds is None:
+        return "differ on these prompts, in these runs; what other seeds would do is not known"
+    if seeds >= 0.05:
+        return f"differ on these prompts, but from seed to seed they vary as much (Welch's test: p = {seeds:.2g})"
+    return f"differ, on these prompts and from seed to seed (Welch's test: p = {seeds:.2g})"
 
 
 def why(by_head: dict[str, list[dict]], models: dict[str, dict | None]) -> list[str]:
@@ -175,7 +196,8 @@ def why(by_head: dict[str, list[dict]], models: dict[str, dict | None]) -> list[
             )
             length = result["length_correlation"]  # None where all rewards are equal
             known = f" Its reward and log length correlate at {length:.2f}." if length is not None else ""
-            lines.append(line + known)
+            chosen = " Its epoch was chosen on these same pairs, so this is a little too good."
+            lines.append(line + known + (chosen if result.get("selection_shares_rows") else ""))
     for run in (run for runs in by_head.values() for run in runs):
         result = run["result"]
         line = (

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
@@ -45,7 +47,7 @@ def with_reference(
     module: nn.Module,
     collator: PairCollator,
     batch_size: int,
-    accelerator: object,
+    accelerator: Accelerator,
     cache: str,
     key: str,
 ) -> Dataset:
@@ -54,9 +56,8 @@ def with_reference(
     module: PolicyPairs before its first step. cache: folder of the files, key: see key_of.
     """
     path = Path(cache) / f"{key}.npz"
-    known = path.exists()
     accelerator.wait_for_everyone()
-    if known:
+    if all(gather_object([path.exists()])):  # decided once for all: another run may just be writing it
         say(f"log-probs of the reference: {len(rows)} pairs from {path}")
         found = dict(np.load(path))
     else:

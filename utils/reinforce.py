@@ -13,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.comparing import repetition
 from utils.guidance import Guidance
+from utils.heads import Reading
 from utils.logps import answer_logps
 from utils.rewards import RewardModel
 from utils.rows import Message
+from utils.runs import stop
 from utils.sampling import Answer, generate, prompt_ids_of
 
 BASELINES = {  # what BASELINE may name
@@ -24,7 +26,7 @@ BASELINES = {  # what BASELINE may name
     "leave_one_out": "mean of the other answers to the same prompt",
     "none": "nothing is taken off",
 }
-NORMS = {"none": "as they are", "std": "divided by their standard deviation"}  # what ADVANTAGE_NORM may name
+NORMS = {"none": "as they are", "std": "divided by their root mean square"}  # what ADVANTAGE_NORM may name
 
 
 @dataclass
@@ -106,6 +108,15 @@ class Opponents:
         if new:
             self.known |= dict(zip(new, self.write(list(new.values())), strict=True))
         return [self.known[row] for row in rows]
+
+
+def check_reading(reading: Reading, risk: float, win: bool, model: str) -> None:
+    """End the script where the reward model has not what RISK or WIN_REWARD takes from it."""
+    graded = reading.head == "distribution"
+    if risk and not graded:
+        stop(f"RISK = {risk} needs the spread of a distribution: {model!r} has a {reading.head} head")
+    if win and graded and reading.length_penalty:
+        stop(f"WIN_REWARD compares grades, without the length penalty that {model!r} has: set it to False")
 
 
 @dataclass
@@ -204,6 +215,7 @@ def figures_of(
     rewards = torch.tensor([sample.reward for sample in samples])
     lengths = [len(sample.answer.ids) for sample in samples]
     ended = sum(sample.answer.ended for sample in samples) / len(samples)
+    kl = np.array([sample.kl for sample in samples])
     return {
         "loss": loss,
         "reward": rewards.mean().item(),
@@ -211,7 +223,8 @@ def figures_of(
         "baseline": baseline.used,
         "advantage": advantages.mean().item(),
         "advantage_std": advantages.std(correction=0).item(),
-        "kl": sum(sample.kl for sample in samples) / len(samples),
+        "kl": float(kl.mean()),
+        "kl_error": float(kl.std(ddof=1) / math.sqrt(len(kl))) if len(kl) > 1 else math.nan,
         "entropy": sum(sample.entropy for sample in samples) / sum(lengths),
         "completions/mean_length": sum(lengths) / len(samples),
         "completions/ended": ended,

@@ -1,5 +1,6 @@
 """Reward models: started, saved, and loaded as the one scorer of conversations."""
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,14 @@ from utils.controls import NOTHING_ASKED, without_prompts
 from utils.heads import HEADS, Reading
 from utils.hidden import hidden_states
 from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, plain, save_with_proof
-from utils.pairs import PairCollator
+from utils.pairs import PairCollator, like_length, prompt_of, row_multiple
 from utils.rows import Message
 from utils.runs import explain_missing, read_json, say, stop, write_json
 from utils.templates import prompt_ids
 from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
 
 CONFIG_FILE = "reward_config.json"
+FEWEST = 6  # pairs that can show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
 HUB_WINDOW = 4096  # most tokens of prompt and answer that a reward model of the hub is given
 
 
@@ -183,33 +185,35 @@ class RewardModel:
         """The head's outputs [pairs, 2, n] for rows with token columns and closed answers, chosen first."""
         if self.config.get("answers_only"):
             rows = without_prompts(rows, self.tokenizer)
-        prompts = [row["input_ids"][: sum(row["attention_mask"])] for row in rows]
+        prompts = [prompt_of(row) for row in rows]
         sides = zip(prompts, rows["chosen_ids"], rows["rejected_ids"], strict=True)
         ids = [prompt + answer for prompt, *answers in sides for answer in answers]
         return self.outputs_of_ids(ids, batch_size).view(len(rows), 2, -1).numpy()
 
     def outputs_of_ids(self, ids: list[list[int]], batch_size: int) -> torch.Tensor:
         """The head's outputs [rows, n] on the CPU, computed in batches of rows of like length, the longest first."""
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         outputs = torch.zeros(len(ids), HEADS[self.reading.head].outputs)
-        starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="scoring", leave=False, disable=None if len(order) > 4 * batch_size else True):
-            mine = order[start : start + batch_size]
+        batches = like_length(list(map(len, ids)), math.inf, batch_size)
+        for mine in tqdm(batches, desc="scoring", leave=False, disable=None if len(batches) > 4 else True):
             outputs[mine] = self.outputs([ids[i] for i in mine]).cpu()
+        if not outputs.isfinite().all():
+            stop("rewards are not finite: set PRECISION = fp32, or use a reward model that is whole")
         return outputs
 
     @torch.no_grad()
     def outputs(self, rows: list[list[int]]) -> torch.Tensor:
         """The head's outputs [rows, outputs] for rows of ids, right-padded; pooled by length, not by pad ids."""
         device = self.model.device
-        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
+        multiple = row_multiple(device)
+        length = -(-max(map(len, rows)) // multiple) * multiple
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
         ids, mask = ids.to(device), mask.to(device)
+        if not hasattr(self.model, "score"):  # an encoder of the hub, which pools in its own way: its head in float32
+            return self.model(ids, attention_mask=mask).logits.float()
         with autocast(device, self.precision):
-            if not hasattr(self.model, "score"):  # an encoder of the hub, which pools in its own way
-                return self.model(ids, attention_mask=mask).logits.float()
             body = getattr(self.model, self.model.base_model_prefix)
             hidden = body(ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows), device=device), mask.sum(1) - 1]  # [rows, hidden]
@@ -259,7 +263,7 @@ def require_worth(folder: str, constant: str = "REWARD_MODEL") -> None:
     result = read_json(Path(folder) / "eval.json")
     if not result:
         say(f"WARNING: {folder} has no eval.json, so nobody knows whether it is better than a coin")
-    elif result["accuracy_high"] < 0.5:
+    elif result["accuracy_high"] < 0.5 and result["pairs"] >= FEWEST:
         stop(
             f"{constant} = {folder!r} is worse than a coin: {result['accuracy']:.3f} of its {result['pairs']} "
             f"pairs, 95 % interval up to {result['accuracy_high']:.3f}. Neither train nor judge by it"

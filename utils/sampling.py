@@ -1,5 +1,6 @@
 """Answers of a policy: batched generation, and the log-probs of what was generated."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,12 +101,10 @@ def generate(
     numbers = range(len(prompts)) if numbers is None else numbers
     model, stops = plain(model), stop_ids(tokenizer)
     vectors = guidance.vectors if guidance else None
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     was, answers = model.training, {}
     model.eval()
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=progress, leave=False, disable=None if len(starts) > 1 else True):
-        mine = order[start : start + batch_size]
+    batches = like_length(list(map(len, prompts)), math.inf, batch_size)
+    for mine in tqdm(batches, desc=progress, leave=False, disable=None if len(batches) > 1 else True):
         given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
         luck = draws(temperature, [(seed, numbers[i]) for i in mine], top_k, top_p)
         with autocast(model.device, precision), float32_head(model):

@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.runs import first_process, read_json, same_work, say, stop, write_json
+from utils.runs import read_json, same_work, say, stop, write_json
 
 
 def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str, ...]) -> dict:
     """Start this script once for each of SEEDS, and write mean and spread of some figures of eval.json.
 
     Each run is a process of its own, in OUTPUT_DIR-seeds/SEED, and goes on where it was stopped. Returns what is
-    written to OUTPUT_DIR-seeds/seeds.json: seeds, and for each figure values, mean, and std (of a sample; 0 for one).
-    Ends the script with the exit code of a run that fails.
+    written to OUTPUT_DIR-seeds/seeds.json: seeds, and for each figure values, mean, and std (of a sample, None for
+    one). Ends the script with the exit code of a run that fails.
     """
     folder = Path(f"{Path(output_dir)}-seeds")
     if not all(str(seed).isdigit() for seed in seeds):
@@ -22,11 +22,16 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         stop("SEEDS starts a run for each seed, which cannot share a launcher's processes: launch each one with --seed")
     seeds = [int(seed) for seed in seeds]
+    if len(set(seeds)) < len(seeds):
+        stop(f"SEEDS = {','.join(map(str, seeds))}: each once, a second run of a seed is no second draw")
     rows = read_json(Path(settings["DATA_DIR"]) / "metadata.json").get("fingerprint")
+    # MODEL may have been made again under its name
+    made = read_json(Path(settings.get("MODEL", "")) / "run.json").get("finished", "")
     for seed in seeds:
         mine = settings | {"SEED": seed, "SEEDS": (), "OUTPUT_DIR": str(folder / str(seed))}
         before = read_json(folder / str(seed) / "run.json")
-        if before.get("finished") and same_work(before["settings"], mine) and before.get("data_fingerprint") == rows:
+        same = before.get("data_fingerprint") == rows and before.get("started", "") >= made
+        if same and before.get("finished") and same_work(before["settings"], mine):
             say(f"seed {seed}: {folder / str(seed)} is there")
             continue
         say(f"seed {seed}:")
@@ -39,11 +44,11 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
     for name in figures:
         values = [result[name] for result in results]
         if None not in values:  # a figure of pairs that these rows do not have
-            std = statistics.stdev(values) if len(values) > 1 else 0.0
+            std = statistics.stdev(values) if len(values) > 1 else None
             summary[name] = {"values": values, "mean": statistics.fmean(values), "std": std}
-            say(f"{name}: {summary[name]['mean']:.3f} +- {std:.3f} over {len(seeds)} seeds")
-    if first_process():
-        write_json(folder / "seeds.json", summary)
+            spread = f"+- {std:.3f} over {len(seeds)} seeds" if std is not None else "with one seed"
+            say(f"{name}: {summary[name]['mean']:.3f} {spread}")
+    write_json(folder / "seeds.json", summary)
     say(f"written: {folder}/seeds.json")
     return summary
 

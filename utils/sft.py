@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from utils import training
 from utils.curves import training_curves
-from utils.evaluation import LEVEL, paired_difference
+from utils.evaluation import change
 from utils.pairs import LengthSampler
 from utils.runs import Run, stop, write_json, write_text
 from utils.trl_engine import StopsAtBadLoss
@@ -127,11 +127,10 @@ def perplexity_figures(before: dict[str, np.ndarray], after: dict[str, np.ndarra
     """The content of eval.json.
 
     perplexity: e^NLL of an answer token, over all tokens. difference: mean over the rows of (NLL of a row's token after
-    - before), with its 95 % interval and two-sided p. verdict: fell (better) | grew | not shown.
+    - before), with its 95 % interval and two-sided p; verdict, on this difference: fell (better) | grew | not shown.
+    The two can part: long answers have more tokens, and no more weight in the difference.
     """
     sides = [-outputs["logps"][:, 0] / outputs["tokens"][:, 0] for outputs in (before, after)]
-    against = paired_difference(sides[1].astype(float), sides[0].astype(float))
-    shown = against["p_value"] < 1 - LEVEL and against["difference"] != 0
     nll = [mean_nll(outputs) for outputs in (before, after)]
     return {
         "rows": len(sides[0]),
@@ -140,11 +139,7 @@ def perplexity_figures(before: dict[str, np.ndarray], after: dict[str, np.ndarra
         "nll_after": nll[1],
         "perplexity_before": float(np.exp(nll[0])),
         "perplexity_after": float(np.exp(nll[1])),
-        "difference": against["difference"],
-        "difference_low": against["low"],
-        "difference_high": against["high"],
-        "p_value": against["p_value"],
-        "verdict": ("fell" if against["difference"] < 0 else "grew") if shown else "not shown",
+        **change(*(side.astype(float) for side in sides)),
     }
 
 
@@ -154,8 +149,8 @@ def told(result: dict) -> str:
     interval = f"[{result['difference_low']:+.4f}, {result['difference_high']:+.4f}]"
     return (
         f"perplexity on {result['rows']} answers ({result['tokens']} tokens): {perplexity}\n"
-        f"NLL of a row's token: {result['difference']:+.4f} {interval}, p = {result['p_value']:.2g}: "
-        f"{result['verdict']}"
+        f"NLL of an answer's token, mean over the answers: {result['difference']:+.4f} {interval}, "
+        f"p = {result['p_value']:.2g}: {result['verdict']}"
     )
 
 
@@ -163,7 +158,7 @@ def write_results(folder: Path, result: dict, record: dict) -> None:
     """eval.json, the curves and the model card."""
     settings = record["settings"]
     write_json(folder / "eval.json", result)
-    title = f"Perplexity on {result['rows']} held-out answers: {result['verdict']}"
+    title = f"NLL of a token in {result['rows']} held-out answers, mean over the answers: {result['verdict']}"
     names = ("loss", "mean_token_accuracy")
     training_curves(folder, names, {}, title, "mean over the steps since the last log")
     head = (

@@ -14,7 +14,8 @@ from utils.runs import say, stop
 from utils.tabular import read_arrow, read_csv, read_parquet
 
 Record = dict  # one row as the source has it
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer, 0 to 4 each
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer
+HIGHEST_ATTRIBUTE = 4  # people gave whole numbers from 0 to this
 
 LAYOUTS = {  # name: sets of columns, each enough to recognise the layout
     "attributes": [{"prompt", "response", *ATTRIBUTES}],

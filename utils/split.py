@@ -1,15 +1,21 @@
 """Split by prompt: near-duplicate prompts stay together, the share is exact, nothing leaks into training."""
 
+from __future__ import annotations
+
 import math
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
 from functools import cache
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import numpy as np
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from scipy.cluster.hierarchy import DisjointSet
 
 SHINGLE_WORDS = 3  # prompts are compared by their runs of three words
 SIMILAR = 0.8  # Jaccard similarity of these runs from which two prompts count as near duplicates
@@ -39,33 +45,16 @@ def near_duplicate_groups(prompts: Iterable[str]) -> np.ndarray:
 
     So have two that a third one is similar to: every pair that is similar is found, in whatever order they come.
     """
+    from scipy.cluster.hierarchy import DisjointSet  # half a second, which --help has not
+
     kinds = {}  # distinct sets of shingles, numbered as they come
     kind_of = [kinds.setdefault(shingles(words_of(prompt)).tobytes(), len(kinds)) for prompt in prompts]
     if not kinds:
         return np.zeros(0, dtype=np.int64)
-    groups = Groups(len(kinds))
+    groups = DisjointSet(range(len(kinds)))
     join_similar(*rarest_first([np.frombuffer(kind, dtype=np.uint32) for kind in kinds]), groups)
     numbers = {}
-    return np.array([numbers.setdefault(groups.of(kind), len(numbers)) for kind in kind_of])
-
-
-class Groups:
-    """Which of the items 0 to count - 1 belong together (union-find): the larger group keeps its number."""
-
-    def __init__(self, count: int):
-        self.above, self.sizes = list(range(count)), [1] * count
-
-    def of(self, item: int) -> int:
-        """The number of the group of an item."""
-        while self.above[item] != item:
-            self.above[item] = item = self.above[self.above[item]]
-        return item
-
-    def join(self, one: int, other: int) -> None:
-        small, large = sorted((self.of(one), self.of(other)), key=lambda group: self.sizes[group])
-        if small != large:
-            self.above[small] = large
-            self.sizes[large] += self.sizes[small]
+    return np.array([numbers.setdefault(groups[kind], len(numbers)) for kind in kind_of])
 
 
 def rarest_first(sets: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
@@ -77,7 +66,7 @@ def rarest_first(sets: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
     return [np.sort(part) for part in np.split(ranks[places], ends)], int((counts == 1).sum())
 
 
-def join_similar(sets: list[np.ndarray], lonely: int, groups: Groups) -> None:
+def join_similar(sets: list[np.ndarray], lonely: int, groups: DisjointSet) -> None:
     """Join the groups of all sets that are similar by SIMILAR. sets, lonely: see rarest_first.
 
     Two similar sets share one of their few rarest elements, so only those that do are compared, each two once: PPJoin
@@ -95,15 +84,15 @@ def join_similar(sets: list[np.ndarray], lonely: int, groups: Groups) -> None:
                 if other_size < SIMILAR * size or shared < least(SIMILAR / (1 + SIMILAR) * (size + other_size)):
                     continue
                 for other in others:
-                    if groups.of(group) == groups.of(i):
+                    if groups[group] == groups[i]:
                         break
                     if other not in compared and similarity(held(i), held(other)) >= SIMILAR:
-                        groups.join(i, other)
+                        groups.merge(i, other)
                     compared.add(other)
         # the sets to come are as large or larger: they share one of even fewer
         for place, element in enumerate(rare[: size - least(2 * SIMILAR / (1 + SIMILAR) * size) + 1]):
             if element >= lonely:
-                found[element][groups.of(i), size, place].append(i)
+                found[element][groups[i], size, place].append(i)
 
 
 def least(count: float) -> int:

@@ -6,27 +6,38 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from utils.models import release_memory
+from utils.models import release_memory, trained_state, with_rates
 from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
 from utils.runs import Interrupt, Run, first_process, pick, read_json, say, stop, write_json
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # what SCHEDULE may name
+KEPT = 2  # checkpoints that are kept
 COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
 
 Losses = Callable[[dict, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-class PairTrainer(Trainer):
+class ResumesAnywhere:
+    """Before a Trainer among the bases: a run goes on on another kind of GPU, which may need no GradScaler."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
+
+
+class PairTrainer(ResumesAnywhere, Trainer):
     """Trains a module that takes batches of PairCollator with any loss over its outputs.
 
     losses: (outputs of the module, batch) -> (loss of each pair [pairs], {metric: value of each pair [pairs]}).
@@ -58,7 +69,6 @@ class PairTrainer(Trainer):
         return self.sampler
 
     def create_optimizer(self, *arguments: object) -> torch.optim.Optimizer:
-        """Trainer's optimizer, with the rates of parts."""
         return with_rates(super().create_optimizer(*arguments), self.model, self.rates)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: object = None) -> torch.Tensor:
@@ -108,26 +118,8 @@ class PairTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = torch.load(Path(resume_from_checkpoint) / "trained_weights.pt", weights_only=True, map_location="cpu")
-        trained = set(trained_state(self.model))
-        assert set(state) == trained, f"checkpoint of another model: {sorted(set(state) ^ trained)[:3]}"
+        assert set(state) == set(trained_state(self.model)), "checkpoint of another model"
         self.model.load_state_dict(state, strict=False)
-
-
-def with_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> torch.optim.Optimizer:
-    """The optimizer, in which the parameters whose names hold a name of `rates` are groups of their own."""
-    for name, rate in rates.items():
-        found = [value for other, value in model.named_parameters() if name in other and value.requires_grad]
-        for group in optimizer.param_groups:
-            group["params"] = [value for value in group["params"] if not any(value is one for one in found)]
-        optimizer.add_param_group({"params": found, "lr": rate, "weight_decay": 0.0})
-    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
-    return optimizer
-
-
-def trained_state(model: nn.Module, state: dict | None = None) -> dict[str, torch.Tensor]:
-    """The part of a model's state that is trained."""
-    trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    return {name: value for name, value in (state or model.state_dict()).items() if name in trained}
 
 
 def attach(trainer: Trainer, run: Run) -> None:
@@ -256,16 +248,20 @@ def training_arguments(
     """Arguments of a Trainer with what all of ours share; a step count of 0 means never."""
     if "project" in named:  # trackio takes it from the arguments, wandb from here
         os.environ.setdefault("WANDB_PROJECT", str(named["project"]))
-    for every, strategy in (("save_steps", "save_strategy"), ("eval_steps", "eval_strategy")):
-        named[strategy] = "steps" if named[every] else "no"
-        named[every] = named[every] or None if every == "eval_steps" else named[every] or 500
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))  # else among the checkpoints
+    named["max_steps"] = named.get("max_steps") or -1
+    named["warmup_steps"] = min(named.get("warmup_steps", 0.0), 1 - 1e-9)  # a share: 1 would mean one step
+    named["save_strategy"] = "steps" if named["save_steps"] else "no"
+    named["save_steps"] = named["save_steps"] or 500  # Trainer takes no 0 here
+    named["eval_strategy"] = "steps" if named["eval_steps"] else "no"
+    named["eval_steps"] = named["eval_steps"] or None
     made = kind(
         output_dir=str(folder / "checkpoints"),
         use_cpu=device.type == "cpu",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         logging_nan_inf_filter=False,  # by default a NaN loss is logged as 0.0
-        save_total_limit=2,
+        save_total_limit=KEPT,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
@@ -283,18 +279,22 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def train(trainer: Trainer, run: Run) -> None:
-    """Train from the last complete checkpoint, or from the start where there is none."""
+    """Train from the last complete checkpoint, or from the start where there is none; the time is noted."""
+    began = time.monotonic()
     trainer.accelerator.wait_for_everyone()  # the first process may just have moved an older run aside
     checkpoint = last_checkpoint(run.folder)
     state = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
     if checkpoint and state["global_step"] >= state["max_steps"]:
         trainer._load_from_checkpoint(checkpoint)  # Trainer would take one step more than it was asked for
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        return
-    run.forget_after(state["global_step"] if checkpoint else 0)  # also of a start killed before its first checkpoint
-    trainer.train(resume_from_checkpoint=checkpoint)
+    else:
+        run.forget_after(state["global_step"] if checkpoint else 0)  # also of a start killed before its first one
+        trainer.train(resume_from_checkpoint=checkpoint)
+    run.note(train_seconds=round(time.monotonic() - began, 2))
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Checkpoints of a finished run are three times the model and of no more use."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+def close(run: Run, accelerator: Accelerator) -> None:
+    """End the run, and remove its checkpoints: three times the model, and of no more use."""
+    accelerator.wait_for_everyone()
+    run.finish()
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)

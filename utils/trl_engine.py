@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from utils import training
-from utils.pairs import whole_rows
+from utils.models import with_rates
+from utils.pairs import prompt_of, whole_rows
 from utils.runs import Run
 
 DPO_LOSSES = {  # LOSS: loss_type and loss_weights of trl.DPOConfig
@@ -21,7 +22,7 @@ DPO_LOSSES = {  # LOSS: loss_type and loss_weights of trl.DPOConfig
 }
 
 
-class StopsAtBadLoss:
+class StopsAtBadLoss(training.ResumesAnywhere):
     """Before a Trainer among the bases: a loss that is not finite ends the run, which Trainer would go on with."""
 
     def training_step(self, *arguments: object, **named: object) -> torch.Tensor:
@@ -44,13 +45,13 @@ def reward_trainer(
 ) -> Trainer:
     """trl.RewardTrainer; its max_length would filter out long pairs, so it gets ids that fit already.
 
-    rates: see training.with_rates.
+    rates: see models.with_rates.
     """
     from trl import RewardConfig, RewardTrainer
 
     class Stopping(StopsAtBadLoss, RewardTrainer):
         def create_optimizer(self, *arguments: object) -> torch.optim.Optimizer:
-            return training.with_rates(super().create_optimizer(*arguments), self.model, rates)
+            return with_rates(super().create_optimizer(*arguments), self.model, rates)
 
     args = arguments(RewardConfig, max_length=None, disable_dropout=False, gradient_checkpointing=False)
     trainer = Stopping(model=model, args=args, train_dataset=whole_rows(rows), processing_class=tokenizer)
@@ -95,7 +96,7 @@ def prompt_rows(rows: Dataset) -> Dataset:
     """The rows as TRL's DPO collator takes them: prompt_ids, chosen_ids, rejected_ids."""
 
     def only(row: dict) -> dict:
-        return {"prompt_ids": row["input_ids"][: sum(row["attention_mask"])]}
+        return {"prompt_ids": prompt_of(row)}
 
     kept = ("chosen_ids", "rejected_ids")
     return rows.map(only, remove_columns=[name for name in rows.column_names if name not in kept], desc="rows for TRL")

@@ -211,8 +211,9 @@ def told(found: dict) -> str:
     model = found["reward_model"]
     if model:
         lines.append(
-            f"the reward model prefers what the person prefers in {model['accuracy']:.2f} of {model['pairs']} pairs "
-            f"[{model['low']:.2f}, {model['high']:.2f}], the longer answer in {model['length']:.2f}: {model['verdict']}"
+            f"the reward model prefers what the person prefers in {model['accuracy']:.2f} of the pairs, mean over "
+            f"{model['prompts']} prompts ({model['pairs']} pairs) [{model['low']:.2f}, {model['high']:.2f}], "
+            f"the longer answer in {model['length']:.2f}: {model['verdict']}"
         )
     elif found["win_rates"]:
         lines.append("agreement with a reward model: name REWARD_MODEL to see it")

@@ -58,7 +58,8 @@ def first_open(questions: list[tuple], own: dict[str, dict], start: int) -> int 
     for place in [*range(start, len(questions)), *range(start)]:
         item, side, what = questions[place]
         rating = own[item["id"]]
-        if rating["preference"] is None if side is None else what not in rating["grades"][side]:
+        answered = rating["preference"] is not None if side is None else what in rating["grades"][side]
+        if not answered:
             return place
     return None
 
