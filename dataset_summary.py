@@ -16,9 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.config import override_constants  # first: it says what to do where a package below is missing
+
+# isort: split
 import numpy as np
 
-from utils.config import override_constants
 from utils.evaluation import interval, wins
 from utils.leaks import first_rows, leaking_groups, repeats
 from utils.processed import reading, refuse_sft_rows

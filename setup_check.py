@@ -68,7 +68,7 @@ def read_requirements(file: Path) -> list[Requirement]:
     try:
         from packaging.requirements import InvalidRequirement, Requirement
     except ImportError:
-        stop(f"nothing is installed in this Python yet: run `python -m pip install -r {file.name}`")
+        stop(f"nothing is installed in this Python yet: activate .venv, or run `python -m pip install -r {file.name}`")
     if not file.is_file():
         stop(f"REQUIREMENTS = '{file}' is not there: it belongs beside setup_check.py")
     lines = [line.split(" #")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]

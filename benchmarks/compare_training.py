@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import needs, peak_memory_gb, pick, say, script, stop, versions, write_json
+from utils.machine import peak_memory_gb, versions
+from utils.runs import needs, pick, say, script, stop, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

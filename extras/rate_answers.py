@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from extras.rating import agreement, items, ratings, terminal
+from extras.rating import items, ratings, terminal
 from extras.rating.labels import LABELS as WORDS
 from utils.config import override_constants
 from utils.processed import refuse_sft_rows
@@ -217,6 +217,8 @@ def with_rewards(asked: list[dict], reward_model: str, device: str) -> list[dict
 
 def report(folder: Path, asked: list[dict], known: list[dict], to_rows: str) -> None:
     """Print what the ratings say, write ratings.json, and the preference rows where a file is named for them."""
+    from extras.rating import agreement
+
     own, conditions = {item["id"]: item for item in asked}, read_json(folder / "settings.json")["conditions"]
     if not known:
         stop(f"{folder} has no ratings yet: rate {folder / 'rate.html'} and --import its download, or --mode terminal")

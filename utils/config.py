@@ -5,10 +5,35 @@ import ast
 import difflib
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 TRUE_FALSE = {"true": True, "false": False}
+
+
+def missing_package(error: BaseException) -> str:
+    """The line for a package that is not installed, "" for every other error: a module of ours is no package."""
+    name = getattr(error, "name", None) or ""
+    ours = (Path(__file__).parent.parent / name).is_dir()
+    if not isinstance(error, ModuleNotFoundError) or "." in name or ours:
+        return ""
+    return (
+        f"No module named {name!r} in {sys.executable}: activate .venv (`source .venv/bin/activate`, "
+        "on Windows `.venv\\Scripts\\activate`), or run `python -m pip install -r requirements.txt`"
+    )
+
+
+def name_the_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What sys.excepthook is here: one line where a package is missing, the traceback for everything else."""
+    if missing_package(error):
+        print(missing_package(error), file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = name_the_missing  # imports stand above main(), where utils.runs.script cannot catch them
 
 
 class OneLineParser(argparse.ArgumentParser):
