@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from utils.config import defaults_of
 from utils.machine import versions
 from utils.rows import Ledger
 from utils.runs import say, stop
@@ -165,6 +166,23 @@ def reading(command: str, folder: str) -> str:
     """The command with the folder that it is to read, unless it reads that one anyway."""
     folder = str(Path(folder).expanduser())
     return command if folder == READ_BY_DEFAULT else f"{command} --data_dir {shlex.quote(folder)}"
+
+
+def made_again(metadata: dict, folder: str, name: str) -> str:
+    """The command that makes the folder again with the tokenizer of `name`, from the same source in the same way."""
+    made_by = metadata.get("made_by", "load_helpsteer_dataset.py")
+    script = made_by.removeprefix("-m ").removesuffix(".py").replace(".", "/")
+    defaults = defaults_of(Path(__file__).parent.parent / f"{script}.py")
+    named = "TOKENIZER" if "TOKENIZER" in defaults else "MODEL"
+    settings = defaults | metadata["settings"] | {"OUTPUT_DIR": str(folder), named: name}
+    texts = {key: (as_option(settings[key]), as_option(value)) for key, value in defaults.items()}
+    options = (f" --{key.lower()} {shlex.quote(now)}" for key, (now, default) in texts.items() if now != default)
+    return f"python {made_by}{''.join(options)}"
+
+
+def as_option(value: object) -> str:
+    """A setting as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def report(metadata: dict, folder: Path, next_step: str = "python dataset_summary.py") -> None:
