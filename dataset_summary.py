@@ -280,7 +280,7 @@ def main(settings: dict) -> None:
     # 5. say what is in it, where it is and what to run next
     say("\n\n".join(["", text, *(example_text(example) for example in summary["examples"]), ""]))
     say(f"written: {output}/summary.json, summary.md, {', '.join(figures)}")
-    say(f"next: {reading('python train_reward_model.py', DATA_DIR)}")
+    say(f"next: {reading('python train_reward_model.py', DATA_DIR, TOKENIZER or metadata['tokenizer'])}")
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def main(settings: dict) -> None:
         judging,
         models,
         pairs,
+        processed,
         quality,
         quality_plots,
         references,
@@ -251,7 +252,8 @@ def main(settings: dict) -> None:
     say(quality.told(result))
     say(f"written: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}    # the whole report as one page")
-    say(f"      python train_dpo.py --reward_model {run.folder}")
+    policy = f"python train_dpo.py --reward_model {run.folder}"
+    say(f"      {processed.reading(policy, DATA_DIR, MODEL, metadata['tokenizer'])}")
 
 
 if __name__ == "__main__":

@@ -150,8 +150,10 @@ def main(settings: dict) -> None:
     training.remove_checkpoints(run.folder)
     # 7. say where it is
     say(sft.told(result))
-    say(f"written: {run.folder}\nnext: python train_dpo.py --model {run.folder}")
-    say(f"      python train_reinforce.py --model {run.folder}")
+    pair_folder = DATA_DIR if not DATASET and metadata.get("rows") != "sft" else processed.READ_BY_DEFAULT
+    names = pair_folder, str(run.folder)
+    say(f"written: {run.folder}\nnext: {processed.reading('python train_dpo.py', *names)}")
+    say(f"      {processed.reading('python train_reinforce.py', *names)}")
 
 
 if __name__ == "__main__":

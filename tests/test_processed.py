@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.loading import content_of, load_rows, rows_of, write_lines
-from utils.processed import made_again
+from utils.processed import made_again, reading
 
 
 @pytest.fixture
@@ -123,3 +123,11 @@ def test_the_command_that_makes_a_folder_again_names_what_is_not_its_scripts_own
     assert made_again({"settings": {"RATING": "goodness"}}, "processed_helpsteer", "new") == (
         "python load_helpsteer_dataset.py --rating goodness --tokenizer new"
     )
+
+
+def test_the_next_command_names_folder_and_model_that_are_not_its_own(tmp_path):
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert reading("python x.py", "processed_helpsteer", hub) == "python x.py"
+    assert reading("python x.py", "my rows", "models/copy") == "python x.py --data_dir 'my rows' --model models/copy"
+    (tmp_path / "reward_config.json").write_text("{}")
+    assert reading("python x.py", "processed_helpsteer", str(tmp_path), "owner/y") == "python x.py --model owner/y"

@@ -30,6 +30,7 @@ HASHED = (  # what the fingerprint is of, as far as rows have it
 OURS = {"train", "validation", "test", "metadata.json", "dropped.jsonl"}  # what a processed folder holds
 CLUTTER = {".DS_Store", ".ipynb_checkpoints", "Thumbs.db", "desktop.ini"}  # what others put into every folder
 READ_BY_DEFAULT = "processed_helpsteer"  # DATA_DIR of the scripts
+STARTED_FROM = "HuggingFaceTB/SmolLM2-135M-Instruct"  # MODEL of the scripts
 
 
 def row_features(rows: str = "pairs") -> Features:
@@ -162,10 +163,16 @@ def replace_folder(folder: Path, whole: Path) -> None:
         raise
 
 
-def reading(command: str, folder: str) -> str:
-    """The command with the folder that it is to read, unless it reads that one anyway."""
+def reading(command: str, folder: str, *models: str) -> str:
+    """The command with the folder that it is to read and the model it is to start from, where these are not its own.
+
+    models: the first of them that is a language model is named; a reward model starts no policy.
+    """
     folder = str(Path(folder).expanduser())
-    return command if folder == READ_BY_DEFAULT else f"{command} --data_dir {shlex.quote(folder)}"
+    if folder != READ_BY_DEFAULT:
+        command += f" --data_dir {shlex.quote(folder)}"
+    model = next((name for name in models if not (Path(name) / "reward_config.json").exists()), STARTED_FROM)
+    return command if model == STARTED_FROM else f"{command} --model {shlex.quote(model)}"
 
 
 def made_again(metadata: dict, folder: str, name: str) -> str:
