@@ -4,7 +4,7 @@ Reads  : samples.jsonl of a run, or random prompts of processed rows, which POLI
 Writes : outputs/ratings/ (items.jsonl, rate.html, ratings.jsonl, ratings.json, settings.json)
 
 python -m extras.rate_answers --samples outputs/quickstart/dpo/samples.jsonl    # then open outputs/ratings/rate.html
-python -m extras.rate_answers --policy outputs/dpo --system_prompt "You are a patient teacher." --mode terminal
+python -m extras.rate_answers --policy outputs/sft --system_prompt "You are a patient teacher." --mode terminal
 python -m extras.rate_answers --import ratings-Ann-2026-03-01.json,ratings-Ben-2026-03-02.json --to_rows rated.jsonl
 """
 
@@ -41,7 +41,7 @@ PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # how it is rated
 MODE = "page"  # page = an HTML file for any browser | terminal = here and now
 LAYOUT = ""  # pairs = two answers side by side | single = one at a time, "" = pairs where there are two conditions
-HUMAN = "show"  # the answer in the data: show it beside the others | rate it as one of them | hide it
+HUMAN = "show"  # show | rate | hide: the answer in the data is seen beside the others, rated as one of them, or left out
 LABELS = "en"  # language of page and terminal: en | ru
 RATER = ""  # name of the person, "" = asked for
 SEED = 42  # of the prompts, the answers and both orders

@@ -38,8 +38,8 @@ PACKING = False  # fill windows with whole rows, each read as if alone (proved b
 EPOCHS = 1  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
 BATCH_SIZE = 4  # rows in memory at once; with PACKING windows
-ACCUMULATION = 1  # batches a step; the loss is the mean over all answer tokens of a step
-LEARNING_RATE = 2e-5  # at its highest
+ACCUMULATION = 1  # batches per optimizer step; the loss is the mean over all answer tokens of a step
+LEARNING_RATE = 2e-5  # learning rate at its highest, after the warm-up
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
