@@ -36,7 +36,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
 METHOD = "reward"  # reward = a scalar reward model | dpo
 VARIANTS = ("ours", "trl", "trl_best")  # what is compared, see FLAGS
 BATCH_SIZE = 4  # pairs at once
-LEARNING_RATE = 1e-5  # learning rate at its highest, after the warm-up
+LEARNING_RATE = 1e-5  # learning rate at its highest
 SEED = 42  # of the order of rows
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 # output

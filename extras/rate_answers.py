@@ -41,7 +41,7 @@ PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # how it is rated
 MODE = "page"  # page = an HTML file for any browser | terminal = here and now
 LAYOUT = ""  # pairs = two answers side by side | single = one at a time, "" = pairs where there are two conditions
-HUMAN = "show"  # show | rate | hide: the answer in the data is seen beside the others, rated as one of them, or left out
+HUMAN = "show"  # the answer in the data: show (seen beside the others) | rate (as one of them) | hide (left out)
 LABELS = "en"  # language of page and terminal: en | ru
 RATER = ""  # name of the person, "" = asked for
 SEED = 42  # of the prompts, the answers and both orders
