@@ -49,6 +49,7 @@ SIZES = {  # name: million parameters, layers, hidden + intermediate size
     "SmolLM2-135M": (135, 30, 576 + 1536),
     "SmolLM2-360M": (362, 32, 960 + 2560),
     "Qwen2.5-0.5B": (494, 24, 896 + 4864),
+    "Qwen2.5-1.5B": (1544, 28, 1536 + 8960),
     "SmolLM2-1.7B": (1711, 24, 2048 + 8192),
 }
 # Bytes a parameter: float32 weight 4, gradient 4, two AdamW moments 8; a frozen one 4. LoRA trains about 1 in 30
