@@ -51,6 +51,15 @@ def test_files_that_are_named_exist(name):
     assert any((ROOT / folder / name).exists() for folder in ("", "utils", "extras", "benchmarks", "tests"))
 
 
+def test_make_without_an_environment_of_its_own_makes_and_installs_none():
+    shown = {}
+    for venv in ("no/such", ""):
+        command = ["make", "-n", "assignment", f"VENV={venv}", "PYTHON=the_python"]
+        shown[venv] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "the_python -m venv no/such" in shown["no/such"] and "no/such/bin/python -m pip" in shown["no/such"]
+    assert "the_python -m extras.evaluate" in shown[""] and "pip" not in shown[""] and "venv" not in shown[""]
+
+
 @pytest.mark.slow
 def test_quickstart_runs_and_its_python_examples_work(tmp_path):
     """On a fresh clone, with the packages of this environment: make quickstart, then each python block."""
