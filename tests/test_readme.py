@@ -1,5 +1,6 @@
 """What the README says can be done: its commands exist with their options, and its quickstart really runs."""
 
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.config import top_constants
+from utils.sources import ANSWER_LAYOUTS, LAYOUTS, layout_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)( \w+)?\n(.*?)^```", README, re.S | re.M)
@@ -44,6 +46,11 @@ def test_command_exists_with_its_options(line):
     path = ROOT / (words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0])
     options = {word[2:].split("=")[0].upper() for word in words if word.startswith("--")}
     assert path.exists() and options <= set(top_constants(path.read_text())), options
+
+
+def test_rows_that_are_shown_have_a_known_layout():
+    rows = [json.loads(line) for kind, _, text in BLOCKS if kind == "json" for line in text.splitlines()]
+    assert [layout_of([row], LAYOUTS | ANSWER_LAYOUTS) for row in rows] == ["pairs", "completion"]
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\b[\w/-]+\.(?:py|txt)\b", README))))
