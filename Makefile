@@ -1,10 +1,13 @@
 # make quickstart: from nothing to a reward model, two policies and a report on the sample rows. make test: all tests.
 # make assignment: both levels of reward model and REINFORCE, a third model as their judge, and the report on them.
 # Each makes .venv and installs what it needs first. PYTHON=python3.12 picks another interpreter.
+# VENV= (empty) makes and installs nothing and takes PYTHON as it is, for machines like Colab's.
 
 PYTHON ?= python3
 VENV ?= .venv
-BIN = $(VENV)/bin
+PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+READY = $(if $(VENV),$(VENV)/.installed)
+READY_DEV = $(if $(VENV),$(VENV)/.installed-dev)
 MODEL = models/SmolLM2-135M-Instruct
 QUICK = outputs/quickstart
 
@@ -20,28 +23,28 @@ SEEDS ?= 1 2
 
 .PHONY: quickstart assignment test test-fast lint FORCE
 
-quickstart: $(VENV)/.installed
-	$(BIN)/python setup_check.py
-	$(BIN)/python -m extras.get_offline_model
-	$(BIN)/python load_helpsteer_dataset.py --dataset sample_data/helpsteer_sample.jsonl --tokenizer $(MODEL) --output_dir $(QUICK)/data
-	$(BIN)/python dataset_summary.py --data_dir $(QUICK)/data --output_dir $(QUICK)/summary
-	$(BIN)/python train_reward_model.py --data_dir $(QUICK)/data --model $(MODEL) --output_dir $(QUICK)/reward_model --max_rows 160
-	$(BIN)/python train_dpo.py --data_dir $(QUICK)/data --model $(MODEL) --output_dir $(QUICK)/dpo --max_rows 48 --sample_prompts 8 --max_new_tokens 60 --reward_model $(QUICK)/reward_model --reference_cache $(QUICK)/reference_cache
-	$(BIN)/python train_reinforce.py --data_dir $(QUICK)/data --model $(MODEL) --reward_model $(QUICK)/reward_model --output_dir $(QUICK)/reinforce --max_steps 10 --batch_size 8 --eval_prompts 32
-	$(BIN)/python -m extras.make_report --look_in $(QUICK) --output $(QUICK)/report.html
+quickstart: $(READY)
+	$(PY) setup_check.py
+	$(PY) -m extras.get_offline_model
+	$(PY) load_helpsteer_dataset.py --dataset sample_data/helpsteer_sample.jsonl --tokenizer $(MODEL) --output_dir $(QUICK)/data
+	$(PY) dataset_summary.py --data_dir $(QUICK)/data --output_dir $(QUICK)/summary
+	$(PY) train_reward_model.py --data_dir $(QUICK)/data --model $(MODEL) --output_dir $(QUICK)/reward_model --max_rows 160
+	$(PY) train_dpo.py --data_dir $(QUICK)/data --model $(MODEL) --output_dir $(QUICK)/dpo --max_rows 48 --sample_prompts 8 --max_new_tokens 60 --reward_model $(QUICK)/reward_model --reference_cache $(QUICK)/reference_cache
+	$(PY) train_reinforce.py --data_dir $(QUICK)/data --model $(MODEL) --reward_model $(QUICK)/reward_model --output_dir $(QUICK)/reinforce --max_steps 10 --batch_size 8 --eval_prompts 32
+	$(PY) -m extras.make_report --look_in $(QUICK) --output $(QUICK)/report.html
 
-REWARD = $(BIN)/python train_reward_model.py --data_dir $(WORK)/data --model "$(START)" --max_rows $(PAIRS)
-REINFORCE = $(BIN)/python train_reinforce.py --data_dir $(WORK)/data --model "$(START)" --judge_model $(WORK)/judge \
+REWARD = $(PY) train_reward_model.py --data_dir $(WORK)/data --model "$(START)" --max_rows $(PAIRS)
+REINFORCE = $(PY) train_reinforce.py --data_dir $(WORK)/data --model "$(START)" --judge_model $(WORK)/judge \
 	--max_steps $(STEPS) --batch_size $(ANSWERS) --eval_prompts $(PROMPTS)
 POLICIES = $(foreach seed,$(SEEDS),$(WORK)/scalar-$(seed) $(WORK)/distribution-$(seed))
 COMMA = ,
 SPACE = $(subst ,, )
 
 assignment: $(WORK)/comparison/eval.json
-	$(BIN)/python -m extras.make_report --look_in $(WORK) --output outputs/report.html
+	$(PY) -m extras.make_report --look_in $(WORK) --output outputs/report.html
 
-$(MODEL)/config.json: | $(VENV)/.installed
-	$(BIN)/python -m extras.get_offline_model
+$(MODEL)/config.json: | $(READY)
+	$(PY) -m extras.get_offline_model
 
 # what all results under WORK were made with: other settings make them again, and the older ones are moved aside;
 # other seeds train the policies that are missing, and compare again. A file that stays as it is makes nothing new.
@@ -52,8 +55,8 @@ $(WORK)/settings.txt: FORCE
 $(WORK)/seeds.txt: FORCE
 	@$(call STAMP,$(SEEDS))
 
-$(WORK)/data/metadata.json: $(WORK)/settings.txt | $(VENV)/.installed $(if $(filter $(MODEL),$(START)),$(MODEL)/config.json)
-	$(BIN)/python load_helpsteer_dataset.py --dataset "$(DATASET)" --tokenizer "$(START)" --output_dir $(@D)
+$(WORK)/data/metadata.json: $(WORK)/settings.txt | $(READY) $(if $(filter $(MODEL),$(START)),$(MODEL)/config.json)
+	$(PY) load_helpsteer_dataset.py --dataset "$(DATASET)" --tokenizer "$(START)" --output_dir $(@D)
 
 $(WORK)/scalar_reward/eval.json: $(WORK)/data/metadata.json
 	$(REWARD) --half even --output_dir $(@D)
@@ -71,29 +74,29 @@ $(WORK)/distribution-%/eval.json: $(WORK)/distribution_reward/eval.json $(WORK)/
 	$(REINFORCE) --reward_model $(WORK)/distribution_reward --seed $* --output_dir $(@D)
 
 $(WORK)/comparison/eval.json: $(POLICIES:%=%/eval.json) $(WORK)/seeds.txt
-	$(BIN)/python -m extras.evaluate --data_dir $(WORK)/data --model "$(START)" --reward_model $(WORK)/scalar_reward \
+	$(PY) -m extras.evaluate --data_dir $(WORK)/data --model "$(START)" --reward_model $(WORK)/scalar_reward \
 		--judge_model $(WORK)/judge --policies $(subst $(SPACE),$(COMMA),$(strip $(POLICIES))) \
 		--prompts $(PROMPTS) --output_dir $(@D)
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+test: $(READY_DEV)
+	$(PY) -m pytest
 
-test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+test-fast: $(READY_DEV)
+	$(PY) -m pytest -m "not slow"
 
-lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: $(READY_DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
-$(BIN)/python:
-	$(PYTHON) -c "import sys; sys.exit('Python 3.11 to 3.13 is needed, this is ' + sys.version) if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0"
+$(VENV)/bin/python:
+	$(PYTHON) -c "import sys; sys.exit('Python 3.11 to 3.13 is needed, this is ' + sys.version.split()[0] + ': make $(MAKECMDGOALS) PYTHON=python3.12') if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0"
 	new=$$(test -e $(VENV) || echo yes); $(PYTHON) -m venv $(VENV) || \
 		{ rm -f $@; test -z "$$new" || rm -rf $(VENV); exit 1; }  # else the next make would take it for whole
 
-$(VENV)/.installed: requirements.txt constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+$(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
+	$(PY) -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
 	touch $@

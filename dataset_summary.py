@@ -16,9 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.config import override_constants  # first: it says what to do where a package below is missing
+
+# isort: split
 import numpy as np
 
-from utils.config import override_constants
 from utils.evaluation import interval, wins
 from utils.leaks import first_rows, leaking_groups, repeats
 from utils.processed import reading, refuse_sft_rows
@@ -279,7 +281,7 @@ def main(settings: dict) -> None:
     # 5. say what is in it, where it is and what to run next
     say("\n\n".join(["", text, *(example_text(example) for example in summary["examples"]), ""]))
     say(f"written: {output}/summary.json, summary.md, {', '.join(figures)}")
-    say(f"next: {reading('python train_reward_model.py', DATA_DIR)}")
+    say(f"next: {reading('python train_reward_model.py', DATA_DIR, TOKENIZER or metadata['tokenizer'])}")
 
 
 if __name__ == "__main__":

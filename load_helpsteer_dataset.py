@@ -17,8 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from utils.config import override_constants
 from utils.pairing import checked_pairs, rating_columns
 from utils.processed import (
@@ -69,6 +67,8 @@ def split_dataset(dataset: Dataset, test_size: float, seed: int, never_train: tu
 
     Equal and near-duplicate prompts come on the same side; prompts like one of `never_train` are not trained on.
     """
+    from tqdm import tqdm
+
     prompts = tqdm(chain(dataset["prompt"], never_train), "comparing prompts", len(dataset) + len(never_train))
     groups = near_duplicate_groups(prompts)
     banned = {int(group) for group in groups[len(dataset) :]}
@@ -90,6 +90,8 @@ def read_pairs(
 
     fits: tokenizer and max_length, for pairs that no cut brings into the window.
     """
+    from tqdm import tqdm
+
     from utils.tokens import unfit
 
     def reason(turns: list[Message], answers: tuple[str, str]) -> str:

@@ -49,12 +49,13 @@ SIZES = {  # name: million parameters, layers, hidden + intermediate size
     "SmolLM2-135M": (135, 30, 576 + 1536),
     "SmolLM2-360M": (362, 32, 960 + 2560),
     "Qwen2.5-0.5B": (494, 24, 896 + 4864),
+    "Qwen2.5-1.5B": (1544, 28, 1536 + 8960),
     "SmolLM2-1.7B": (1711, 24, 2048 + 8192),
 }
 # Bytes a parameter: float32 weight 4, gradient 4, two AdamW moments 8; a frozen one 4. LoRA trains about 1 in 30
 # (rank 16, all layers). Autocast adds a half-precision copy of each weight. Bytes a token, layer and unit of
-# (hidden + intermediate), held for the backward pass, and 1 GB for the libraries: within a quarter of the peaks
-# of SmolLM2-135M on a CPU (4 to 16 rows of 256 tokens).
+# (hidden + intermediate), held for the backward pass, and 1 GB for the libraries: 4.9 GB for all of SmolLM2-135M in
+# bf16 on a CPU, where the peak of a training was 4.4 GB in a window of 256 and 5.0 GB in one of 512.
 BYTES = {"trained": 16, "frozen": 4, "cast": 2, "activation fp32": 36, "activation cast": 22}
 READ_BY_DEFAULT = {"dataset": "nvidia/HelpSteer2", "tokenizer": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # by step 1
 
@@ -68,7 +69,7 @@ def read_requirements(file: Path) -> list[Requirement]:
     try:
         from packaging.requirements import InvalidRequirement, Requirement
     except ImportError:
-        stop(f"nothing is installed in this Python yet: run `python -m pip install -r {file.name}`")
+        stop(f"nothing is installed in this Python yet: activate .venv, or run `python -m pip install -r {file.name}`")
     if not file.is_file():
         stop(f"REQUIREMENTS = '{file}' is not there: it belongs beside setup_check.py")
     lines = [line.split(" #")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -119,6 +120,9 @@ def check_machine(device: torch.device, precision: str, reason: str) -> None:
     say("machine")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     row("device", f"{device.type} ({name}), {torch.get_num_threads()} CPU threads")
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():  # on Windows pip takes the torch for CPUs
+        cure = "install the one that https://pytorch.org/get-started/locally names for it"
+        row("GPU", f"WARNING: nvidia-smi is here, but this torch ({torch.__version__}) sees no GPU: {cure}")
     row("precision", f"{precision}: {reason}")
     free, total = memory_gb(device)
     row(f"{device.type} memory", f"{free:.1f} of {total:.1f} GB free")
@@ -146,8 +150,8 @@ def check_sources(names: dict[str, str], offline_model: str, timeout: float) -> 
 
 
 def what_fits(free_gb: float, precision: str, tokens: int) -> None:
-    """Print the memory (GB) that training each of SIZES takes on `tokens` tokens a step, and whether it is there."""
-    say(f"what fits in {free_gb:.1f} GB (estimate, {precision}, {tokens} tokens a step, no gradient checkpointing)")
+    """Print the memory (GB) that training each of SIZES takes on `tokens` tokens at once, and whether it is there."""
+    say(f"what fits in {free_gb:.1f} GB (estimate, {precision}, {tokens} tokens at once, no gradient checkpointing)")
     row("", "LoRA", "full", "full, with a frozen reference")
     kind = "fp32" if precision == "fp32" else "cast"
     for name, (millions, layers, width) in SIZES.items():
@@ -242,15 +246,19 @@ def main(settings: dict) -> None:
     faults = check_versions(read_requirements(Path(__file__).parent / REQUIREMENTS))
     if faults:
         stop(f"{'; '.join(faults)}: run `python -m pip install -r {REQUIREMENTS}`")
-    from utils.models import choose_device, choose_precision
+    from utils.models import choose_device, choose_precision, old_torchao
+    from utils.pairs import TOKENS_AT_ONCE
 
+    if torchao := old_torchao():
+        row(torchao, "WARNING: USE_LORA stops with it: run `python -m pip uninstall -y torchao`")
     # 2. machine
     device = choose_device(DEVICE)
     precision, reason = choose_precision(PRECISION, device)
     names = {"model": MODEL, "dataset": DATASET}
     try:
         check_machine(device, precision, reason)
-        what_fits(memory_gb(device)[0], precision, 2 * BATCH_SIZE * MAX_LENGTH)
+        at_once = max(TOKENS_AT_ONCE[device.type], 2 * MAX_LENGTH)  # a batch is computed in parts of so many tokens
+        what_fits(memory_gb(device)[0], precision, min(2 * BATCH_SIZE * MAX_LENGTH, at_once))
         # 3. model and data
         had = check_sources(names, OFFLINE_MODEL, TIMEOUT_SECONDS)
         # 4. proof

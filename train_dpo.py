@@ -40,7 +40,7 @@ GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long wi
 # loss
 LOSS = "dpo"  # dpo | ipo | hinge | sipa | orpo | simpo | new_pref_po
 BETA = 0.0  # what it means is up to LOSS, see POLICY_LOSSES in utils/losses.py; 0 = the loss's own default
-LABEL_SMOOTHING = 0.0  # share of the pairs whose label is taken for wrong; dpo, sipa, simpo
+LABEL_SMOOTHING = 0.0  # assumed share of wrong labels; dpo, sipa, simpo
 GAMMA = 0.5  # margin that simpo aims at
 ALPHA = 0.1  # weight of the pull to the guided margin in new_pref_po
 LAMBDA_KL = 0.1  # weight of the two KL terms in new_pref_po
@@ -57,8 +57,8 @@ ENGINE = "pairs"  # pairs = shared-prompt batches | trl = trl.DPOTrainer on the 
 EPOCHS = 1  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
 BATCH_SIZE = 4  # pairs in memory at once
-ACCUMULATION = 1  # batches a step
-LEARNING_RATE = 1e-5  # at its highest
+ACCUMULATION = 1  # batches per optimizer step
+LEARNING_RATE = 1e-5  # learning rate at its highest, after the warm-up
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Preference-guided DPO in one command: edit the variables, or set them for one call:
+#   python load_helpsteer_dataset.py --tokenizer Qwen/Qwen2.5-1.5B-Instruct    # first: rows for POLICY_MODEL_PATH
 #   ./train_helpsteer.sh
 #   TRAINING_MODE=none LOSS_NAME=dpo BETA=0.1 GPUS=2 ./train_helpsteer.sh
 #   DRY_RUN=1 ./train_helpsteer.sh    # only checks, and shows the command
@@ -48,7 +49,7 @@ fi
 [[ "$GPUS" =~ ^[1-9][0-9]*$ ]] || fail "GPUS = '$GPUS': expected a whole number, 1 or more"
 [ "$GPUS" = 1 ] || [ -f "$CONFIG" ] || fail "CONFIG = '$CONFIG' is not there, here: $(echo configs/*.yaml)"
 [ -f "$DATA_DIR/metadata.json" ] ||
-    fail "$DATA_DIR is not there yet: run \`python load_helpsteer_dataset.py --tokenizer $POLICY_MODEL_PATH\` first"
+    fail "$DATA_DIR is not there yet: run \`python load_helpsteer_dataset.py --tokenizer $POLICY_MODEL_PATH --output_dir $DATA_DIR\` first"
 
 read -r PROJECT RUN < <("$PYTHON" -m utils.names "$DATA_DIR" "$TRAINING_MODE" "$MODEL_SHORT_NAME" "$POLICY_MODEL_PATH" \
     "$LOSS_NAME" "$BETA" "$ALPHA")

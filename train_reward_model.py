@@ -43,15 +43,15 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long windows in little memory
 # training
 PAIR_LOSS = ""  # "" = the first for HEAD: bradley_terry | margin | scaled; win_probability | scaled; squared_error
-LABEL_SMOOTHING = 0.0  # share of the pairs whose label is taken for wrong
+LABEL_SMOOTHING = 0.0  # assumed share of wrong labels
 CENTRING = 0.0  # weight of (reward of chosen + reward of rejected)^2, HEAD = scalar
 RATING_WEIGHT = 0.0  # share of the loss that ties the grades to the ratings, HEAD = distribution
 ENGINE = "pairs"  # pairs = shared-prompt batches | trl = trl.RewardTrainer on the same rows
 EPOCHS = 1  # passes over the training rows; of more than one, the best on validation is kept
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
 BATCH_SIZE = 4  # pairs in memory at once
-ACCUMULATION = 1  # batches a step
-LEARNING_RATE = 5e-5  # at its highest
+ACCUMULATION = 1  # batches per optimizer step
+LEARNING_RATE = 5e-5  # learning rate at its highest, after the warm-up
 HEAD_LEARNING_RATE = 1e-3  # the same of a new head, which starts at zero; 0 = LEARNING_RATE, as a trained head has
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
@@ -122,6 +122,7 @@ def main(settings: dict) -> None:
         judging,
         models,
         pairs,
+        processed,
         quality,
         quality_plots,
         references,
@@ -248,7 +249,8 @@ def main(settings: dict) -> None:
     say(quality.told(result))
     say(f"written: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}    # the whole report as one page")
-    say(f"      python train_dpo.py --reward_model {run.folder}")
+    policy = f"python train_dpo.py --reward_model {run.folder}"
+    say(f"      {processed.reading(policy, DATA_DIR, MODEL, metadata['tokenizer'])}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import needs, peak_memory_gb, pick, say, script, stop, versions, write_json
+from utils.machine import peak_memory_gb, versions
+from utils.runs import needs, pick, say, script, stop, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +36,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
 METHOD = "reward"  # reward = a scalar reward model | dpo
 VARIANTS = ("ours", "trl", "trl_best")  # what is compared, see FLAGS
 BATCH_SIZE = 4  # pairs at once
-LEARNING_RATE = 1e-5  # at its highest
+LEARNING_RATE = 1e-5  # learning rate at its highest
 SEED = 42  # of the order of rows
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 # output

@@ -177,7 +177,7 @@ def main(settings: dict) -> None:
         known |= {"VALIDATION_SHARE": kept["split_ratio"], "SEED": SEED}
         found = processed.describe(parts, source, ledger, tokenizer, settings | known)
         found |= {"rows": "pairs", "generated": generated.figures_of(written) | {"mode": MODE, "model": MODEL}}
-        found["made_by"] = metadata.get("made_by", "load_helpsteer_dataset.py")
+        found["made_by"] = "-m extras.generate_pairs"
         write_json(whole / "metadata.json", found)
         ledger.write(whole / "dropped.jsonl")
         del parts, plain  # closes their files: Windows deletes none that is open

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import read_json, say, script, stop, versions, write_json, write_text
+from utils.machine import versions
+from utils.runs import read_json, say, script, stop, write_json, write_text
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from tqdm import tqdm
-
 from utils.config import override_constants
 from utils.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
 from utils.processed import (
@@ -67,6 +65,8 @@ def open_trees(dataset: str) -> Source:
 
 def read_trees(source: Source, language: str, max_rows: int) -> dict[str, list[Node]]:
     """The messages of each split of the source; ends the script where none is in the language."""
+    from tqdm import tqdm
+
     trees = {}
     for name, open_records in source.splits.items():
         records = tqdm(first_of(open_records(), max_rows), f"reading {source.split_used[name]}", unit=" records")
@@ -81,6 +81,8 @@ def divide(rows: dict[str, list[dict]], share: float, seed: int) -> dict[str, li
     The source's own validation rows stay as they are, and training rows like them are left out. Where it has none,
     the share is taken from the training rows, which keep at least one.
     """
+    from tqdm import tqdm
+
     train, validation = rows["train"], rows.get("validation", [])
     numbers = {text: i for i, text in enumerate(dict.fromkeys(row["root"] for row in [*train, *validation]))}
     of_text = near_duplicate_groups(tqdm(numbers, "comparing prompts"))

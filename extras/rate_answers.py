@@ -4,7 +4,7 @@ Reads  : samples.jsonl of a run, or random prompts of processed rows, which POLI
 Writes : outputs/ratings/ (items.jsonl, rate.html, ratings.jsonl, ratings.json, settings.json)
 
 python -m extras.rate_answers --samples outputs/quickstart/dpo/samples.jsonl    # then open outputs/ratings/rate.html
-python -m extras.rate_answers --policy outputs/dpo --system_prompt "You are a patient teacher." --mode terminal
+python -m extras.rate_answers --policy outputs/sft --system_prompt "You are a patient teacher." --mode terminal
 python -m extras.rate_answers --import ratings-Ann-2026-03-01.json,ratings-Ben-2026-03-02.json --to_rows rated.jsonl
 """
 
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from extras.rating import agreement, items, ratings, terminal
+from extras.rating import items, ratings, terminal
 from extras.rating.labels import LABELS as WORDS
 from utils.config import override_constants
 from utils.processed import refuse_sft_rows, splits_of
@@ -41,7 +41,7 @@ PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # how it is rated
 MODE = "page"  # page = an HTML file for any browser | terminal = here and now
 LAYOUT = ""  # pairs = two answers side by side | single = one at a time, "" = pairs where there are two conditions
-HUMAN = "show"  # the answer in the data: show it beside the others | rate it as one of them | hide it
+HUMAN = "show"  # the answer in the data: show (seen beside the others) | rate (as one of them) | hide (left out)
 LABELS = "en"  # language of page and terminal: en | ru
 RATER = ""  # name of the person, "" = asked for
 SEED = 42  # of the prompts, the answers and both orders
@@ -218,6 +218,8 @@ def with_rewards(asked: list[dict], reward_model: str, device: str) -> list[dict
 
 def report(folder: Path, asked: list[dict], known: list[dict], to_rows: str) -> None:
     """Print what the ratings say, write ratings.json, and the preference rows where a file is named for them."""
+    from extras.rating import agreement
+
     own, conditions = {item["id"]: item for item in asked}, read_json(folder / "settings.json")["conditions"]
     if not known:
         stop(f"{folder} has no ratings yet: rate {folder / 'rate.html'} and --import its download, or --mode terminal")

@@ -37,8 +37,8 @@ PACKING = False  # fill windows with whole rows, each read as if alone (proved b
 EPOCHS = 1  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
 BATCH_SIZE = 4  # rows in memory at once; with PACKING windows
-ACCUMULATION = 1  # batches a step; the loss is the mean over all answer tokens of a step
-LEARNING_RATE = 2e-5  # at its highest
+ACCUMULATION = 1  # batches per optimizer step; the loss is the mean over all answer tokens of a step
+LEARNING_RATE = 2e-5  # learning rate at its highest, after the warm-up
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
@@ -145,8 +145,10 @@ def main(settings: dict) -> None:
     training.close(run, trainer.accelerator)
     # 7. say where it is
     say(sft.told(result))
-    say(f"written: {run.folder}\nnext: python train_dpo.py --model {run.folder}")
-    say(f"      python train_reinforce.py --model {run.folder}")
+    pair_folder = DATA_DIR if not DATASET and metadata.get("rows") != "sft" else processed.READ_BY_DEFAULT
+    names = pair_folder, str(run.folder)
+    say(f"written: {run.folder}\nnext: {processed.reading('python train_dpo.py', *names)}")
+    say(f"      {processed.reading('python train_reinforce.py', *names)}")
 
 
 if __name__ == "__main__":

@@ -247,7 +247,9 @@ def test_another_tokenizer_is_mended_by_this_loader(load, tokenizer, tmp_path):
     load(tree("a", 0, 1), CHAT_TEMPLATE="plain")
     metadata = json.loads(Path("out/metadata.json").read_text())
     Path("out/metadata.json").write_text(json.dumps(metadata | {"tokenizer_sha256": "of another"}))
-    with pytest.raises(SystemExit, match="run `python -m extras.load_oasst_dataset --tokenizer"):
+    with pytest.raises(
+        SystemExit, match="run `python -m extras.load_oasst_dataset --dataset .* --output_dir out` first"
+    ):
         run_script(dataset_summary, DATA_DIR="out")
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.loading import content_of, load_rows, rows_of, write_lines
+from utils.processed import made_again, reading
 
 
 @pytest.fixture
@@ -110,3 +111,23 @@ def test_a_killed_run_leaves_the_old_rows(load, tmp_path, tokenizer_folder, caps
         load("none.jsonl")
     assert content_of(tmp_path / "out") == before, "the next run puts them back before anything else"
     assert f"{left} is left of a run that was killed" in capsys.readouterr().out
+
+
+def test_the_command_that_makes_a_folder_again_names_what_is_not_its_scripts_own():
+    settings = {"DATA_DIR": "my rows", "MODEL": "old", "SPLITS": ["train"], "SEED": 42, "OUTPUT_DIR": "moved"}
+    metadata = {"settings": settings | {"MAX_LENGTH": 256, "TOKENIZER": "of the data"}}
+    command = made_again(metadata | {"made_by": "-m extras.generate_pairs"}, "here", "new")
+    assert command == (
+        "python -m extras.generate_pairs --data_dir 'my rows' --splits train --model new --output_dir here"
+    )
+    assert made_again({"settings": {"RATING": "goodness"}}, "processed_helpsteer", "new") == (
+        "python load_helpsteer_dataset.py --rating goodness --tokenizer new"
+    )
+
+
+def test_the_next_command_names_folder_and_model_that_are_not_its_own(tmp_path):
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert reading("python x.py", "processed_helpsteer", hub) == "python x.py"
+    assert reading("python x.py", "my rows", "models/copy") == "python x.py --data_dir 'my rows' --model models/copy"
+    (tmp_path / "reward_config.json").write_text("{}")
+    assert reading("python x.py", "processed_helpsteer", str(tmp_path), "owner/y") == "python x.py --model owner/y"

@@ -1,5 +1,6 @@
 """What the README says can be done: its commands exist with their options, and its quickstart really runs."""
 
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.config import top_constants
+from utils.sources import ANSWER_LAYOUTS, LAYOUTS, layout_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)( \w+)?\n(.*?)^```", README, re.S | re.M)
@@ -46,9 +48,23 @@ def test_command_exists_with_its_options(line):
     assert path.exists() and options <= set(top_constants(path.read_text())), options
 
 
+def test_rows_that_are_shown_have_a_known_layout():
+    rows = [json.loads(line) for kind, _, text in BLOCKS if kind == "json" for line in text.splitlines()]
+    assert [layout_of([row], LAYOUTS | ANSWER_LAYOUTS) for row in rows] == ["pairs", "completion"]
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\b[\w/-]+\.(?:py|txt)\b", README))))
 def test_files_that_are_named_exist(name):
     assert any((ROOT / folder / name).exists() for folder in ("", "utils", "extras", "benchmarks", "tests"))
+
+
+def test_make_without_an_environment_of_its_own_makes_and_installs_none():
+    shown = {}
+    for venv in ("no/such", ""):
+        command = ["make", "-n", "assignment", f"VENV={venv}", "PYTHON=the_python"]
+        shown[venv] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "the_python -m venv no/such" in shown["no/such"] and "no/such/bin/python -m pip" in shown["no/such"]
+    assert "the_python -m extras.evaluate" in shown[""] and "pip" not in shown[""] and "venv" not in shown[""]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import train_reward_model
-from tests.conftest import run_script
+from tests.conftest import SAMPLE, run_script
 from utils import quality_plots
 from utils.heads import Reading
 from utils.models import add_lora, load_classifier, plain, save_with_proof
@@ -227,10 +227,10 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model
     other = AutoTokenizer.from_pretrained(tokenizer_folder)
     other.chat_template = other.chat_template.replace("<|im_start|>", "<|im_start|>:")
     other.save_pretrained(tmp_path)
-    with pytest.raises(
-        SystemExit, match=r"another chat template than that of MODEL = .*load_helpsteer_dataset.py --tok"
-    ):
+    with pytest.raises(SystemExit, match=r"another chat template than that of MODEL = ") as end:
         run_script(train_reward_model, DATA_DIR=sample_folder, MODEL=tmp_path)
+    mended = f"--dataset {SAMPLE} --max_rows 160 --tokenizer {tmp_path} --max_length 128 --output_dir {sample_folder}"
+    assert end.value.code.endswith(f"run `python load_helpsteer_dataset.py {mended}` first"), "the same rows again"
     with pytest.raises(SystemExit, match=r"nowhere is not there yet: run `python load_helpsteer_dataset.py` first"):
         run_script(train_reward_model, DATA_DIR="nowhere", MODEL=model_folder)
 
@@ -260,7 +260,6 @@ def test_mistakes_end_in_one_line(sample_folder, model_folder, tmp_path, constan
 
 def test_a_folder_without_validation_pairs_is_named(model_folder, tokenizer_folder, tmp_path):
     import load_helpsteer_dataset
-    from tests.conftest import SAMPLE
 
     options = {
         "DATASET": SAMPLE,

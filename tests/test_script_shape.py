@@ -120,6 +120,16 @@ def test_help_is_quick_and_needs_no_torch(script):
     assert seconds < HELP_SECONDS, f"{seconds:.2f} s of processor time for --help"
 
 
+@each_script
+def test_a_missing_package_ends_in_one_line_also_where_it_is_imported_at_the_top(script):
+    name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+    command = [sys.executable, "-ES", "-m", name, "--help"]  # -S: without the installed packages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        assert done.stderr.startswith("No module named ") and "activate .venv" in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1 == done.returncode
+
+
 def test_scripts_never_import_scripts():
     scripts = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SCRIPTS}
     for path in [*SCRIPTS, *MODULES]:

@@ -35,7 +35,8 @@ def requirements(tmp_path):
 def test_a_whole_check_ends_with_the_next_command(requirements, capsys):
     run_script(setup_check, REQUIREMENTS=requirements, DEVICE="cpu", PRECISION="fp32", OFFLINE_MODEL="no/such")
     out = capsys.readouterr().out
-    assert "HF_HUB_OFFLINE is set" in out and "verdict          ok" in out
+    assert "HF_HUB_OFFLINE is set" in out and "verdict          ok" in out and "torchao" not in out
+    assert "fp32, 1024 tokens at once" in out, "a batch of 4 x 2 x 256 tokens is computed in parts on a CPU"
     assert out.splitlines()[-1].startswith("next: python -m extras.get_offline_model")
 
 
@@ -216,6 +217,37 @@ def test_cache_counts_files_and_not_links_to_nowhere(tmp_path, monkeypatch):
     assert not in_cache("owner/rows", "dataset")
     (data / "train.jsonl.gz").touch()
     assert in_cache("owner/rows/data", "dataset") and not in_cache("owner/other", "dataset")
+
+
+@pytest.fixture
+def old_torchao(tmp_path, monkeypatch):
+    """A torchao of the age of Colab's, as far as PEFT looks at it."""
+    from peft.import_utils import is_torchao_available
+
+    for name, text in {"torchao/__init__.py": "", "torchao-0.10.0.dist-info/METADATA": "Version: 0.10.0\n"}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    is_torchao_available.cache_clear()
+    yield
+    is_torchao_available.cache_clear()
+
+
+def test_an_old_torchao_is_named_before_and_where_it_stops_adapters(old_torchao, requirements, model_folder, capsys):
+    from utils.models import add_lora, load_causal
+
+    run_script(setup_check, REQUIREMENTS=requirements, DEVICE="cpu", OFFLINE_MODEL="no/such")
+    assert "  torchao 0.10.0   WARNING: USE_LORA stops with it" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^torchao 0.10.0 is too old for PEFT: run `python -m pip uninstall"):
+        add_lora(load_causal(model_folder), "CAUSAL_LM", 4, 8, 0.0, ("q_proj",))
+
+
+def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for found, warned in (("/usr/bin/nvidia-smi", True), (None, False)):
+        monkeypatch.setattr(setup_check.shutil, "which", lambda name, found=found: found)
+        setup_check.check_machine(CPU, "fp32", "why")
+        assert ("WARNING: nvidia-smi is here, but this torch" in capsys.readouterr().out) == warned
 
 
 def test_estimate_grows_with_what_is_trained(capsys):

@@ -178,7 +178,7 @@ def test_no_bar_of_the_gaps_crosses_a_band(gaps, step, starts, centres):
     assert found[2] == pytest.approx(centres)
 
 
-def test_a_second_summary_is_equal_and_fits_a_terminal(sample_summary, sample_folder, capsys):
+def test_a_second_summary_is_equal_and_fits_a_terminal(sample_summary, sample_folder, tokenizer_folder, capsys):
     summary, output = sample_summary
     pictures = {name: (output / name).read_bytes() for name in FIGURES}
     capsys.readouterr()
@@ -186,7 +186,7 @@ def test_a_second_summary_is_equal_and_fits_a_terminal(sample_summary, sample_fo
     assert all((output / name).read_bytes() == pictures[name] for name in FIGURES)
     *lines, last = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if not line.startswith(("changed", "written"))) <= 100
-    assert last == f"next: python train_reward_model.py --data_dir {sample_folder}"
+    assert last == f"next: python train_reward_model.py --data_dir {sample_folder} --model {tokenizer_folder}"
     page = (output / "summary.md").read_text()
     assert all(f"({name})" in page for name in FIGURES)
 

@@ -233,6 +233,15 @@ def test_prompts_with_completions_are_checked_counted_and_split(tokenizer, tmp_p
         assert tokenizer.decode(row["chosen_ids"]) == f"That {number}.{END}" and row["rating"] == number % 3
 
 
+def test_too_few_answers_for_both_splits_end_in_one_line(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "completion": "x"}\n{"prompt": "q", "completion": " "}\n')
+    with pytest.raises(
+        SystemExit, match="too few answers: 1 for train, 0 for validation; left out: {'empty_answer': 1"
+    ):
+        answers_of_source(str(path), tokenizer, 128, 0.2, 42)
+
+
 def test_of_a_conversation_the_last_answer_is_learned_and_a_held_out_split_stays(tokenizer, tmp_path):
     def talk(name, *roles):
         return {"messages": [{"role": role, "content": f"{name} {i} {role}{name}"} for i, role in enumerate(roles)]}

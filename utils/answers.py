@@ -145,6 +145,10 @@ def answers_of_source(
         role: list(checked_answers(read, source.layouts[role], role, ledger)) for role, read in source.splits.items()
     }
     parts = divided(rows["train"], rows.get("test", []), share, seed, ledger)
+    if not all(parts.values()):
+        left_out = ledger.counts() or "nothing"
+        counts = ", ".join(f"{len(some)} for {name}" for name, some in parts.items())
+        stop(f"DATASET = {dataset!r} gives too few answers: {counts}; left out: {left_out}")
     for name, some in parts.items():
         stored = [{key: row[key] for key in ("prompt", "messages", "rating")} for row in some[: max_rows or None]]
         part = Dataset.from_list(stored, features=row_features("sft"))

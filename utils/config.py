@@ -5,10 +5,35 @@ import ast
 import difflib
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 
 TRUE_FALSE = {"true": True, "false": False}
+
+
+def missing_package(error: BaseException) -> str:
+    """The line for a package that is not installed, "" for every other error: a module of ours is no package."""
+    name = getattr(error, "name", None) or ""
+    ours = (Path(__file__).parent.parent / name).is_dir()
+    if not isinstance(error, ModuleNotFoundError) or "." in name or ours:
+        return ""
+    return (
+        f"No module named {name!r} in {sys.executable}: activate .venv (`source .venv/bin/activate`, "
+        "on Windows `.venv\\Scripts\\activate`), or run `python -m pip install -r requirements.txt`"
+    )
+
+
+def name_the_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What sys.excepthook is here: one line where a package is missing, the traceback for everything else."""
+    if missing_package(error):
+        print(missing_package(error), file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = name_the_missing  # imports stand above main(), where utils.runs.script cannot catch them
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -80,15 +105,26 @@ def top_constants(source: str) -> dict[str, str]:
     """The UPPER_CASE names set before the first function of a source text, each with the comment on its line."""
     lines = source.splitlines()
     constants = {}
+    for name, node in constant_nodes(source):
+        rest_of_line = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+        constants[name] = rest_of_line.strip().lstrip("# ")
+    return constants
+
+
+def defaults_of(script: Path) -> dict:
+    """The constants of a script as its file has them, without running it."""
+    nodes = constant_nodes(script.read_text(encoding="utf-8-sig"))
+    return {name: ast.literal_eval(node.value) for name, node in nodes}
+
+
+def constant_nodes(source: str) -> Iterator[tuple[str, ast.Assign]]:
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            break
+            return
         if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Dict):  # a table is no option
             name = getattr(node.targets[0], "id", "")
             if name.isupper():
-                rest_of_line = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-                constants[name] = rest_of_line.strip().lstrip("# ")
-    return constants
+                yield name, node
 
 
 def reader(name: str, default: object) -> Callable[[str], object]:

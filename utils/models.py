@@ -6,7 +6,9 @@ import platform
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -134,6 +136,8 @@ def load(kind: type, constant: str, name: str, **options: object) -> nn.Module:
         return kind.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa", **options)
     except OSError as error:
         explain_missing(constant, name, error)
+    except ImportError as error:
+        stop_for_torchao(error)
     except ValueError as error:  # transformers: a model class that this architecture does not have
         if "Unrecognized" not in str(error):
             raise
@@ -207,7 +211,28 @@ def add_lora(
         layers_to_transform=list(range(frozen, model.config.num_hidden_layers)) if frozen else None,
         modules_to_save=[head] if head else None,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ImportError as error:
+        stop_for_torchao(error)
+
+
+def stop_for_torchao(error: ImportError) -> NoReturn:
+    """End the script where PEFT refuses the torchao that is installed (Colab has an old one); else raise the error."""
+    if "torchao" not in str(error):
+        raise error
+    stop(f"{old_torchao()} is too old for PEFT: run `python -m pip uninstall -y torchao`, nothing here needs it")
+
+
+def old_torchao() -> str:
+    """The torchao that PEFT would refuse in every adapter, such as `torchao 0.10.0`; "" if it refuses none."""
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError:
+        return f"torchao {version('torchao')}"
+    return ""
 
 
 def with_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> torch.optim.Optimizer:

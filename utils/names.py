@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+from utils.processed import made_again
 from utils.runs import read_json
 
 DATASETS = (("helpsteer", "HelpSteer"), ("ultrafeedback", "UFB"), ("oasst", "OASST"))  # in a dataset's name: short
@@ -39,10 +40,21 @@ def run_names(dataset: str, mode: str, model: str, loss: str, beta: float, alpha
 
 
 def main(words: list[str]) -> None:
-    """Print project and run for DATA_DIR, GUIDANCE, MODEL_SHORT_NAME, MODEL, LOSS, BETA, ALPHA: for shell scripts."""
+    """Print project and run for DATA_DIR, GUIDANCE, MODEL_SHORT_NAME, MODEL, LOSS, BETA, ALPHA: for shell scripts.
+
+    On stderr, where the rows were made for a model of another name: the command to run first if its tokenizer is
+    another one too, which only training can tell.
+    """
     data_dir, guidance, short, model, loss, beta, alpha = words
-    dataset = read_json(Path(data_dir) / "metadata.json")["dataset_name"]
-    print(*run_names(dataset, MODES[guidance], short or short_model(model), loss, float(beta), float(alpha)))
+    metadata = read_json(Path(data_dir) / "metadata.json")
+    mode, name = MODES[guidance], short or short_model(model)
+    print(*run_names(metadata["dataset_name"], mode, name, loss, float(beta), float(alpha)))
+    if metadata["tokenizer"] != model:
+        first = made_again(metadata, data_dir, model)
+        print(
+            f"{data_dir} has the tokens of {metadata['tokenizer']}; if {model} has others, run `{first}` first",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

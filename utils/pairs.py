@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from utils.hidden import CHOSEN, PADDING, PROMPT, REJECTED
-from utils.processed import refuse_sft_rows
+from utils.processed import made_again, refuse_sft_rows
 from utils.runs import needs, read_json, say, stop
 from utils.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
 
@@ -67,7 +67,7 @@ def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrai
         if metadata[f"{what}_sha256"] != value:
             stop(
                 f"{data_dir} was made with another {what.replace('_', ' ')} than that of {constant} = {name!r}: "
-                f"run `python {metadata.get('made_by', 'load_helpsteer_dataset.py')} --tokenizer {name}` again"
+                f"run `{made_again(metadata, data_dir, name)}` first"
             )
     return tokenizer, metadata
 

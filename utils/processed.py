@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from utils.config import defaults_of
+from utils.machine import versions
 from utils.rows import Ledger
-from utils.runs import say, stop, versions
+from utils.runs import say, stop
 from utils.sources import Record, Source
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ HASHED = (  # what the fingerprint is of, as far as rows have it
 OURS = {"train", "validation", "test", "metadata.json", "dropped.jsonl"}  # what a processed folder holds
 CLUTTER = {".DS_Store", ".ipynb_checkpoints", "Thumbs.db", "desktop.ini"}  # what others put into every folder
 READ_BY_DEFAULT = "processed_helpsteer"  # DATA_DIR of the scripts
+STARTED_FROM = "HuggingFaceTB/SmolLM2-135M-Instruct"  # MODEL of the scripts
 
 
 def row_features(rows: str = "pairs") -> Features:
@@ -165,10 +168,33 @@ def replace_folder(folder: Path, whole: Path) -> None:
         raise
 
 
-def reading(command: str, folder: str) -> str:
-    """The command with the folder that it is to read, unless it reads that one anyway."""
+def reading(command: str, folder: str, *models: str) -> str:
+    """The command with the folder that it is to read and the model it is to start from, where these are not its own.
+
+    models: the first of them that is a language model is named; a reward model starts no policy.
+    """
     folder = str(Path(folder).expanduser())
-    return command if folder == READ_BY_DEFAULT else f"{command} --data_dir {shlex.quote(folder)}"
+    if folder != READ_BY_DEFAULT:
+        command += f" --data_dir {shlex.quote(folder)}"
+    model = next((name for name in models if not (Path(name) / "reward_config.json").exists()), STARTED_FROM)
+    return command if model == STARTED_FROM else f"{command} --model {shlex.quote(model)}"
+
+
+def made_again(metadata: dict, folder: str, name: str) -> str:
+    """The command that makes the folder again with the tokenizer of `name`, from the same source in the same way."""
+    made_by = metadata.get("made_by", "load_helpsteer_dataset.py")
+    script = made_by.removeprefix("-m ").removesuffix(".py").replace(".", "/")
+    defaults = defaults_of(Path(__file__).parent.parent / f"{script}.py")
+    named = "TOKENIZER" if "TOKENIZER" in defaults else "MODEL"
+    settings = defaults | metadata["settings"] | {"OUTPUT_DIR": str(folder), named: name}
+    texts = {key: (as_option(settings[key]), as_option(value)) for key, value in defaults.items()}
+    options = (f" --{key.lower()} {shlex.quote(now)}" for key, (now, default) in texts.items() if now != default)
+    return f"python {made_by}{''.join(options)}"
+
+
+def as_option(value: object) -> str:
+    """A setting as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def report(metadata: dict, folder: Path, next_step: str = "python dataset_summary.py") -> None:

@@ -6,20 +6,22 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
-PACKAGES = ("torch", "transformers", "datasets", "trl", "peft", "accelerate")
+from utils.config import missing_package
+from utils.machine import commit, peak_memory_gb, versions
+
 MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "SHORTCUT_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
 INPUTS = (*MODELS, "DATA_DIR", "DATASET")  # constants that name what a run reads
 READ = ("data_fingerprint", "reward_weights", "start")  # facts of a run: whether that was the same under these names
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # a GPU's words, a CPU's, Windows'
+SAVE_MEMORY = ("GRADIENT_CHECKPOINTING", "USE_LORA")
+TAKE_MEMORY = ("GENERATION_BATCH", "MAX_NEW_TOKENS", "MAX_LENGTH", "BATCH_SIZE")  # see TOKENS_AT_ONCE in utils/pairs.py
 ENVIRONMENT = {  # set before torch is imported; what the user has set wins
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # operations that Apple's GPU lacks run on the CPU
     "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",  # an error instead of a machine that swaps to death
@@ -104,7 +106,7 @@ def script(main: Callable) -> Callable:
             print("stopped by Ctrl-C: nothing half-written is left in place of older results", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
-            line = user_line(error)
+            line = user_line(error, settings)
             if not line:
                 raise
             stop(line)
@@ -112,11 +114,13 @@ def script(main: Callable) -> Callable:
     return guarded
 
 
-def user_line(error: Exception) -> str:
-    """The line for an error of the machine that a user can mend, "" for every other error."""
+def user_line(error: Exception, settings: dict) -> str:
+    """The line for an error of the machine that a user can mend, "" for every other error. settings: the constants."""
     text = str(error)
+    if missing_package(error):
+        return missing_package(error)
     if isinstance(error, MemoryError) or any(said in text for said in NO_MEMORY):
-        return "out of memory: lower BATCH_SIZE and raise ACCUMULATION by the same factor, or lower MAX_LENGTH"
+        return out_of_memory(settings)
     # arrow and safetensors report a full disk in words of their own
     if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in text or "StorageFull" in text:
         return f"the disk is full, nothing was replaced: free some space and run the command again ({text[:200]})"
@@ -125,6 +129,16 @@ def user_line(error: Exception) -> str:
     if getattr(error, "errno", 0) == errno.EROFS:
         return f"cannot write {error.filename}: the file system is read-only, choose another OUTPUT_DIR"
     return ""
+
+
+def out_of_memory(settings: dict) -> str:
+    """The line for it, with the constants that this script has: what is off can be set, what is not small lowered."""
+    off = " or ".join(name for name in SAVE_MEMORY if settings.get(name) is False)
+    lower = " or ".join(name for name in TAKE_MEMORY if settings.get(name, 0) > 1)
+    cures = [f"set {off} to true"] * bool(off) + [f"lower {lower}"] * bool(lower) + ["take a smaller model"]
+    loaded = "MAX_LENGTH" not in settings and "DATA_DIR" in settings
+    cures += ["load the data with a smaller MAX_LENGTH"] * loaded
+    return f"out of memory: {', or '.join(cures)}"
 
 
 class Interrupt:
@@ -263,38 +277,3 @@ def read_lines(path: str | Path) -> list[dict]:
     """The objects of a .jsonl file of ours; a last line that a kill has cut off is left out."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]  # splitlines() would also cut a text at U+2028
     return [json.loads(line) for line in lines]
-
-
-def commit() -> str:
-    """The git commit that this code stands at, with -dirty where files differ from it."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
-    except FileNotFoundError:
-        return "no git"
-    return done.stdout.strip() or "no git"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def peak_memory_gb() -> float:
-    """The most memory that this process held so far: of the GPU where one is used, else of the process (GB)."""
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    if sys.platform == "win32":
-        import psutil
-
-        return round(psutil.Process().memory_info().peak_wset / 1e9, 3)
-    import resource  # not there on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kilobytes on Linux
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
