@@ -246,7 +246,8 @@ def main(settings: dict) -> None:
     faults = check_versions(read_requirements(Path(__file__).parent / REQUIREMENTS))
     if faults:
         stop(f"{'; '.join(faults)}: run `python -m pip install -r {REQUIREMENTS}`")
-    from utils.models import choose_device, choose_precision, old_torchao
+    from utils.machine import old_torchao
+    from utils.models import choose_device, choose_precision
     from utils.pairs import TOKENS_AT_ONCE
 
     if torchao := old_torchao():

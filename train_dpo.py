@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
+from utils.machine import processes
 from utils.runs import Run, at_least, first_process, needs, pick, say, script, shares, stop
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ def main(settings: dict) -> None:
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"], "beta": beta}
     facts |= {"max_length": window, "train_pairs": len(rows), "project": project, "run_name": name}
     facts["start"] = references.key_of(rows, said.vectors, weights, "")  # in any precision, as on another GPU
+    facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
     facts |= {"device": str(device), "precision": precision}
     run = Run(OUTPUT_DIR or f"model_output/{project}/{name}", settings, RESUME, **facts)
     arguments = partial(

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Interrupt, Run, at_least, first_process, needs, pick, say, script, shares, stop
+from utils.runs import Interrupt, Run, at_least, bar_off, first_process, needs, pick, say, script, shares, stop
 
 if TYPE_CHECKING:
     import torch
@@ -161,9 +161,9 @@ def update(
 
 def check(batch: int, per_prompt: int, baseline: str, temperature: float, risk: float, win: bool, cut: bool) -> None:
     """End the script where constants do not go together."""
-    import os
+    from utils.machine import processes
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = processes()
     if batch * per_prompt % world:
         stop(f"BATCH_SIZE x ANSWERS_PER_PROMPT = {batch * per_prompt}: {world} processes cannot share that equally")
     if baseline == "leave_one_out" and per_prompt < 2:
@@ -244,7 +244,7 @@ def main(settings: dict) -> None:
     first = trainer.resume(run, baseline)
     share = answers // accelerator.num_processes
     own = slice(share * accelerator.process_index, share * (accelerator.process_index + 1))
-    bar = tqdm(range(first, MAX_STEPS), "training", MAX_STEPS, initial=first, disable=None if first_process() else True)
+    bar = tqdm(range(first, MAX_STEPS), "training", MAX_STEPS, initial=first, disable=bar_off())
     with Interrupt() as interrupt:
         for step in bar:
             began = time.monotonic()

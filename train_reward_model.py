@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
+from utils.machine import processes
 from utils.runs import Run, at_least, first_process, needs, pick, say, script, shares, stop
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def main(settings: dict) -> None:
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
     facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "pair_loss": pair_loss, "start": start}
+    facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
     run = Run(OUTPUT_DIR, settings, RESUME, device=str(device), precision=precision, **facts)
     arguments = partial(
         training.training_arguments,

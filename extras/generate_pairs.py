@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Interrupt, Run, at_least, needs, pick, say, script, stop, write_json
+from utils.files import write_json
+from utils.runs import Interrupt, Run, at_least, bar_off, needs, pick, say, script, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,7 @@ def answer_all(
     total = sum(map(len, batches))
     if written:
         say(f"{len(written)} of {total} prompts are answered already: {path}")
-    bar = tqdm(total=total, initial=len(written), desc="answering", unit=" prompts", disable=None)
+    bar = tqdm(total=total, initial=len(written), desc="answering", unit=" prompts", disable=bar_off())
     with Interrupt() as interrupt, bar:
         for batch in batches:
             if batch[0].number in written:

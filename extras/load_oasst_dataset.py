@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from utils.config import override_constants
+from utils.files import write_json
 from utils.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
 from utils.processed import (
     check_folder,
@@ -27,7 +28,7 @@ from utils.processed import (
     write_rows,
 )
 from utils.rows import Ledger, finished_row
-from utils.runs import at_least, pick, say, script, stop, write_json
+from utils.runs import at_least, pick, say, script, stop
 from utils.sources import TREE_LAYOUTS, Source, first_of, open_source
 from utils.split import near_duplicate_groups, split_indices
 

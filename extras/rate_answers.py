@@ -21,9 +21,10 @@ from pathlib import Path
 from extras.rating import items, ratings, terminal
 from extras.rating.labels import LABELS as WORDS
 from utils.config import override_constants
+from utils.files import read_json, write_json, write_lines, write_text
 from utils.processed import refuse_sft_rows, splits_of
 from utils.rows import prompt_text, with_persona
-from utils.runs import at_least, free_name, needs, pick, read_json, say, script, stop, write_json, write_text
+from utils.runs import at_least, free_name, needs, pick, say, script, stop
 
 # what is rated
 SAMPLES = ""  # samples.jsonl of a run (prompt, before, after, perhaps human), "" = POLICY answers prompts of DATA_DIR
@@ -148,7 +149,7 @@ def save_items(folder: Path, made: list[dict], conditions: list[str], chosen: di
     """Write settings.json, then items.jsonl, which makes the folder one to rate."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", {"recipe": chosen, "conditions": conditions, "made": time.strftime("%F %T")})
-    items.write_lines(folder / items.ITEMS_FILE, made)
+    write_lines(folder / items.ITEMS_FILE, made)
 
 
 def source_hash(source: str) -> str:
@@ -202,7 +203,7 @@ def read_back(folder: Path, asked: list[dict], files: tuple[str, ...]) -> list[d
     for name, new in given:
         known, added, replaced = ratings.merged(known, new)
         say(f"{name}: {added} new ratings, {replaced} in place of earlier ones, {len(new) - added - replaced} known")
-    ratings.write_own(file, known)
+    write_lines(file, known)
     return known
 
 
@@ -231,7 +232,7 @@ def report(folder: Path, asked: list[dict], known: list[dict], to_rows: str) -> 
         duels = agreement.over_raters(agreement.duels_of(own, known, conditions))
         rows, left_out = ratings.preference_rows(duels)
         Path(to_rows).parent.mkdir(parents=True, exist_ok=True)
-        items.write_lines(Path(to_rows), rows)
+        write_lines(Path(to_rows), rows)
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "nothing"
         say(f"written: {to_rows}, {len(rows)} preference rows; left out: {reasons}")
         say(f"next: python load_helpsteer_dataset.py --dataset {to_rows}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from functools import partial
 
 from utils.config import override_constants
+from utils.machine import processes
 from utils.runs import Run, at_least, first_process, needs, pick, say, script, shares, stop
 
 # data
@@ -101,6 +102,7 @@ def main(settings: dict) -> None:
     say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} answers, {len(validation)} for validation")
     # 3. build
     facts |= {"train_rows": len(rows), "left_out": left_out, "device": str(device), "precision": precision}
+    facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
     run = Run(OUTPUT_DIR, settings, RESUME, **facts)
     arguments = partial(
         training.training_arguments,

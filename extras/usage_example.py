@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from utils.config import override_constants
+from utils.files import read_json
 from utils.processed import refuse_sft_rows
 from utils.rows import hundredths
-from utils.runs import at_least, needs, read_json, say, script, stop
+from utils.runs import at_least, needs, say, script, stop
 
 DATA_DIR = "outputs/quickstart/data"  # rows made by load_helpsteer_dataset.py
 REWARD_MODEL = "outputs/quickstart/reward_model"  # run folder of train_reward_model.py, or a hub reward model

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from extras.make_report import find_runs
+from utils.files import write_json
 from utils.questions import improved, latest_comparison, reward_model_of, why
-from utils.runs import write_json
 
 REPORT = {"accuracy": 0.5, "pairs": 9, "verdict": "not shown to be better than 'longer wins'"}
 

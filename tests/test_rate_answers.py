@@ -12,7 +12,7 @@ from extras.rating.labels import LABELS
 from tests.conftest import run_script
 from tests.rating_toys import TOPICS, made, rated, read_back, six_pairs
 from utils import sampling
-from utils.runs import write_json
+from utils.files import write_json
 
 EVIL = "</script><img src=x onerror=alert(1)>&\u2028\x1b[2J\x00\u202etxet"
 

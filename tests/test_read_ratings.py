@@ -9,6 +9,7 @@ from extras import rate_answers
 from extras.rating import agreement, items, ratings
 from tests.conftest import run_script
 from tests.rating_toys import rated, read_back, six_pairs
+from utils.files import write_lines
 from utils.pairing import checked_pairs
 from utils.rewards import RewardModel
 from utils.rows import Ledger
@@ -85,7 +86,7 @@ def test_two_raters_and_the_terminal_file_of_another_machine(folder, tmp_path):
     ben = rated(folder, "Ben", {"before": 3, "after": 4}.get, ["after"] * 3 + ["before"] * 3)
     file = items.fingerprint(items.read_items(folder))
     moved = tmp_path / "terminal.jsonl"
-    items.write_lines(moved, [entry | {"file": file} for entry in json.loads(ben.read_text())["ratings"]])
+    write_lines(moved, [entry | {"file": file} for entry in json.loads(ben.read_text())["ratings"]])
     found = read_back(folder, ann, moved)
     (entry,) = found["agreement"]
     assert entry["raters"] == ["Ann", "Ben"] and (entry["items"], entry["equal_preferences"]) == (6, 0.5)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def test_evaluate_says_what_the_model_was_trained_on(folders, sample_folder, tmp
         run_script(evaluate, **options, SPLIT=split, MAX_ROWS=20, OUTPUT_DIR=tmp_path / split)
         assert read(tmp_path / split / "eval.json")["prompts_trained_on"] == expected
         fingerprint = read(tmp_path / split / "run.json")["data_fingerprint"]
-        assert fingerprint == read(f"{sample_folder}/metadata.json")["fingerprint"]
+        assert fingerprint == read(Path(sample_folder) / "metadata.json")["fingerprint"]
         assert ("was trained on 20 of these 20 prompts" in capsys.readouterr().out) == (split == "train")
     with pytest.raises(SystemExit, match="SPLIT = 'test' is not known, choose one of: train, validation"):
         run_script(evaluate, **options, SPLIT="test", OUTPUT_DIR=tmp_path / "none")

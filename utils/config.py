@@ -59,9 +59,9 @@ def override_constants(script: dict, argv: list[str] | None = None) -> dict:
     parser = parser_of(script, comments)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [f"--{name.lower()}" for name in comments]
-        guess = difflib.get_close_matches("--" + unknown[0].split("=")[0].lower().strip("-"), known, n=1)
-        parser.error(f"unknown option {unknown[0]}" + (f", did you mean {guess[0]}?" if guess else ""))
+        known, wrong = [f"--{name.lower()}" for name in comments], unknown[0].split("=")[0]
+        guess = difflib.get_close_matches("--" + wrong.lower().strip("-"), known, n=1)
+        parser.error(f"unknown option {wrong}" + (f", did you mean {guess[0]}?" if guess else ""))
     changed = {name: value for name, value in vars(values).items() if value != script[name]}
     if changed and os.environ.get("RANK", "0") == "0":
         print("changed for this run: " + ", ".join(f"{name} = {value!r}" for name, value in changed.items()))

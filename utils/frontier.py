@@ -14,10 +14,11 @@ from torch import nn
 
 from utils.comparing import Answers, Sampler, compared, rewards_of
 from utils.evaluation import interval, mean_kl, paired_difference
+from utils.files import read_json, write_json, write_lines
 from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
 from utils.rewards import RewardModel
 from utils.rows import Message, with_persona
-from utils.runs import read_json, stop, write_json, write_text
+from utils.runs import stop
 
 START = "start"
 NOT_THE_WORK = {
@@ -248,7 +249,7 @@ def write_results(
         for way, sides in answers.items()
         for i, prompt in enumerate(prompts)
     ]
-    write_text(folder / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_lines(folder / "predictions.jsonl", lines)
     way = next(iter(answers))
     for judge in scores[way]:
         save(frontier(result["policies"][way], judge, len(prompts)), folder / f"frontier_{judge}.png")

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.controls import shuffled_prompts, without_prompts
 from utils.evaluation import wins
+from utils.files import read_json
 from utils.heads import Reading
 from utils.pairs import answer_tokens
 from utils.rewards import RewardModel, answers_of
 from utils.rows import real_number
-from utils.runs import read_json, say, stop
+from utils.runs import say, stop
 from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
 
 SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters of them in predictions.jsonl

@@ -6,7 +6,6 @@ import platform
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from utils.runs import explain_missing, pick, read_json, say, stop
+from utils.files import read_json
+from utils.machine import old_torchao
+from utils.runs import explain_missing, pick, say, stop
 
 logging.disable_progress_bar()  # of loading and writing weights, which take a second; downloads keep theirs
 
@@ -222,17 +223,6 @@ def stop_for_torchao(error: ImportError) -> NoReturn:
     if "torchao" not in str(error):
         raise error
     stop(f"{old_torchao()} is too old for PEFT: run `python -m pip uninstall -y torchao`, nothing here needs it")
-
-
-def old_torchao() -> str:
-    """The torchao that PEFT would refuse in every adapter, such as `torchao 0.10.0`; "" if it refuses none."""
-    from peft.import_utils import is_torchao_available
-
-    try:
-        is_torchao_available()
-    except ImportError:
-        return f"torchao {version('torchao')}"
-    return ""
 
 
 def with_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> torch.optim.Optimizer:

@@ -4,8 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+from utils.files import read_json
 from utils.processed import made_again
-from utils.runs import read_json
 
 DATASETS = (("helpsteer", "HelpSteer"), ("ultrafeedback", "UFB"), ("oasst", "OASST"))  # in a dataset's name: short
 

@@ -18,9 +18,10 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from utils.files import read_json
 from utils.hidden import CHOSEN, PADDING, PROMPT, REJECTED
 from utils.processed import made_again, refuse_sft_rows
-from utils.runs import needs, read_json, say, stop
+from utils.runs import bar_off, needs, say, stop
 from utils.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
 
 disable_caching()  # else each change of rows leaves a file in the processed folder, which is not ours to write in
@@ -253,7 +254,7 @@ def forward_pairs(
     found = []
     was_training = model.training
     model.eval()
-    for first in tqdm(range(0, len(batches), world), desc=progress, disable=me != 0 or None, leave=False):
+    for first in tqdm(range(0, len(batches), world), desc=progress, disable=bar_off(), leave=False):
         mine = min(first + me, len(batches) - 1)  # all processes take part in each round: sharded models need it
         batch = collator([rows[int(i)] for i in batches[mine]])
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}

@@ -1,6 +1,5 @@
 """What a trained policy is worth: figures on pairs, answers before and after, and the files that show them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from utils.comparing import Sampler, compared, rewards_of
 from utils.curves import training_curves
 from utils.evaluation import mean_kl, share_right, wins
+from utils.files import write_json, write_lines, write_text
 from utils.guidance import Guidance
 from utils.models import PROOF_ROWS, load_causal, save_with_proof
 from utils.pairs import PairCollator
 from utils.policies import PolicyPairLoss, PolicyPairs
 from utils.rewards import RewardModel
-from utils.runs import write_json, write_text
 
 SHOWN = 2  # samples in the model card
 
@@ -143,7 +142,7 @@ def told_answers(found: dict) -> str:
 def write_results(folder: Path, result: dict, lines: list[dict], file: str, head: str) -> None:
     """eval.json, `file` with a line for each prompt, and the model card: `head`, the result, some answers."""
     write_json(folder / "eval.json", result)
-    write_text(folder / file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_lines(folder / file, lines)
     card = f"{head}\n\n{told(result)}\n"
     for line in lines[:SHOWN]:
         card += f"\n> {line['prompt'][:300]}\n\nbefore: {line['before'][:400]}\n\nafter: {line['after'][:400]}\n"

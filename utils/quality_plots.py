@@ -1,6 +1,5 @@
 """The figures of a reward model's quality, and the files of its run folder that show them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,9 @@ from matplotlib.figure import Figure
 
 from utils.curves import training_curves
 from utils.evaluation import share_right
+from utils.files import write_json, write_lines, write_text
 from utils.plots import BLUE, MUTED, ORANGE, in_style, new_figure, save, told
 from utils.quality import ITSELF, NAMES, pair_of, prompts_of
-from utils.runs import write_json, write_text
 
 
 @in_style
@@ -146,7 +145,7 @@ def draw(folder: Path, result: dict, lines: list[dict]) -> list[str]:
 def write_results(folder: Path, result: dict, lines: list[dict], record: dict | None = None) -> None:
     """eval.json, predictions.jsonl and the figures; of a training (record: run.json) the curves and model card too."""
     write_json(folder / "eval.json", result)
-    write_text(folder / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_lines(folder / "predictions.jsonl", lines)
     draw(folder, result, lines)
     if not record:
         return

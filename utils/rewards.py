@@ -13,12 +13,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from utils.controls import NOTHING_ASKED, without_prompts
+from utils.files import read_json, write_json
 from utils.heads import HEADS, Reading
 from utils.hidden import hidden_states
 from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, plain, save_with_proof
 from utils.pairs import PairCollator, like_length, prompt_of, row_multiple
 from utils.rows import Message
-from utils.runs import explain_missing, read_json, say, stop, write_json
+from utils.runs import bar_off, explain_missing, say, stop
 from utils.templates import prompt_ids
 from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
 
@@ -194,7 +195,7 @@ class RewardModel:
         """The head's outputs [rows, n] on the CPU, computed in batches of rows of like length, the longest first."""
         outputs = torch.zeros(len(ids), HEADS[self.reading.head].outputs)
         batches = like_length(list(map(len, ids)), math.inf, batch_size)
-        for mine in tqdm(batches, desc="scoring", leave=False, disable=None if len(batches) > 4 else True):
+        for mine in tqdm(batches, desc="scoring", leave=False, disable=bar_off(len(batches) > 4)):
             outputs[mine] = self.outputs([ids[i] for i in mine]).cpu()
         if not outputs.isfinite().all():
             stop("rewards are not finite: set PRECISION = fp32, or use a reward model that is whole")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.runs import write_text
+from utils.files import write_lines
 from utils.sources import Record
 
 Message = dict  # {"role": "system" | "user" | "assistant", "content": str}
@@ -61,7 +61,7 @@ class Ledger:
         return {**counts, "prompts": len(self.prompts)}
 
     def write(self, path: Path) -> None:
-        write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.entries))
+        write_lines(path, self.entries)
 
 
 def chat_turns(prompt: str) -> list[Message]:

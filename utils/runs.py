@@ -1,4 +1,7 @@
-"""What a run leaves behind: run.json once, one line of metrics.jsonl per step. Reports read these files only."""
+"""How a script ends, and what its run leaves behind: run.json once, a line of metrics.jsonl per step.
+
+Reports read these files only.
+"""
 
 import errno
 import functools
@@ -14,11 +17,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from utils.config import missing_package
-from utils.machine import commit, peak_memory_gb, versions
+from utils.files import read_json, read_lines, write_json, write_lines
+from utils.machine import commit, is_another, peak_memory_gb, processes, this_process, versions
 
 MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "SHORTCUT_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
 INPUTS = (*MODELS, "DATA_DIR", "DATASET")  # constants that name what a run reads
-READ = ("data_fingerprint", "reward_weights", "start")  # facts of a run: whether that was the same under these names
+READ = ("data_fingerprint", "reward_weights", "start", "rows_per_step")  # facts: whether the same was read under these
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # a GPU's words, a CPU's, Windows'
 SAVE_MEMORY = ("GRADIENT_CHECKPOINTING", "USE_LORA")
 TAKE_MEMORY = ("GENERATION_BATCH", "MAX_NEW_TOKENS", "MAX_LENGTH", "BATCH_SIZE")  # see TOKENS_AT_ONCE in utils/pairs.py
@@ -42,6 +46,11 @@ def say(message: str) -> None:
     """Print a line, once per run and not once per process."""
     if first_process():
         print(message, flush=True)
+
+
+def bar_off(shown: bool = True) -> bool | None:
+    """tqdm's `disable`: None shows a bar on terminals only; tqdm looks at TQDM_DISABLE only where none is given."""
+    return True if not (shown and first_process()) or os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
 
 
 def stop(message: str) -> NoReturn:
@@ -103,7 +112,8 @@ def script(main: Callable) -> Callable:
         try:
             main(settings)
         except KeyboardInterrupt:
-            print("stopped by Ctrl-C: nothing half-written is left in place of older results", file=sys.stderr)
+            again = "; the same command goes on from the last checkpoint" if settings.get("RESUME") else ""
+            print(f"stopped by Ctrl-C: nothing half-written is left in place of older results{again}", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
             line = user_line(error, settings)
@@ -180,7 +190,8 @@ class Run:
             "seed": settings.get("SEED"),
             "commit": commit(),
             "versions": versions(),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "processes": processes(),
+            "process": this_process(),
             "started": time.strftime("%F %T", time.localtime(time.time() - time.monotonic() + self.began)),
             "finished": "",
             **facts,
@@ -191,6 +202,8 @@ class Run:
     def take_folder(self, settings: dict, resume: bool) -> None:
         check_run_folder(self.folder, settings)
         before = read_json(self.folder / "run.json")
+        if before and not before["finished"] and is_another(before.get("process", {})):
+            stop(f"{self.folder}: process {before['process']['pid']} is at work there, wait or choose another name")
         same = before and all(before.get(name, self.record.get(name)) == self.record.get(name) for name in READ)
         if same and not before["finished"] and resume and same_work(before["settings"], settings):
             say(f"{self.folder} holds an unfinished run with the same settings: going on from its last checkpoint")
@@ -218,7 +231,7 @@ class Run:
         """Drop the lines of steps that a resumed run will do again."""
         if first_process() and (self.folder / name).exists():
             kept = [line for line in read_lines(self.folder / name) if line["step"] <= step]
-            write_text(self.folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+            write_lines(self.folder / name, kept)
 
     def note(self, **facts: object) -> None:
         """Put facts, the time so far and the peak memory into run.json."""
@@ -238,7 +251,11 @@ def check_run_folder(folder: str | Path, settings: dict) -> None:
         given = settings.get(name) or ()
         for value in (given,) if isinstance(given, str) else given:
             path = Path(value).resolve()
-            if folder.exists() and any(it.exists() and it.samefile(folder) for it in (path, *path.parents)):
+            if (
+                path.exists()
+                and folder.exists()
+                and any(it.exists() and it.samefile(folder) for it in (path, *path.parents))
+            ):
                 stop(f"the run folder '{folder}' is or holds {name}, which this run reads: choose another name")
     if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
         stop(f"OUTPUT_DIR = '{folder}' holds files but no run of a script here: choose another name")
@@ -255,25 +272,3 @@ def same_work(before: dict, now: dict) -> bool:
     how = {"RESUME", "DEVICE"}
     now = json.loads(json.dumps(now))  # tuples are lists in the record
     return {k: v for k, v in before.items() if k not in how} == {k: v for k, v in now.items() if k not in how}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its name and rename it when whole, so that a kill leaves the old one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def write_json(path: str | Path, content: object) -> None:
-    write_text(Path(path), json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: str | Path) -> dict:
-    """The content of a JSON file, {} where there is none."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
-
-
-def read_lines(path: str | Path) -> list[dict]:
-    """The objects of a .jsonl file of ours; a last line that a kill has cut off is left out."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]  # splitlines() would also cut a text at U+2028
-    return [json.loads(line) for line in lines]

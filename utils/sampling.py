@@ -17,6 +17,7 @@ from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import autocast, plain
 from utils.pairs import TOKENS_AT_ONCE, PairCollator, like_length, row_multiple
 from utils.rows import Message
+from utils.runs import bar_off
 from utils.templates import end_of_turn
 from utils.tokens import fitted_prompt
 
@@ -104,7 +105,7 @@ def generate(
     was, answers = model.training, {}
     model.eval()
     batches = like_length(list(map(len, prompts)), math.inf, batch_size)
-    for mine in tqdm(batches, desc=progress, leave=False, disable=None if len(batches) > 1 else True):
+    for mine in tqdm(batches, desc=progress, leave=False, disable=bar_off(len(batches) > 1)):
         given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
         luck = draws(temperature, [(seed, numbers[i]) for i in mine], top_k, top_p)
         with autocast(model.device, precision), float32_head(model):

@@ -1,12 +1,14 @@
 """The same run with several seeds: an interval over test pairs says nothing about the chance in the training."""
 
-import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from utils.runs import read_json, same_work, say, stop, write_json
+from utils.files import read_json, write_json
+from utils.machine import processes
+from utils.processed import as_option
+from utils.runs import same_work, say, stop
 
 
 def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str, ...]) -> dict:
@@ -19,7 +21,7 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
     folder = Path(f"{Path(output_dir)}-seeds")
     if not all(str(seed).isdigit() for seed in seeds):
         stop(f"SEEDS = {','.join(map(str, seeds))}: expected whole numbers such as 1,2,3")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         stop("SEEDS starts a run for each seed, which cannot share a launcher's processes: launch each one with --seed")
     seeds = [int(seed) for seed in seeds]
     if len(set(seeds)) < len(seeds):
@@ -51,8 +53,3 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
     write_json(folder / "seeds.json", summary)
     say(f"written: {folder}/seeds.json")
     return summary
-
-
-def as_option(value: object) -> str:
-    """A constant's value as the command line takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

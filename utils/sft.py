@@ -14,8 +14,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from utils import training
 from utils.curves import training_curves
 from utils.evaluation import change
+from utils.files import write_json, write_text
 from utils.pairs import LengthSampler
-from utils.runs import Run, stop, write_json, write_text
+from utils.runs import Run, stop
 from utils.trl_engine import StopsAtBadLoss
 
 PACKING_ERROR = 1e-3  # by which a logit may differ between a document in a pack and the same one alone

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from utils.files import read_json, write_json
 from utils.models import release_memory, trained_state, with_rates
 from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
-from utils.runs import Interrupt, Run, first_process, pick, read_json, say, stop, write_json
+from utils.runs import Interrupt, Run, bar_off, first_process, pick, say, stop
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # what SCHEDULE may name
 KEPT = 2  # checkpoints that are kept
@@ -140,8 +141,7 @@ class Steps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.interrupt.__enter__()
-        disable = not state.is_world_process_zero or None  # None: shown on a terminal only, or as TQDM_DISABLE says
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=disable)
+        self.bar = tqdm(None, "training", state.max_steps, initial=state.global_step, unit="step", disable=bar_off())
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object

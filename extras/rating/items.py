@@ -8,8 +8,8 @@ from itertools import combinations
 from pathlib import Path
 
 from utils.rows import prompt_turns, real_number
-from utils.runs import stop, write_text
-from utils.sources import Record, read_json_lines
+from utils.runs import stop
+from utils.sources import read_json_lines
 
 LAYOUTS = {"pairs": 2, "single": 1}  # answers in an item
 HUMAN = "human"  # the condition of the answer that the data has
@@ -92,11 +92,6 @@ def complete_layout(layout: str, conditions: list[str], human: str, has_human: b
             "human answer too (HUMAN = 'rate'), or set LAYOUT = 'single'"
         )
     return layout or ("pairs" if count > 1 else "single")
-
-
-def write_lines(path: Path, lines: list[Record]) -> None:
-    """Write a .jsonl file, whole or not at all."""
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_items(folder: Path) -> list[dict]:

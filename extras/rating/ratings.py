@@ -4,9 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from extras.rating.items import write_lines
+from utils.files import write_text
 from utils.rows import is_unicode, prompt_turns
-from utils.runs import say, stop, write_text
+from utils.runs import say, stop
 from utils.sources import Record, read_json_lines
 
 CRITERIA = ("relevance", "clarity", "completeness", "originality", "style")
@@ -151,8 +151,3 @@ def preference_rows(duels: list[dict]) -> tuple[list[Record], dict[str, int]]:
             row |= {"chosen": duel["answers"][better], "rejected": duel["answers"][1 - better]}
             rows.append(row | {"chosen_rating": ratings[better], "rejected_rating": ratings[1 - better]})
     return rows, {reason: count for reason, count in left_out.items() if count}
-
-
-def write_own(path: Path, ratings: list[dict]) -> None:
-    """ratings.jsonl with one line for each item and rater."""
-    write_lines(path, ratings)
