@@ -172,7 +172,7 @@ def main(settings: dict) -> None:
     said = start_guidance(GUIDANCE, PREFERENCE_TEXT, PROMPT_EMBEDDING_PATH, PROMPT_EMBEDDING_TOKENS, model, tokenizer)
     rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
     if GUIDANCE != "none":
-        guidance.check_room(tokenizer, said, window, rows)
+        rows, validation = (guidance.with_room(tokenizer, said, window, some) for some in (rows, validation))
         rows, validation = (guidance.guided_rows(some, tokenizer, window, said, both) for some in (rows, validation))
     weights = references.weights_digest(model)
     keys = [references.key_of(some, said.vectors, weights, precision) for some in (rows, validation)]

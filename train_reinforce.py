@@ -71,7 +71,7 @@ SEED = 42  # of the order of prompts and of the samples
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # evaluation
-EVAL_PROMPTS = 64  # prompts of validation that are answered before and after, by the same luck, 0 = all
+EVAL_PROMPTS = 64  # prompts of validation that are answered before and after, 0 = all
 JUDGE_MODEL = ""  # a second reward model that the policy is not trained on, "" = none
 # output
 OUTPUT_DIR = "outputs/reinforce"  # the run folder

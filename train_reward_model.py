@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
 MAX_ROWS = 0  # use the first so many rows of train and of validation only, 0 = all of them
-HALF = ""  # even | odd: train on every second pair only, so that a judge can be trained on the others, "" = on all
+HALF = ""  # even | odd: train on every second prompt only, so that a judge can be trained on the others, "" = on all
 LENGTH_BALANCED = False  # repeat pairs until the longer answer is the chosen one as often as not
 ANSWERS_ONLY = False  # train without the prompts: a shortcut, for SHORTCUT_MODEL of another run
 # model
@@ -73,7 +73,7 @@ SAVE_EVERY_STEPS = 200  # a checkpoint to go on from, 0 = none
 RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
-HALVES = {"even": 0, "odd": 1}  # first row of each
+HALVES = {"even": 0, "odd": 1}  # first prompt of each
 ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.RewardTrainer"}
 FITTED_ON = 500  # pairs on which LENGTH_PENALTY = fit is fitted, at most
 
@@ -151,7 +151,7 @@ def main(settings: dict) -> None:
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
-    rows = rows.select(range(pick(HALVES, "HALF", HALF), len(rows), 2)) if HALF else rows
+    rows = controls.half(rows, pick(HALVES, "HALF", HALF)) if HALF else rows
     judged, measured_on = validation, "validation"
     if EPOCHS > 1 and metadata["test_size"]:  # the epoch is chosen on validation, so it cannot measure too
         judged, measured_on = pairs.load_pairs(DATA_DIR, "test", MAX_ROWS), "test"

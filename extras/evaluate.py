@@ -41,7 +41,7 @@ POLICIES = ()  # in place of judging pairs: folders or hub names of policies to 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # that start, a hub name or a folder
 JUDGE_MODEL = ""  # a second reward model, which no policy was trained on, "" = none
 BEST_OF_N = 4  # also the best of so many answers of the start by REWARD_MODEL, 0 = not
-PROMPTS = 64  # of SPLIT, answered by each policy with the same luck, 0 = all
+PROMPTS = 64  # of SPLIT, answered by each policy with the same random numbers, 0 = all
 MAX_NEW_TOKENS = 50  # of an answer
 TEMPERATURE = 1.0  # of the sampled answers; each policy also answers greedily
 SYSTEM_PROMPT = ""  # a persona, with which each policy also answers, "" = none
@@ -139,7 +139,8 @@ def compare_policies(
     """
     from dataclasses import replace
 
-    from utils import comparing, frontier, models, pairs
+    from extras.parts import frontier
+    from utils import comparing, models, pairs
 
     tokenizer, metadata = pairs.matching_tokenizer(data_dir, "MODEL", model)
     for folder in policies.values():  # all of them before the first one answers: the ids are read by each
@@ -176,7 +177,8 @@ def main(settings: dict) -> None:
     if not DATASET:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
         pick(splits_of(DATA_DIR), "SPLIT", SPLIT)
-    from utils import frontier, judging, models, pairs, quality, quality_plots, rewards
+    from extras.parts import frontier
+    from utils import judging, models, pairs, quality, quality_plots, rewards
 
     device, precision = models.choose_machine(DEVICE, PRECISION)
     if POLICIES and (DATASET or SHORTCUT_MODEL):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from utils.generated import Asked, Written
+    from extras.parts.generated import Asked, Written
     from utils.rewards import RewardModel
 
 # data
@@ -79,7 +79,7 @@ def answer(
 
     prompts: {number: ids}. sampling: what `generate` takes beside them.
     """
-    from utils.generated import Written, whole_letters
+    from extras.parts.generated import Written, whole_letters
     from utils.sampling import generate
 
     ids = [prompts[one.number] for one in batch for _ in range(count)]
@@ -99,7 +99,7 @@ def answer_all(
     """{number: answers} of all batches; what an earlier start has written is read, all else is written to `path`."""
     from tqdm import tqdm
 
-    from utils.generated import append_written, read_written
+    from extras.parts.generated import append_written, read_written
 
     written = read_written(path, batches)
     total = sum(map(len, batches))
@@ -127,7 +127,8 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, TEMPERATURE=TEMPERATURE, TOP_K=TOP_K)
     check(MODE, SPLITS, ANSWERS_PER_PROMPT, TEMPERATURE, TOP_P)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-    from utils import generated, models, pairs, processed, references, rewards, tokens
+    from extras.parts import generated
+    from utils import models, pairs, processed, references, rewards, tokens
     from utils.rows import Ledger
     from utils.sources import Source
 
@@ -171,11 +172,11 @@ def main(settings: dict) -> None:
         # 5. save beside the old folder, then take its place
         whole = Path(work) / "whole"
         processed.save_parts(parts, whole)
-        kept = {name: metadata[name] for name in ("tokenizer", "chat_template", "split_ratio")}
-        known = {"MAX_LENGTH": window, "TOKENIZER": kept["tokenizer"], "CHAT_TEMPLATE": kept["chat_template"]}
+        template = metadata["settings"].get("CHAT_TEMPLATE", "")
+        known = {"MAX_LENGTH": window, "TOKENIZER": metadata["tokenizer"], "CHAT_TEMPLATE": template}
         source = Source(metadata["dataset_name"], metadata["revision"], {}, metadata["split_used"])
         source.rating = "reward" if judge else ""
-        known |= {"VALIDATION_SHARE": kept["split_ratio"], "SEED": SEED}
+        known |= {"VALIDATION_SHARE": metadata["split_ratio"], "SEED": SEED}
         found = processed.describe(parts, source, ledger, tokenizer, settings | known)
         found |= {"rows": "pairs", "generated": generated.figures_of(written) | {"mode": MODE, "model": MODEL}}
         found["made_by"] = "-m extras.generate_pairs"

@@ -14,9 +14,9 @@ import os
 import tempfile
 from pathlib import Path
 
+from extras.parts.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
 from utils.config import override_constants
 from utils.files import write_json
-from utils.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
 from utils.processed import (
     check_folder,
     describe,

@@ -108,8 +108,8 @@ def page(runs: list[dict], seeds: list[dict], data: list[dict], absent: list[str
     """The report as HTML; texts of the rows are escaped by the template engine. absent: commands that were not run."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from extras.parts.questions import questions
     from utils.quality import NAMES
-    from utils.questions import questions
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

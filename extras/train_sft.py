@@ -68,7 +68,8 @@ def main(settings: dict) -> None:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import set_seed
 
-    from utils import answers, models, pairs, policies, policy_report, processed, references, sft, tokens, training
+    from extras.parts import answers, sft
+    from utils import models, pairs, policies, policy_report, processed, references, tokens, training
 
     least = answers.least_rating(MIN_RATING)
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)

@@ -9,11 +9,11 @@ import pytest
 from scipy.stats import ttest_ind
 
 from extras import evaluate, make_report
+from extras.parts.frontier import names_of, over_seeds, p_over_seeds, recipes
+from extras.parts.questions import apart, questions
 from tests.browser import Browser
 from tests.conftest import run_script
 from utils.files import write_json
-from utils.frontier import names_of, over_seeds, p_over_seeds, recipes
-from utils.questions import apart, questions
 
 SMALL = {"PROMPTS": 6, "MAX_NEW_TOKENS": 6, "DEVICE": "cpu", "PRECISION": "fp32", "BEST_OF_N": 3}
 

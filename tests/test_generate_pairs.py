@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import train_dpo
 from extras import generate_pairs, load_oasst_dataset
+from extras.parts import generated
+from extras.parts.generated import Asked, Written, in_batches, left_open, pairs_of, read_written
 from tests.conftest import run_script
 from tests.loading import tree, write_lines
-from utils import generated, rewards, sampling
-from utils.generated import Asked, Written, in_batches, left_open, pairs_of, read_written
+from utils import rewards, sampling
 from utils.processed import row_features
 from utils.rows import Ledger
 from utils.sampling import Answer, Luck, draws

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from extras.make_report import find_runs
+from extras.parts.questions import improved, latest_comparison, reward_model_of, why
 from utils.files import write_json
-from utils.questions import improved, latest_comparison, reward_model_of, why
 
 REPORT = {"accuracy": 0.5, "pairs": 9, "verdict": "not shown to be better than 'longer wins'"}
 

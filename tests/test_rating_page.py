@@ -9,6 +9,7 @@ from extras import rate_answers
 from extras.rating import items, ratings
 from tests.browser import Browser, chromium
 from tests.conftest import ROOT, run_script
+from utils.files import write_lines
 
 EVIL = (
     "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>&\u2028\x1b[2J\x00"
@@ -22,7 +23,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("rating")
     lines = [{"prompt": f"Question {i}", "before": f"old {i}", "after": f"new {i}", "human": "Me"} for i in range(2)]
     lines.append({"prompt": EVIL, "before": EVIL, "after": "<b>bold</b>", "human": EVIL})
-    items.write_lines(place / "samples.jsonl", lines)
+    write_lines(place / "samples.jsonl", lines)
     run_script(rate_answers, SAMPLES=place / "samples.jsonl", OUTPUT_DIR=place / "out")
     return place / "out"
 

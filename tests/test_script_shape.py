@@ -16,18 +16,13 @@ SCRIPTS = [
     for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]
     if "override_constants" in path.read_text(encoding="utf-8")
 ]
-MODULES = sorted(ROOT.glob("utils/*.py"))
+MODULES = sorted([*ROOT.glob("utils/*.py"), *ROOT.glob("extras/*/*.py")])
+PACKAGES = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES} | {"extras"}
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "matplotlib", "scipy", "pandas"}
-LIGHT_MODULES = (
-    "config",
-    "runs",
-    "rows",
-    "sources",
-    "pairing",
-    "split",
-    "oasst",
-    "processed",
-)  # importable without torch
+LIGHT_MODULES = (  # importable without torch
+    *("utils.config", "utils.runs", "utils.rows", "utils.sources", "utils.pairing", "utils.split", "utils.processed"),
+    "extras.parts.oasst",
+)
 HELP_SECONDS = 1.0  # of processor time; half of it in practice
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
@@ -48,7 +43,7 @@ def imported_by(tree: ast.AST) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module in ("utils", "extras")}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module in PACKAGES}
     return names
 
 
@@ -136,9 +131,22 @@ def test_scripts_never_import_scripts():
         assert not imported_by(parsed(path)) & scripts, path
 
 
+def test_what_only_extras_need_lies_under_extras():
+    """utils is what the steps are made of: none of its modules needs an extra, and each is on the way to a step."""
+    for path in ROOT.glob("utils/*.py"):
+        assert not any(name.startswith("extras") for name in imported_by(parsed(path))), path
+    needed, new = set(), {name for path in ROOT.glob("*.py") for name in imported_by(parsed(path))}
+    while new:
+        needed |= new
+        paths = [ROOT / f"{name.replace('.', '/')}.py" for name in new if name.startswith("utils.")]
+        new = {name for path in paths if path.exists() for name in imported_by(parsed(path))} - needed
+    unused = {path.stem for path in ROOT.glob("utils/*.py")} - {name.split(".")[-1] for name in needed} - {"__init__"}
+    assert not unused
+
+
 def test_modules_import_each_other_one_way():
     """No module reaches itself through its imports, those inside functions included."""
-    names = {f"utils.{path.stem}": path for path in MODULES}
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
     below = {name: imported_by(parsed(path)) & set(names) for name, path in names.items()}
     while below:
         free = [name for name, needed in below.items() if not needed & set(below)]
@@ -148,6 +156,6 @@ def test_modules_import_each_other_one_way():
 
 
 def test_light_modules_need_no_torch():
-    modules = ", ".join(f"utils.{name}" for name in LIGHT_MODULES)
+    modules = ", ".join(LIGHT_MODULES)
     code = f"import sys, {modules}\nassert 'torch' not in sys.modules and 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -166,18 +166,28 @@ def test_launchers_that_take_the_weights_apart_are_refused(options, tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
-def test_a_preference_must_fit_behind_the_persona_of_the_rows(tokenizer):
+def test_a_preference_must_fit_behind_the_persona_of_the_rows(tokenizer, capsys):
     from datasets import Dataset
 
     from utils import guidance
+    from utils.templates import prompt_ids
 
     said = guidance.text_guidance("Please be brief and kind.")
     system = {"role": "system", "content": "You are a teacher. " * 8}
-    rows = Dataset.from_list([{"chosen": [system, {"role": "user", "content": "Hi"}]}])
-    guidance.check_room(tokenizer, said, 400, rows)
+    whole = {"chosen_ids": [5] * 9, "rejected_ids": [5], "chosen_cut": False, "rejected_cut": False}
+    hi = {"role": "user", "content": "Hi"}
+    needed = len(prompt_ids(tokenizer, said.add([system, hi])))
+    personas = [system, system, system, {"role": "user", "content": "So"}]
+    rows = [{"chosen": [persona, hi], **whole} for persona in personas]
+    rows[1] |= {"chosen_ids": [5] * 10}  # one token too many beside this persona
+    rows[2] |= {"rejected_cut": True}
+    window = needed + 9
+    kept = guidance.with_room(tokenizer, said, window, Dataset.from_list(rows))
+    assert [row["chosen"][0]["role"] for row in kept] == ["system", "user"]
+    assert "2 of 4 pairs have no room for the preference beside their system turn" in capsys.readouterr().out
+    assert len(guidance.with_room(tokenizer, said, 2 * needed, Dataset.from_list(rows))) == 4
     with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit"):
-        guidance.check_room(tokenizer, said, 120, rows)
-    guidance.check_room(tokenizer, said, 120, Dataset.from_list([{"chosen": [{"role": "user", "content": "Hi"}]}]))
+        guidance.with_room(tokenizer, said, 40, Dataset.from_list(rows))
 
 
 def test_an_adapter_folder_is_a_start_and_the_reference_is_that_model(options, tmp_path):

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import train_dpo
 from extras import load_oasst_dataset, train_sft
+from extras.parts import sft
+from extras.parts.answers import answers_of_source, as_answers, learnable, least_rating, load_answers
 from tests.conftest import ROOT, run_script
 from tests.loading import tree, write_lines
 from tests.toys import toy_arguments
-from utils import sft
-from utils.answers import answers_of_source, as_answers, learnable, least_rating, load_answers
 from utils.models import add_lora, load_causal, trained_state
 from utils.runs import Run
 from utils.training import last_checkpoint, train

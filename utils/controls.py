@@ -54,6 +54,13 @@ def with_prompts(rows: Dataset, ids: list[list[int]], masks: list[list[int]]) ->
     return rows
 
 
+def half(rows: Dataset, first: int) -> Dataset:
+    """The pairs of every second prompt from the `first` on: the other half holds no pair of theirs."""
+    number = {}
+    place = [number.setdefault(str(messages[:-1]), len(number)) for messages in rows["chosen"]]
+    return rows.select([row for row, prompt in enumerate(place) if prompt % 2 == first])
+
+
 def length_balanced(rows: Dataset, seed: int) -> Dataset:
     """Rows in which the longer answer is the chosen one as often as not, at every size of the difference.
 

@@ -1,6 +1,7 @@
 """A preference said to the policy: as a text at the end of the last user turn, or as vectors in the same place."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -72,17 +73,32 @@ def vector_guidance(tokenizer: PreTrainedTokenizerBase, vectors: torch.Tensor) -
     stop("GUIDANCE = 'embedding' needs a tokenizer with a special token (unknown, padding, begin or end)")
 
 
-def check_room(tokenizer: PreTrainedTokenizerBase, guidance: Guidance, max_length: int, rows: Dataset) -> None:
-    """End the script where a short prompt behind the rows' longest system turn, with the preference, does not fit."""
-    first = [messages[0] for messages in rows["chosen"]]
-    persona = max(
-        (turn for turn in first if turn["role"] == "system"), key=lambda turn: len(turn["content"]), default=None
-    )
-    short = [*([persona] if persona else []), {"role": "user", "content": "Hi"}]
-    needed = len(prompt_ids(tokenizer, guidance.add(short)))
-    if needed > max_length // 2:
+def with_room(tokenizer: PreTrainedTokenizerBase, guidance: Guidance, max_length: int, rows: Dataset) -> Dataset:
+    """The rows whose system turn leaves room for the preference; an end to the script where it has none by itself.
+
+    rows: with token columns. A prompt gets what its answers leave, half of the window at least.
+    """
+    half = max_length // 2
+
+    @cache
+    def needed(system: str) -> int:
+        turns = [{"role": "system", "content": system}] if system else []
+        return len(prompt_ids(tokenizer, guidance.add([*turns, {"role": "user", "content": "Hi"}])))
+
+    def fits(row: dict) -> bool:
+        first = row["chosen"][0]
+        tokens = needed(first["content"] if first["role"] == "system" else "")
+        whole = not (row["chosen_cut"] or row["rejected_cut"])
+        longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        return tokens <= half or (whole and tokens <= max_length - longest)
+
+    if needed("") > half:
         what = "PREFERENCE_TEXT" if guidance.vectors is None else f"PROMPT_EMBEDDING_TOKENS = {len(guidance.vectors)}"
-        stop(f"{what} does not fit: a short prompt with it takes {needed} tokens, and prompts get {max_length // 2}")
+        stop(f"{what} does not fit: a short prompt with it takes {needed('')} tokens, and prompts get {half}")
+    kept = [i for i, row in enumerate(rows) if fits(row)]
+    if len(kept) < len(rows):
+        say(f"{len(rows) - len(kept)} of {len(rows)} pairs have no room for the preference beside their system turn")
+    return rows.select(kept)
 
 
 def load_vectors(path: str, hidden: int) -> torch.Tensor:

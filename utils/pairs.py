@@ -62,7 +62,7 @@ def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrai
     Compared by what tokenizer and template do, not by their names: hub, offline copy and SFT folder are the same.
     """
     metadata = read_json(needs(Path(data_dir) / "metadata.json", made_by="load_helpsteer_dataset.py"))
-    tokenizer = load_tokenizer(name, metadata["chat_template"], constant)
+    tokenizer = load_tokenizer(name, metadata["settings"].get("CHAT_TEMPLATE", ""), constant)
     now = {"tokenizer": tokenizer_sha256(tokenizer), "chat_template": chat_template_sha256(tokenizer)}
     for what, value in now.items():
         if metadata[f"{what}_sha256"] != value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,11 +139,13 @@ def answers_of_source(
     """
     from datasets import Dataset
 
-    from utils.tokens import tokenised
+    from utils.tokens import tokenised, unfit
 
+    fits = partial(unfit, tokenizer=tokenizer, max_length=max_length)
     source, ledger = open_source(dataset, "", ANSWER_LAYOUTS), Ledger()
     rows = {
-        role: list(checked_answers(read, source.layouts[role], role, ledger)) for role, read in source.splits.items()
+        role: list(checked_answers(read, source.layouts[role], role, ledger, fits))
+        for role, read in source.splits.items()
     }
     parts = divided(rows["train"], rows.get("test", []), share, seed, ledger)
     if not all(parts.values()):
@@ -158,15 +161,17 @@ def answers_of_source(
     return parts, ledger
 
 
-def checked_answers(read: Callable[[], Iterator[Record]], layout: str, split: str, ledger: Ledger) -> Iterator[dict]:
-    """The rows of one split of a source that pass every check; the ledger takes the rest."""
+def checked_answers(
+    read: Callable[[], Iterator[Record]], layout: str, split: str, ledger: Ledger, fits: Callable[..., str]
+) -> Iterator[dict]:
+    """The rows of one split of a source that pass every check; the ledger takes the rest. fits: see tokens.unfit."""
     seen = set()
     for number, record in enumerate(read()):
         turns, answer = conversation_of(record, layout)
         text = prompt_text(record.get("prompt"), turns)
         ledger.read(text)
         content = hash((str(turns), answer))
-        reason = check_answer(turns, answer) or ("duplicate" if content in seen else "")
+        reason = check_answer(turns, answer) or ("duplicate" if content in seen else fits(turns, (answer,)))
         if reason:
             ledger.drop(reason, split, [number], text)
             continue

@@ -59,7 +59,7 @@ def answer_trainer(
     packing: bool,
     figures: Callable[[], dict[str, float]],
 ) -> AnswerTrainer:
-    """The trainer of answers (see utils.answers). packing: several rows in one of `window` tokens."""
+    """The trainer of answers (see extras.parts.answers). packing: several rows in one of `window` tokens."""
     args = arguments(
         SFTConfig,
         completion_only_loss=True,  # without it TRL learns the prompts of rows that are tokenised already

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.answers import load_answers
+from extras.parts.answers import load_answers
 from utils.files import write_text
 from utils.pairs import like_length
 from utils.rows import Ledger, Message, finished_row, is_text
