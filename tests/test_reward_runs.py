@@ -156,18 +156,25 @@ def test_a_run_does_not_go_on_over_another_model_of_the_same_name(model_folder, 
     assert not read(aside / "run.json")["finished"] and read(tmp_path / "run/run.json")["finished"]
 
 
-def test_seeds_of_other_rows_are_trained_again(sample_folder, tmp_path, monkeypatch):
+def test_seeds_of_other_rows_or_another_start_are_trained_again(sample_folder, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(seeds.subprocess, "run", lambda command: made.append(command) or SimpleNamespace(returncode=0))
     fingerprint = read(Path(sample_folder) / "metadata.json")["fingerprint"]
-    for number, rows in (("1", fingerprint), ("2", "other rows")):
+    write_json(tmp_path / "run.json", {"finished": "2026-03-01 10:00:00"})  # of MODEL
+    first = {"rows": fingerprint, "started": "2026-03-01 10:00:00"}
+    for number, other in (("1", {}), ("2", {"rows": "other rows"}), ("3", {"started": "2026-03-01 09:59:59"})):
+        rows, started = (first | other).values()
         folder = tmp_path / "run-seeds" / number
         folder.mkdir(parents=True)
-        settings = {"DATA_DIR": sample_folder, "SEED": int(number), "SEEDS": [], "OUTPUT_DIR": str(folder)}
-        write_json(folder / "run.json", {"finished": "yes", "settings": settings, "data_fingerprint": rows})
+        settings = {"DATA_DIR": sample_folder, "MODEL": str(tmp_path), "SEED": int(number), "SEEDS": []}
+        record = {"finished": "yes", "started": started, "settings": settings | {"OUTPUT_DIR": str(folder)}}
+        write_json(folder / "run.json", record | {"data_fingerprint": rows})
         write_json(folder / "eval.json", {"accuracy": 0.5})
-    found = seeds.run_seeds({"DATA_DIR": sample_folder}, ("1", "2"), str(tmp_path / "run"), ("accuracy",))
-    assert len(made) == 1 and "--seed=2" in made[0] and found["accuracy"]["mean"] == 0.5
+    settings = {"DATA_DIR": sample_folder, "MODEL": str(tmp_path)}
+    found = seeds.run_seeds(settings, ("1", "2", "3"), str(tmp_path / "run"), ("accuracy",))
+    again = [word for command in made for word in command if word.startswith("--seed=")]
+    assert again == ["--seed=2", "--seed=3"] and found["accuracy"]["mean"] == 0.5
+    assert seeds.over_seeds([1], [{"accuracy": 0.5}], ("accuracy",))["accuracy"]["std"] is None, "one has no spread"
 
 
 def test_an_epoch_whose_evaluation_was_killed_is_still_compared(model_folder, sample_folder, tmp_path, monkeypatch):

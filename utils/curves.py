@@ -12,11 +12,6 @@ ON_VALIDATION = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"} 
 WINDOW = 10  # logged lines that the smooth line averages
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
-    return read_lines(folder / "metrics.jsonl")
-
-
 def smooth(values: np.ndarray) -> np.ndarray:
     """Mean of each value and those before it, WINDOW at most."""
     sums = np.cumsum(np.insert(values, 0, 0.0))
@@ -65,7 +60,7 @@ def training_curves(
     dots: str = "mean over the pairs since the last log",
 ) -> None:
     """Write training_curves.png beside metrics.jsonl; no picture where nothing was logged."""
-    metrics = read_metrics(folder)
+    metrics = read_lines(folder / "metrics.jsonl")
     logged = tuple(name for name in names if any(line.get(name) is not None for line in metrics))
     if logged:
         save(curves(metrics, logged, baselines, title, dots), folder / "training_curves.png")

@@ -25,17 +25,12 @@ def short_model(name: str) -> str:
     return re.sub(r"-Distill-([A-Za-z]+)-(\d)", r"-\1\2", short)
 
 
-def number(value: float) -> str:
-    """A number as short as it can be written: 0.05, 1, 1e-05."""
-    return f"{value:g}"
-
-
 def run_names(dataset: str, mode: str, model: str, loss: str, beta: float, alpha: float) -> tuple[str, str]:
     """(project, run): HelpSteer_dpo_Text and HelpSteer-Text-Qwen2.5-1.5B-dpo-beta0.1-alpha0.1.
 
     dataset: dataset_name of the metadata. mode: Plain, Text or Emb. model: as it is to be called.
     """
-    run = f"{short_dataset(dataset)}-{mode}-{model}-{loss}-beta{number(beta)}-alpha{number(alpha)}"
+    run = f"{short_dataset(dataset)}-{mode}-{model}-{loss}-beta{beta:g}-alpha{alpha:g}"
     return f"HelpSteer_{loss}_{mode}", run
 
 

@@ -14,20 +14,13 @@ from utils.runs import same_work, say, stop
 def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str, ...]) -> dict:
     """Start this script once for each of SEEDS, and write mean and spread of some figures of eval.json.
 
-    Each run is a process of its own, in OUTPUT_DIR-seeds/SEED, and goes on where it was stopped. Returns what is
-    written to OUTPUT_DIR-seeds/seeds.json: seeds, and for each figure values, mean, and std (of a sample, None for
-    one). Ends the script with the exit code of a run that fails.
+    Each run is a process of its own, in OUTPUT_DIR-seeds/SEED, and goes on where it was stopped; one that is there is
+    taken, unless the rows are others now or MODEL has been made again since. Returns what is written to
+    OUTPUT_DIR-seeds/seeds.json: seeds, and for each figure values, mean, and std (of a sample, None for one). Ends the
+    script with the exit code of a run that fails.
     """
-    folder = Path(f"{Path(output_dir)}-seeds")
-    if not all(str(seed).isdigit() for seed in seeds):
-        stop(f"SEEDS = {','.join(map(str, seeds))}: expected whole numbers such as 1,2,3")
-    if processes() > 1:
-        stop("SEEDS starts a run for each seed, which cannot share a launcher's processes: launch each one with --seed")
-    seeds = [int(seed) for seed in seeds]
-    if len(set(seeds)) < len(seeds):
-        stop(f"SEEDS = {','.join(map(str, seeds))}: each once, a second run of a seed is no second draw")
+    folder, seeds = Path(f"{Path(output_dir)}-seeds"), checked(seeds)
     rows = read_json(Path(settings["DATA_DIR"]) / "metadata.json").get("fingerprint")
-    # MODEL may have been made again under its name
     made = read_json(Path(settings.get("MODEL", "")) / "run.json").get("finished", "")
     for seed in seeds:
         mine = settings | {"SEED": seed, "SEEDS": (), "OUTPUT_DIR": str(folder / str(seed))}
@@ -41,7 +34,26 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
         code = subprocess.run([sys.executable, sys.argv[0], *options]).returncode
         if code:
             sys.exit(code)
-    results = [read_json(folder / str(seed) / "eval.json") for seed in seeds]
+    summary = over_seeds(seeds, [read_json(folder / str(seed) / "eval.json") for seed in seeds], figures)
+    write_json(folder / "seeds.json", summary)
+    say(f"written: {folder}/seeds.json")
+    return summary
+
+
+def checked(seeds: tuple) -> list[int]:
+    """SEEDS as numbers; ends the script where one is none or comes twice, or a launcher has started several of us."""
+    if not all(str(seed).isdigit() for seed in seeds):
+        stop(f"SEEDS = {','.join(map(str, seeds))}: expected whole numbers such as 1,2,3")
+    numbers = [int(seed) for seed in seeds]
+    if len(set(numbers)) < len(numbers):
+        stop(f"SEEDS = {','.join(map(str, seeds))}: each once, a second run of a seed is no second draw")
+    if processes() > 1:
+        stop("SEEDS starts a run for each seed, which cannot share a launcher's processes: launch each one with --seed")
+    return numbers
+
+
+def over_seeds(seeds: list[int], results: list[dict], figures: tuple[str, ...]) -> dict:
+    """The content of seeds.json, told aloud. results: the eval.json of each seed."""
     summary = {"seeds": seeds}
     for name in figures:
         values = [result[name] for result in results]
@@ -50,6 +62,4 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
             summary[name] = {"values": values, "mean": statistics.fmean(values), "std": std}
             spread = f"+- {std:.3f} over {len(seeds)} seeds" if std is not None else "with one seed"
             say(f"{name}: {summary[name]['mean']:.3f} {spread}")
-    write_json(folder / "seeds.json", summary)
-    say(f"written: {folder}/seeds.json")
     return summary
