@@ -43,7 +43,7 @@ TOKENIZER = ""  # hub name or folder, "" = the one that the data were made with;
 WINDOWS = (256, 512, 1024, 2048)  # values of MAX_LENGTH (tokens): how many pairs would fit whole
 GAPS = (0.2, 0.5, 1.0, 1.5, 2.0)  # values of MIN_RATING_GAP: how many pairs each would keep
 EXAMPLES = 5  # pairs to show
-SEED = 42  # of the examples and the intervals
+SEED = 42  # of the examples
 # output
 OUTPUT_DIR = "outputs/summary"  # folder of the summary
 

@@ -140,6 +140,7 @@ def main(settings: dict) -> None:
 
     from utils import (
         comparing,
+        controls,
         guidance,
         hidden,
         models,
@@ -253,7 +254,7 @@ def main(settings: dict) -> None:
         if SAMPLE_PROMPTS:
             start = models.load_causal(MODEL).to(device)
             spoken = (guidance.Guidance(),) * 2 if both else (said, said.with_vectors(module.vectors))
-            few = pairs.different_prompts(validation, SAMPLE_PROMPTS)
+            few = controls.different_prompts(validation, SAMPLE_PROMPTS)
             sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)
             samples, compared = policy_report.before_and_after(start, model, few, sampler, judges, spoken)
             if judges:

@@ -23,7 +23,8 @@ BATCH_SIZE=${BATCH_SIZE:-4}
 ACCUMULATION=${ACCUMULATION:-4}
 USE_LORA=${USE_LORA:-false}
 GPUS=${GPUS:-1}                                                      # more than one: accelerate launch
-CONFIG=${CONFIG:-configs/multi_gpu.yaml}                             # or deepspeed_zero2
+CONFIG=${CONFIG:-configs/multi_gpu.yaml}                             # or deepspeed_zero2, with PRECISION=fp32
+PRECISION=${PRECISION:-}                                             # fp32 | bf16 | fp16, empty: by the device
 REPORT_TO=${REPORT_TO:-none}                                         # none | tensorboard | trackio | wandb
 PYTHON=${PYTHON:-python}
 DRY_RUN=${DRY_RUN:-}
@@ -65,6 +66,7 @@ options=(
     --report_to "$REPORT_TO"
 )
 [ -z "$LEARNING_RATE" ] || options+=(--learning_rate "$LEARNING_RATE")
+[ -z "$PRECISION" ] || options+=(--precision "$PRECISION")
 if [ "$GPUS" = 1 ]; then
     command=("$PYTHON" train_dpo.py)
 else

@@ -195,6 +195,7 @@ def main(settings: dict) -> None:
 
     from utils import comparing, engine, models, pairs, policies, policy_report, references, reinforce, training
     from utils import rewards as reward_models
+    from utils.controls import different_prompts
 
     pick(reinforce.BASELINES, "BASELINE", BASELINE)
     pick(reinforce.NORMS, "ADVANTAGE_NORM", ADVANTAGE_NORM)
@@ -207,7 +208,7 @@ def main(settings: dict) -> None:
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows = pairs.load_pairs(DATA_DIR, "train", MAX_ROWS)
-    held_out = pairs.different_prompts(pairs.load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
+    held_out = different_prompts(pairs.load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
     conversations = [messages[:-1] for messages in rows["chosen"]]
     set_seed(SEED)
     model = models.without_dropout(models.load_causal(MODEL))

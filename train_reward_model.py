@@ -62,7 +62,7 @@ SEEDS = ()  # such as 1,2,3: one run each in OUTPUT_DIR-seeds, then mean and spr
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # evaluation
-LENGTH_PENALTY = "0"  # taken off the reward for each 100 tokens of the answer; fit = fitted on training pairs
+LENGTH_PENALTY = "0"  # taken off the reward for each 100 tokens of the answer; fit = fitted, not on what judges it
 CONTROL_PAIRS = 500  # pairs on which it is also tried untrained, without the prompts and with wrong ones, 0 = none
 SHORTCUT_MODEL = ""  # folder of a reward model that was trained with ANSWERS_ONLY, to compare with
 # output
@@ -73,7 +73,6 @@ SAVE_EVERY_STEPS = 200  # a checkpoint to go on from, 0 = none
 RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
-HALVES = {"even": 0, "odd": 1}  # first prompt of each
 ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.RewardTrainer"}
 FITTED_ON = 500  # pairs on which LENGTH_PENALTY = fit is fitted, at most
 
@@ -137,6 +136,8 @@ def main(settings: dict) -> None:
     named = pick(PAIR_LOSSES, "HEAD", HEAD)
     pair_loss = PAIR_LOSS or next(iter(named))
     pick(named, "PAIR_LOSS", pair_loss)
+    if HALF:
+        pick(controls.HALVES, "HALF", HALF)
     if RATING:
         pick(RATINGS, "RATING", RATING)
         if HEAD != "attributes":
@@ -151,7 +152,7 @@ def main(settings: dict) -> None:
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
-    rows = controls.half(rows, pick(HALVES, "HALF", HALF)) if HALF else rows
+    rows = controls.half(rows, HALF) if HALF else rows
     judged, measured_on = validation, "validation"
     if EPOCHS > 1 and metadata["test_size"]:  # the epoch is chosen on validation, so it cannot measure too
         judged, measured_on = pairs.load_pairs(DATA_DIR, "test", MAX_ROWS), "test"

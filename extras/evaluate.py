@@ -141,11 +141,12 @@ def compare_policies(
 
     from extras.parts import frontier
     from utils import comparing, models, pairs
+    from utils.controls import different_prompts
 
     tokenizer, metadata = pairs.matching_tokenizer(data_dir, "MODEL", model)
     for folder in policies.values():  # all of them before the first one answers: the ids are read by each
         pairs.matching_tokenizer(data_dir, "POLICIES", folder)
-    rows = pairs.different_prompts(pairs.load_pairs(data_dir, split), count)
+    rows = different_prompts(pairs.load_pairs(data_dir, split), count)
     prompts = [messages[:-1] for messages in rows["chosen"]]
     device = judges["reward"].model.device
 
@@ -211,9 +212,9 @@ def main(settings: dict) -> None:
             rows = pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
         result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, shortcut, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
-        result["prompts_trained_on"] = judging.prompts_trained_on(REWARD_MODEL, rows)
-        if result["prompts_trained_on"]:
-            say(f"WARNING: {REWARD_MODEL} was trained on {result['prompts_trained_on']} of these {len(rows)} prompts")
+        result["pairs_trained_on"] = judging.trained_on(REWARD_MODEL, rows)
+        if result["pairs_trained_on"]:
+            say(f"WARNING: {REWARD_MODEL} was trained on the prompts of {result['pairs_trained_on']} of these pairs")
         chosen = read_json(f"{REWARD_MODEL}/eval.json").get("epochs")  # on validation, which then flatters
         result["selection_shares_rows"] = bool(chosen) and not DATASET and SPLIT == "validation"
         run = Run(OUTPUT_DIR, settings, resume=False, **facts)

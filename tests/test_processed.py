@@ -120,6 +120,8 @@ def test_the_command_that_makes_a_folder_again_names_what_is_not_its_scripts_own
     assert command == (
         "python -m extras.generate_pairs --data_dir 'my rows' --splits train --model new --output_dir here"
     )
+    older = metadata | {"generated": {}, "made_by": "load_helpsteer_dataset.py"}  # the source's rows are not these
+    assert made_again(older, "here", "new").startswith("python -m extras.generate_pairs ")
     assert made_again({"settings": {"RATING": "goodness"}}, "processed_helpsteer", "new") == (
         "python load_helpsteer_dataset.py --rating goodness --tokenizer new"
     )

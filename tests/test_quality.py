@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from utils.controls import length_balanced, shuffled_prompts, without_prompts
+from utils.controls import HALVES, different_prompts, half, length_balanced, shuffled_prompts, without_prompts
 from utils.heads import Reading
 from utils.judging import lines_of, set_reading, shortcuts_right, surface_weights
 from utils.quality import NAMES, length_bands, report, told
@@ -191,6 +191,34 @@ def test_prompts_are_taken_away_or_exchanged_and_answers_stay(sample_folder, tok
     assert sorted(map(tuple, rows["input_ids"])) == sorted(map(tuple, shuffled["input_ids"]))
     for changed in (empty, shuffled):
         assert list(changed["chosen_ids"]) == list(rows["chosen_ids"]) and list(changed["row"]) == list(rows["row"])
+
+
+def asked(*prompts):
+    turns = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": str(i)}] for i, text in enumerate(prompts)
+    ]
+    return Dataset.from_list([{"row": i, "chosen": chosen} for i, chosen in enumerate(turns)])
+
+
+def test_pairs_of_a_prompt_stay_in_one_half_and_are_answered_once():
+    rows = asked("a", "b", "a", "c", "b", "d")
+    halves = [half(rows, name)["row"] for name in HALVES]
+    assert [list(one) for one in halves] == [[0, 2, 3], [1, 4, 5]]
+    assert list(different_prompts(rows)["row"]) == [0, 1, 3, 5] and list(different_prompts(rows, 2)["row"]) == [0, 1]
+    alone = asked(*"abcdef")
+    assert list(half(alone, "odd")["row"]) == [1, 3, 5], "one pair a prompt: every second pair"
+    with pytest.raises(SystemExit, match="HALF = 'odd' holds no pair"):
+        half(asked("a", "a"), "odd")
+
+
+def test_pairs_that_share_a_prompt_share_their_luck():
+    """Ten prompts with six pairs each are no sixty draws."""
+    rows = planted_rows(60, 0.5)
+    chosen = [[{"role": "user", "content": str(i % 10)}, messages[-1]] for i, messages in enumerate(rows["chosen"])]
+    shared = rows.remove_columns("chosen").add_column("chosen", chosen)
+    apart, together = (report_of(some, outputs_for(some, 0.3, 0.0))[0] for some in (rows, shared))
+    assert apart["accuracy"] == together["accuracy"] and (apart["prompts"], together["prompts"]) == (60, 10)
+    assert together["ece_of_chance"] > apart["ece_of_chance"]
 
 
 def test_balanced_rows_have_no_direction_and_lose_none():

@@ -30,6 +30,8 @@ def test_a_few_pairs_do_not_show_that_a_model_is_worse_than_a_coin(tmp_path):
     result = {"accuracy": 0.0, "accuracy_high": 0.0, "pairs": 5, "verdict": "not shown to be better than x"}
     (tmp_path / "eval.json").write_text(json.dumps(result))
     require_worth(str(tmp_path))
+    (tmp_path / "eval.json").write_text(json.dumps(result | {"pairs": 60, "prompts": 5}))
+    require_worth(str(tmp_path))
     (tmp_path / "eval.json").write_text(json.dumps(result | {"pairs": 6}))
     with pytest.raises(SystemExit, match="is worse than a coin"):
         require_worth(str(tmp_path))

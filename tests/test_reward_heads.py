@@ -15,6 +15,7 @@ from extras import evaluate, make_report
 from tests.conftest import run_script
 from utils.controls import closed_answers
 from utils.heads import HEADS, PairLoss, reading_of
+from utils.judging import trained_on
 from utils.pairs import PairCollator, load_pairs, ratings_of
 from utils.rewards import RewardModel, RewardPairs, start_model
 from utils.templates import render
@@ -131,10 +132,15 @@ def test_evaluate_says_what_the_model_was_trained_on(folders, sample_folder, tmp
     options = {"DATA_DIR": sample_folder, "REWARD_MODEL": folders["scalar"], "DEVICE": "cpu", "CONTROL_PAIRS": 0}
     for split, expected in (("train", 20), ("validation", 0)):
         run_script(evaluate, **options, SPLIT=split, MAX_ROWS=20, OUTPUT_DIR=tmp_path / split)
-        assert read(tmp_path / split / "eval.json")["prompts_trained_on"] == expected
+        assert read(tmp_path / split / "eval.json")["pairs_trained_on"] == expected
         fingerprint = read(tmp_path / split / "run.json")["data_fingerprint"]
         assert fingerprint == read(Path(sample_folder) / "metadata.json")["fingerprint"]
-        assert ("was trained on 20 of these 20 prompts" in capsys.readouterr().out) == (split == "train")
+        assert ("was trained on the prompts of 20 of these pairs" in capsys.readouterr().out) == (split == "train")
+    record = read(folders["scalar"] / "run.json")
+    shutil.copytree(folders["scalar"], tmp_path / "half")
+    half = record | {"settings": record["settings"] | {"HALF": "even", "MAX_ROWS": 10}}
+    (tmp_path / "half/run.json").write_text(json.dumps(half))
+    assert trained_on(tmp_path / "half", load_pairs(sample_folder, "train", 20)) == 5
     with pytest.raises(SystemExit, match="SPLIT = 'test' is not known, choose one of: train, validation"):
         run_script(evaluate, **options, SPLIT="test", OUTPUT_DIR=tmp_path / "none")
 

@@ -186,8 +186,10 @@ def test_a_preference_must_fit_behind_the_persona_of_the_rows(tokenizer, capsys)
     assert [row["chosen"][0]["role"] for row in kept] == ["system", "user"]
     assert "2 of 4 pairs have no room for the preference beside their system turn" in capsys.readouterr().out
     assert len(guidance.with_room(tokenizer, said, 2 * needed, Dataset.from_list(rows))) == 4
-    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit"):
+    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit: a short prompt with it takes"):
         guidance.with_room(tokenizer, said, 40, Dataset.from_list(rows))
+    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit beside the system turn of any row"):
+        guidance.with_room(tokenizer, said, window, Dataset.from_list(rows[1:3]))
 
 
 def test_an_adapter_folder_is_a_start_and_the_reference_is_that_model(options, tmp_path):

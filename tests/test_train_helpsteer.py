@@ -20,10 +20,19 @@ def shell(tmp_path, **variables):
 
 
 def test_the_shell_script_shows_what_it_starts(sample_folder, tmp_path):
-    done = shell(tmp_path, DRY_RUN=1, DATA_DIR=sample_folder, GPUS=2, CONFIG="configs/deepspeed_zero2.yaml", BETA=0.2)
+    done = shell(
+        tmp_path,
+        DRY_RUN=1,
+        DATA_DIR=sample_folder,
+        GPUS=2,
+        CONFIG="configs/deepspeed_zero2.yaml",
+        BETA=0.2,
+        PRECISION="fp32",
+    )
     assert done.returncode == 0, done.stderr
     assert "HelpSteer_new_pref_po_Text/HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.2-alpha0.1" in done.stdout
     assert "accelerate launch --config_file configs/deepspeed_zero2.yaml --num_processes 2 train_dpo.py" in done.stdout
+    assert "--precision fp32" in done.stdout
     first = (
         f"--max_rows 160 --tokenizer Qwen/Qwen2.5-1.5B-Instruct --max_length 128 --output_dir {sample_folder}` first"
     )

@@ -4,10 +4,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from utils.runs import stop
 from utils.templates import end_of_turn, prompt_ids
 from utils.tokens import closed
 
 NOTHING_ASKED = [{"role": "user", "content": ""}]  # the prompt of who sees answers alone
+HALVES = {"even": 0, "odd": 1}  # what HALF may name: its first prompt
 LENGTH_BINS = 4  # quarters of the pairs by how much their answers differ in length
 
 
@@ -54,11 +56,24 @@ def with_prompts(rows: Dataset, ids: list[list[int]], masks: list[list[int]]) ->
     return rows
 
 
-def half(rows: Dataset, first: int) -> Dataset:
-    """The pairs of every second prompt from the `first` on: the other half holds no pair of theirs."""
-    number = {}
-    place = [number.setdefault(str(messages[:-1]), len(number)) for messages in rows["chosen"]]
-    return rows.select([row for row, prompt in enumerate(place) if prompt % 2 == first])
+def same_prompt(rows: Dataset) -> np.ndarray:
+    """For each row [rows] the place of the first one with the same conversation before its answers."""
+    first = {}
+    return np.array([first.setdefault(str(messages[:-1]), i) for i, messages in enumerate(rows["chosen"])], dtype=int)
+
+
+def different_prompts(rows: Dataset, count: int = 0) -> Dataset:
+    """The first `count` rows (0 = all) with a conversation of their own: answers to one prompt are no two draws."""
+    return rows.select(np.unique(same_prompt(rows))[: count or None])
+
+
+def half(rows: Dataset, name: str) -> Dataset:
+    """The pairs of every second prompt, by a name of HALVES: the other half holds no pair of theirs."""
+    number = np.unique(same_prompt(rows), return_inverse=True)[1]
+    found = rows.select(np.flatnonzero(number % 2 == HALVES[name]))
+    if not len(found):
+        stop(f"HALF = {name!r} holds no pair: the {len(rows)} rows have {number.max() + 1} prompt(s)")
+    return found
 
 
 def length_balanced(rows: Dataset, seed: int) -> Dataset:

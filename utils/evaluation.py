@@ -75,18 +75,19 @@ def verdict(against: dict[str, float], name: str) -> str:
     return f"not shown to be better than {name} (difference {against['difference']:+.3f}, p = {against['p_value']:.2g})"
 
 
-def calibration(win: np.ndarray) -> dict[str, object]:
+def calibration(win: np.ndarray, groups: np.ndarray | None = None) -> dict[str, object]:
     """How far to trust P(chosen wins) [pairs]: ece, ece_of_chance, brier, and the reliability curve.
 
     The winner that the model names is right with probability max(win, 1 - win), if it knows itself. The curve has one
     entry a bin of that confidence, BINS equally wide from 0.5 to 1, with pairs in it: confidence (its mean), accuracy
     (of those pairs; a tie of 0.5 is half right) and pairs. ece: their mean distance, weighted by pairs. brier: mean of
     (1 - win)^2; 0.25 for a coin. ece_of_chance: what 95 % of the draws stay below if the model knew itself exactly,
-    which on a hundred pairs is no small number.
+    which on a hundred pairs is no small number; pairs of a group [pairs] have the same luck.
     """
     confidence, right = np.maximum(win, 1 - win), wins(win, 1 - win)
     curve = reliability(confidence, right)
-    drawn = np.random.default_rng(0).random((DRAWS, len(win))) < confidence
+    place = np.arange(len(win)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    drawn = np.random.default_rng(0).random((DRAWS, len(win)))[:, place] < confidence
     by_chance = [calibration_error(reliability(confidence, draw), len(win)) for draw in drawn]
     return {
         "ece": calibration_error(curve, len(win)),

@@ -92,10 +92,11 @@ def with_room(tokenizer: PreTrainedTokenizerBase, guidance: Guidance, max_length
         longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         return tokens <= half or (whole and tokens <= max_length - longest)
 
-    if needed("") > half:
-        what = "PREFERENCE_TEXT" if guidance.vectors is None else f"PROMPT_EMBEDDING_TOKENS = {len(guidance.vectors)}"
-        stop(f"{what} does not fit: a short prompt with it takes {needed('')} tokens, and prompts get {half}")
     kept = [i for i, row in enumerate(rows) if fits(row)]
+    if needed("") > half or not kept:
+        what = "PREFERENCE_TEXT" if guidance.vectors is None else f"PROMPT_EMBEDDING_TOKENS = {len(guidance.vectors)}"
+        beside = "" if needed("") > half else " beside the system turn of any row"
+        stop(f"{what} does not fit{beside}: a short prompt with it takes {needed('')} tokens, and prompts get {half}")
     if len(kept) < len(rows):
         say(f"{len(rows) - len(kept)} of {len(rows)} pairs have no room for the preference beside their system turn")
     return rows.select(kept)

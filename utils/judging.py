@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.controls import shuffled_prompts, without_prompts
+from utils.controls import half, shuffled_prompts, without_prompts
 from utils.evaluation import wins
 from utils.files import read_json
 from utils.heads import Reading
-from utils.pairs import answer_tokens
+from utils.pairs import answer_tokens, load_pairs
 from utils.rewards import RewardModel, answers_of
 from utils.rows import real_number
 from utils.runs import say, stop
@@ -57,18 +57,21 @@ def load_shortcut_model(folder: str, device: str) -> RewardModel:
     return model
 
 
-def prompts_trained_on(folder: str, rows: Dataset) -> int | None:
+def trained_on(folder: str, rows: Dataset) -> int | None:
     """How many of the rows have a prompt that the model of a run folder was trained on; None where that is not known.
 
     Known while the rows of its training are there: their folder is in run.json, their fingerprint too.
     """
     record = read_json(Path(folder) / "run.json")
-    data = Path(record.get("settings", {}).get("DATA_DIR", ""))
-    same = read_json(data / "metadata.json").get("fingerprint") == record.get("data_fingerprint")
-    if not (record.get("data_fingerprint") and same and (data / "train").is_dir()):
+    settings, fingerprint = record.get("settings", {}), record.get("data_fingerprint")
+    data = settings.get("DATA_DIR", "")
+    same = fingerprint and read_json(Path(data) / "metadata.json").get("fingerprint") == fingerprint
+    if not (same and (Path(data) / "train").is_dir()):
         return None
-    trained_on = set(load_from_disk(str(data / "train"))["prompt"])
-    return sum(prompt in trained_on for prompt in rows["prompt"])
+    trained = load_pairs(data, "train", settings.get("MAX_ROWS", 0))
+    trained = half(trained, settings["HALF"]) if settings.get("HALF") else trained
+    known = set(trained["prompt"])
+    return sum(prompt in known for prompt in rows["prompt"])
 
 
 def pairs_right(outputs: np.ndarray, rows: Dataset, reading: Reading) -> np.ndarray:

@@ -48,14 +48,6 @@ def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
     return rows
 
 
-def different_prompts(rows: Dataset, count: int = 0) -> Dataset:
-    """The first `count` rows (0 = all) with a conversation of their own: answers to one prompt are no two draws."""
-    first = {}
-    for i, messages in enumerate(rows["chosen"]):
-        first.setdefault(str(messages[:-1]), i)
-    return rows.select(list(first.values())[: count or None])
-
-
 def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrainedTokenizerBase, dict]:
     """(tokenizer of `name`, metadata.json of data_dir), or an end to the script where the ids are another one's.
 

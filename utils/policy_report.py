@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils.comparing import Sampler, compared, rewards_of
+from utils.controls import same_prompt
 from utils.curves import training_curves
 from utils.evaluation import mean_kl, share_right, wins
 from utils.files import write_json, write_lines, write_text
@@ -35,8 +36,7 @@ def pair_figures(outputs: dict[str, np.ndarray], rows: Dataset, loss: PolicyPair
     with torch.no_grad():
         losses, logged = loss({name: torch.tensor(values) for name, values in outputs.items()}, batch)
     rewards = {side: logged[f"rewards/{side}"].numpy() for side in ("chosen", "rejected")}
-    prompts = np.unique([str(messages[:-1]) for messages in rows["chosen"]], return_inverse=True)[1]
-    accuracy = share_right(wins(rewards["chosen"], rewards["rejected"]), prompts)
+    accuracy = share_right(wins(rewards["chosen"], rewards["rejected"]), same_prompt(rows))
     found = {
         "pairs": accuracy["pairs"],
         "accuracy": accuracy["accuracy"],

@@ -32,6 +32,7 @@ def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
     accuracy = share_right(right, prompts)
     found = {
         "pairs": accuracy["pairs"],
+        "prompts": len(set(prompts.tolist())),
         "ties": int((right == 0.5).sum()),
         "accuracy": accuracy["accuracy"],
         "accuracy_low": accuracy["low"],
@@ -48,7 +49,7 @@ def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
     found |= by_length(right, both, prompts, length_penalty)
     found |= {
         "by_gap": shares(right, bands_of(gaps[:, 0] - gaps[:, 1]), prompts) if gaps is not None else {},
-        **calibration(np.array([line["win"] for line in lines])),
+        **calibration(np.array([line["win"] for line in lines]), prompts),
         "coverage_by_margin": coverage(right, np.abs(margin)),
         "margin": float(margin.mean()),
         "reward_mean": float(both[""].mean()),

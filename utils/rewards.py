@@ -24,7 +24,7 @@ from utils.templates import prompt_ids
 from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
 
 CONFIG_FILE = "reward_config.json"
-FEWEST = 6  # pairs that can show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
+FEWEST = 6  # prompts that can show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
 HUB_WINDOW = 4096  # most tokens of prompt and answer that a reward model of the hub is given
 
 
@@ -264,7 +264,7 @@ def require_worth(folder: str, constant: str = "REWARD_MODEL") -> None:
     result = read_json(Path(folder) / "eval.json")
     if not result:
         say(f"WARNING: {folder} has no eval.json, so nobody knows whether it is better than a coin")
-    elif result["accuracy_high"] < 0.5 and result["pairs"] >= FEWEST:
+    elif result["accuracy_high"] < 0.5 and result.get("prompts", result["pairs"]) >= FEWEST:
         stop(
             f"{constant} = {folder!r} is worse than a coin: {result['accuracy']:.3f} of its {result['pairs']} "
             f"pairs, 95 % interval up to {result['accuracy_high']:.3f}. Neither train nor judge by it"

@@ -151,7 +151,8 @@ def left_padded(
     model: nn.Module, prompts: list[list[int]], pad_id: int, vectors: torch.Tensor | None, guidance: Guidance | None
 ) -> tuple[dict[str, torch.Tensor], int]:
     """(what generate() takes, number of its output's columns that are prompt) for one batch of prompts."""
-    width = max(map(len, prompts))
+    multiple = row_multiple(model.device)
+    width = -(-max(map(len, prompts)) // multiple) * multiple
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):

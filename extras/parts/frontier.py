@@ -163,10 +163,9 @@ def p_over_seeds(one: list[float], other: list[float]) -> float | None:
     """Two-sided p of Welch's test of two recipes' gains, a value a run; None where no spread is known."""
     from scipy.stats import ttest_ind
 
-    if min(len(one), len(other)) < 2 or len({*one, *other}) == 1:
+    if min(len(one), len(other)) < 2 or len({*one}) == len({*other}) == 1:
         return None
-    p = float(ttest_ind(one, other, equal_var=False).pvalue)
-    return None if np.isnan(p) else p
+    return float(ttest_ind(one, other, equal_var=False).pvalue)
 
 
 @in_style

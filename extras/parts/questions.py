@@ -175,7 +175,7 @@ def apart(pair: dict) -> str:
     """Whether two recipes differ: on these prompts, and by more than other seeds would do."""
     if pair["p_value"] >= 0.05:
         return "are not shown to differ"
-    seeds = pair["p_over_seeds"]
+    seeds = pair.get("p_over_seeds")  # comparisons of older versions have none
     if seeds is None:
         return "differ on these prompts, in these runs; what other seeds would do is not known"
     if seeds >= 0.05:
