@@ -265,7 +265,9 @@ def main(settings: dict) -> None:
         # 4. proof
         faults = prove(tiny_model(SEED), device, precision, SEED)
     except RuntimeError as error:  # a driver that does not fit torch, an operation that the device does not have
-        cure = "try another DEVICE or PRECISION" + ", or end what else uses it" * ("out of memory" in str(error))
+        cure = "try another DEVICE or PRECISION"
+        if "out of memory" in str(error):
+            cure += ", or end what else uses it"
         stop(f"{device.type} in {precision} cannot be used: {str(error).splitlines()[0][:200]}; {cure}")
     if faults:
         stop(f"{device.type} in {precision} computes wrongly: {faults[0]}; try another DEVICE or PRECISION")

@@ -224,14 +224,9 @@ def main(settings: dict) -> None:
     facts |= {"train_prompts": len(rows), "reward_head": scorer.reading.head, "device": str(device)}
     facts |= {"start": references.weights_digest(model), "reward_weights": references.weights_digest(scorer.model)}
     run = Run(OUTPUT_DIR, settings, RESUME, **facts, precision=precision)
-    trainer = engine.start_engine(
-        reinforce.Policy(model, TEMPERATURE),
-        device,
-        precision,
-        (LEARNING_RATE, WEIGHT_DECAY, schedule, WARMUP_SHARE, MAX_STEPS),
-        REPORT_TO,
-        run,
-    )
+    rates = {"rate": LEARNING_RATE, "decay": WEIGHT_DECAY, "schedule": schedule, "warmup_share": WARMUP_SHARE}
+    policy = reinforce.Policy(model, TEMPERATURE)
+    trainer = engine.start_engine(policy, device, precision, run, **rates, steps=MAX_STEPS, tracker=REPORT_TO)
     accelerator, baseline = trainer.accelerator, reinforce.Baseline(BASELINE, BASELINE_DECAY)
     if reference != "adapter":
         reference.to(device)

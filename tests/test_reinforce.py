@@ -25,9 +25,8 @@ HOW = {"max_new_tokens": 1, "temperature": 1.0, "batch_size": 8, "precision": "f
 
 
 def engine_of(model, folder, rate=1e-2, steps=100):
-    return start_engine(
-        Policy(model, 1.0), torch.device("cpu"), "fp32", (rate, 0.0, "constant", 0.0, steps), "none", Run(folder, {})
-    )
+    rates = {"rate": rate, "decay": 0.0, "schedule": "constant", "warmup_share": 0.0, "steps": steps}
+    return start_engine(Policy(model, 1.0), torch.device("cpu"), "fp32", Run(folder, {}), **rates)
 
 
 # the gradient

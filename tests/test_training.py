@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,19 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_stops_before_the_step(mode
     with pytest.raises(SystemExit, match=r"training rows \[5\] is not finite at step 1"):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_trackers_get_the_names_and_keep_their_files(tmp_path, monkeypatch):
+    """transformers would write tensorboard's files among the checkpoints, which are removed at the end."""
+    for name in ("WANDB_PROJECT", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    names = {"project": "HelpSteer_dpo_Plain", "run_name": "HelpSteer-Plain-x"}
+    args = toys.toy_arguments(tmp_path / "run", **names)
+    assert (args.project, args.run_name) == tuple(names.values()) and os.environ["WANDB_PROJECT"] == names["project"]
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "run/tensorboard")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    toys.toy_arguments(tmp_path / "run", **names)
+    assert os.environ["WANDB_PROJECT"] == "mine", "the user's wins"
 
 
 def test_a_half_written_checkpoint_is_not_taken(tmp_path):

@@ -106,16 +106,20 @@ def start_engine(
     policy: Policy,
     device: torch.device,
     precision: str,
-    rates: tuple[float, float, str, float, int],
-    tracker: str,
     run: Run,
+    *,
+    rate: float,
+    decay: float,
+    schedule: str,
+    warmup_share: float,
+    steps: int,
+    tracker: str = "none",
 ) -> Engine:
     """The policy on its device, in its precision, with AdamW.
 
-    rates: learning rate at its highest, weight decay, schedule (transformers' name), share of the steps in which the
-    rate grows from 0, steps. tracker: none, or what accelerate logs to.
+    rate: at its highest. decay: of the weights. schedule: transformers' name. warmup_share: of the steps, in which the
+    rate grows from 0. tracker: none, or what accelerate logs to.
     """
-    rate, decay, schedule, warmup, steps = rates
     accelerator = Accelerator(
         mixed_precision=MIXED[precision],
         cpu=device.type == "cpu",
@@ -127,6 +131,6 @@ def start_engine(
         accelerator.init_trackers("reinforce", {k: str(v) for k, v in run.record["settings"].items()})
     trained = [value for value in policy.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
-    rates = get_scheduler(schedule, optimizer, int(warmup * steps), steps)
+    scheduler = get_scheduler(schedule, optimizer, int(warmup_share * steps), steps)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    return Engine(accelerator, policy, optimizer, rates)
+    return Engine(accelerator, policy, optimizer, scheduler)

@@ -107,7 +107,8 @@ def script(main: Callable) -> Callable:
     def guarded(settings: dict) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # question marks where it cannot write Cyrillic
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # question marks where it cannot write Cyrillic
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")  # of their own calls
         try:
             main(settings)
