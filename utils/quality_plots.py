@@ -71,7 +71,7 @@ def reliability(result: dict) -> Figure:
     curve = result["reliability"]
     x, y, n = (np.array([entry[name] for entry in curve]) for name in ("confidence", "accuracy", "pairs"))
     figure, (axes,) = new_figure(
-        f"Its probabilities are off by {result['ece']:.2f} on average; by chance alone it could be "
+        f"Its probabilities are off by {result['ece']:.2f} on average; chance alone can make "
         f"{result['ece_of_chance']:.2f}",
         "How often the answer that the model prefers is the chosen one, by how sure it is. Dots: groups of pairs,\n"
         f"their area is the number of pairs. Brier score {result['brier']:.3f}; a coin that says 0.5 has 0.25."

@@ -242,6 +242,7 @@ class Run:
 
     def finish(self, **facts: object) -> None:
         """Close the run: a later start with the same folder moves it aside instead of going on."""
+        self.record.pop("process", None)  # of use while it runs, and nobody else's business than this machine's
         self.note(**facts, finished=time.strftime("%F %T"))
 
 
