@@ -97,7 +97,19 @@ def test_repetition_and_the_figures_of_answers():
     assert repetition([1, 2, 3, 4]) == 0.0 and repetition([1, 2]) == 0.0 and repetition([1] * 12) == 0.9
     answers = Answers([Answer([9], [1, 2, 1, 2], "", True), Answer([9], [1, 2], "", False)], np.zeros(2))
     assert answers.figures() == {"length": 3.0, "ended": 0.5, "repetition": 0.0}
+    again = Answers([Answer([9], [1] * 12, "", True), Answer([9], [1, 2, 3], "", True)], np.zeros(2))
+    assert again.figures()["repetition"] == pytest.approx(0.9 / 2)
     assert distinct_2([[1, 2, 1, 2], [1, 2]]) == 2 / 4 and distinct_2([[1], []]) == 0.0
+
+
+def test_what_length_does_not_explain_is_after_minus_before():
+    random = np.random.default_rng(0)
+    sizes = random.integers(2, 30, size=(2, 60))
+    sides = [Answers([Answer([9], [1] * size, "", True) for size in some], np.zeros(60)) for some in sizes]
+    before = random.normal(size=60)
+    after = before + 0.7 * (np.log(sizes[1]) - np.log(sizes[0])) - 0.4 + 0.01 * random.normal(size=60)
+    found = compared(*sides, (before, after))["difference_at_equal_length"]
+    assert found["difference"] == pytest.approx(-0.4, abs=0.01) and found["low"] < -0.39 and found["high"] > -0.41
 
 
 def test_different_pairs_of_tokens_are_counted_in_as_much_text_on_both_sides():

@@ -113,6 +113,8 @@ def test_identical_policies_compare_as_not_shown_and_a_better_one_is_found():
     assert same["difference"] == 0.0 and same["kl"] == 0.0
     kl = random.normal(3.0, 1.0, size=60)
     better = comparison(before, before + 0.5 + 0.3 * random.normal(size=60), kl)
+    assert better["mean_reward_before"] == pytest.approx(before.mean())
+    assert better["mean_reward_after"] - better["mean_reward_before"] == pytest.approx(better["difference"])
     assert better["verdict"] == "grew" and better["difference_low"] > 0 and better["win_rate_low"] > 0.5
     assert better["kl"] == pytest.approx(kl.mean()) and better["kl_error"] == pytest.approx(kl.std(ddof=1) / 60**0.5)
     assert comparison(before, before - 0.5, kl)["verdict"] == "fell"

@@ -116,7 +116,15 @@ def test_the_report_is_a_function_of_the_lines_and_the_lines_are_json(tmp_path):
     assert found["accuracy"] == pytest.approx(np.mean(right)) and found["pairs"] == 60
     gaps = {name: part["pairs"] for name, part in found["by_gap"].items()}
     assert gaps == {"0.5-1.0": 40, ">=1.0": 20}
-    assert sum(part["pairs"] for part in found["by_length_difference"].values()) == 60
+    sizes = [(line["chosen_characters"], line["rejected_characters"]) for line in lines]
+    bands = length_bands(np.array([(one - other) / max(one, other) for one, other in sizes]))
+    counts = {name: int(mask.sum()) for name, mask in bands.items() if mask.any()}
+    assert {name: part["pairs"] for name, part in found["by_length_difference"].items()} == counts and len(counts) > 2
+    matched = np.array(right)[bands["equal within 10 %"]]
+    assert found["length_matched_accuracy"] == pytest.approx(matched.mean()) and len(matched) > 1
+    rewards = [line[side] for line in lines for side in ("chosen", "rejected")]
+    assert found["reward_mean"] == pytest.approx(np.mean(rewards), abs=1e-6)
+    assert found["reward_std"] == pytest.approx(np.std(rewards))
     margins = [line["chosen"] - line["rejected"] for line in found["worst_mistakes"]]
     assert margins == sorted(margins) and all(margin < 0 for margin in margins)
     assert told(found).splitlines()[-1] == found["verdict"]
