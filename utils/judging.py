@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.controls import half, shuffled_prompts, without_prompts
+from utils.controls import half, same_prompt, shuffled_prompts, without_prompts
 from utils.evaluation import wins
 from utils.files import read_json
 from utils.heads import Reading
@@ -134,12 +134,11 @@ def lines_of(rows: Dataset, outputs: np.ndarray, reading: Reading, right: dict[s
     both, tokens = torch.tensor(outputs), torch.tensor(answer_tokens(rows))
     rewards, win = reading.rewards(both, tokens).tolist(), reading.win(both[:, 0], both[:, 1], tokens).tolist()
     spread = reading.spread(both).tolist() if reading.head == "distribution" else None
-    lines, first = [], {}  # first: of each prompt the number of its first pair
+    lines, first = [], same_prompt(rows).tolist()
     for i, row in enumerate(rows):
-        asked = str(row["chosen"][:-1])
         line = {
             "row": row.get("row", i),
-            "same_prompt": first.setdefault(asked, i),
+            "same_prompt": first[i],
             "subset": row.get("subset", ""),
             "prompt": row["prompt"][:SHOWN_PROMPT],
         }

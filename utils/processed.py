@@ -183,9 +183,8 @@ def reading(command: str, folder: str, *models: str) -> str:
 def made_again(metadata: dict, folder: str, name: str) -> str:
     """The command that makes the folder again with the tokenizer of `name`, from the same source in the same way."""
     made_by = metadata.get("made_by", "load_helpsteer_dataset.py")
-    made_by = (
-        "-m extras.generate_pairs" if "generated" in metadata else made_by
-    )  # older ones name their source's loader
+    if "generated" in metadata:  # folders of older versions name the loader of their source
+        made_by = "-m extras.generate_pairs"
     script = made_by.removeprefix("-m ").removesuffix(".py").replace(".", "/")
     defaults = defaults_of(Path(__file__).parent.parent / f"{script}.py")
     named = "TOKENIZER" if "TOKENIZER" in defaults else "MODEL"

@@ -140,7 +140,7 @@ def over_seeds(groups: dict[str, list[str]], scores: dict[str, dict[str, np.ndar
 
     gains: {recipe: values (one a run), mean, std (of a sample; None for one run)}. between: the paired difference of
     the means over runs of two recipes, on the same prompts; its interval and p cover the prompts. p_over_seeds covers
-    the training's chance (Welch's test of the runs' values; None where a recipe has one run or all are equal).
+    the training's chance (Welch's test of the runs' values; None where a recipe has one run, or no runs differ).
     """
     found = {}
     for judge, by_name in scores.items():
