@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
 MAX_ROWS = 0  # use the first so many rows of train and of validation only, 0 = all of them
 HALF = ""  # even | odd: train on every second prompt only, so that a judge can be trained on the others, "" = on all
-LENGTH_BALANCED = False  # repeat pairs until the longer answer is the chosen one as often as not
 ANSWERS_ONLY = False  # train without the prompts: a shortcut, for SHORTCUT_MODEL of another run
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder, also that of an earlier reward model
@@ -171,7 +170,6 @@ def main(settings: dict) -> None:
     )
     if ANSWERS_ONLY:
         rows, judged, validation = (controls.without_prompts(some, tokenizer) for some in (rows, judged, validation))
-    trained_on = controls.length_balanced(rows, SEED) if LENGTH_BALANCED else rows
     collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
     set_seed(SEED)
     model = rewards.start_model(MODEL, tokenizer, reading)
@@ -185,7 +183,7 @@ def main(settings: dict) -> None:
         )
     if GRADIENT_CHECKPOINTING:
         models.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {models.count_parameters(model)}, on {len(trained_on)} pairs, {len(validation)} for validation")
+    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
     facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "pair_loss": pair_loss, "start": start}
@@ -221,10 +219,10 @@ def main(settings: dict) -> None:
 
     loss = heads.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
     if ENGINE == "trl":
-        trainer = trl_engine.reward_trainer(model, trained_on, tokenizer, run, arguments, {"score": head_rate})
+        trainer = trl_engine.reward_trainer(model, rows, tokenizer, run, arguments, {"score": head_rate})
     else:
         module, args = rewards.RewardPairs(model), arguments(TrainingArguments)
-        trainer = training.PairTrainer(module, args, trained_on, collator, loss, run, accuracy, {"score": head_rate})
+        trainer = training.PairTrainer(module, args, rows, collator, loss, run, accuracy, {"score": head_rate})
     best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
     # 4. train
     training.train(trainer, run)

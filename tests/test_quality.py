@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from utils.controls import HALVES, different_prompts, half, length_balanced, shuffled_prompts, without_prompts
+from utils.controls import HALVES, different_prompts, half, shuffled_prompts, without_prompts
 from utils.heads import Reading
 from utils.judging import lines_of, set_reading, shortcuts_right, surface_weights
 from utils.quality import NAMES, length_bands, report, told
@@ -227,15 +227,6 @@ def test_pairs_that_share_a_prompt_share_their_luck():
     apart, together = (report_of(some, outputs_for(some, 0.3, 0.0))[0] for some in (rows, shared))
     assert apart["accuracy"] == together["accuracy"] and (apart["prompts"], together["prompts"]) == (60, 10)
     assert together["ece_of_chance"] > apart["ece_of_chance"]
-
-
-def test_balanced_rows_have_no_direction_and_lose_none():
-    rows = planted_rows(200, longer_wins=0.75)
-    balanced = length_balanced(rows, seed=0)
-    assert set(balanced["row"]) == set(range(200))
-    difference = np.array([len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in balanced])
-    assert (difference > 0).sum() == (difference < 0).sum() and len(balanced) > 250
-    assert list(balanced["row"]) == list(length_balanced(rows, seed=0)["row"])
 
 
 def test_a_fitted_length_penalty_takes_off_what_people_do_not_reward():

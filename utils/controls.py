@@ -1,4 +1,4 @@
-"""The same pairs in another way: without their prompts, with each other's prompts, or with length in balance."""
+"""The same pairs with other prompts: none, or each other's; and pairs grouped by their prompt."""
 
 import numpy as np
 from datasets import Dataset
@@ -10,7 +10,6 @@ from utils.tokens import closed
 
 NOTHING_ASKED = [{"role": "user", "content": ""}]  # the prompt of who sees answers alone
 HALVES = {"even": 0, "odd": 1}  # what HALF may name: its first prompt
-LENGTH_BINS = 4  # quarters of the pairs by how much their answers differ in length
 
 
 def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -74,25 +73,3 @@ def half(rows: Dataset, name: str) -> Dataset:
     if not len(found):
         stop(f"HALF = {name!r} holds no pair: the {len(rows)} rows have {number.max() + 1} prompt(s)")
     return found
-
-
-def length_balanced(rows: Dataset, seed: int) -> Dataset:
-    """Rows in which the longer answer is the chosen one as often as not, at every size of the difference.
-
-    Rows of the rarer direction are repeated at random, in LENGTH_BINS bins of |log ratio| of the answers' tokens in
-    the window; rows of equal length stay as they are. Nothing is left out. A bin without one of the directions cannot
-    be balanced and stays too.
-    """
-    lengths = np.array([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows], dtype=float)
-    ratio = np.log(np.maximum(lengths[:, 0], 1) / np.maximum(lengths[:, 1], 1))
-    unequal = np.flatnonzero(ratio)
-    unequal = unequal[np.argsort(np.abs(ratio[unequal]), kind="stable")]
-    random, extra = np.random.default_rng(seed), []
-    for part in np.array_split(unequal, LENGTH_BINS):
-        longer, shorter = part[ratio[part] > 0], part[ratio[part] < 0]
-        rarer = min(longer, shorter, key=len)
-        if len(rarer):
-            missing = abs(len(longer) - len(shorter))
-            repeats = np.concatenate([random.permutation(rarer) for _ in range(missing // len(rarer) + 1)])
-            extra.append(repeats[:missing])
-    return rows.select(np.concatenate([np.arange(len(rows)), *extra]).astype(int))
