@@ -61,7 +61,6 @@ SEEDS = ()  # such as 1,2,3: one run each in OUTPUT_DIR-seeds, then mean and spr
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # evaluation
-LENGTH_PENALTY = "0"  # taken off the reward for each 100 tokens of the answer; fit = fitted, not on what judges it
 CONTROL_PAIRS = 500  # pairs on which it is also tried untrained, without the prompts and with wrong ones, 0 = none
 SHORTCUT_MODEL = ""  # folder of a reward model that was trained with ANSWERS_ONLY, to compare with
 # output
@@ -73,7 +72,6 @@ RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.RewardTrainer"}
-FITTED_ON = 500  # pairs on which LENGTH_PENALTY = fit is fitted, at most
 
 
 def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool, **options: float) -> None:
@@ -141,7 +139,6 @@ def main(settings: dict) -> None:
         pick(RATINGS, "RATING", RATING)
         if HEAD != "attributes":
             stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
-    judging.check_penalty(LENGTH_PENALTY)
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
@@ -215,7 +212,7 @@ def main(settings: dict) -> None:
         return pairs.forward_pairs(module, some, collator, 2 * BATCH_SIZE, trainer.accelerator)["outputs"]
 
     def accuracy() -> dict[str, float]:
-        return {"accuracy": float(judging.pairs_right(outputs_of(validation), validation, reading).mean())}
+        return {"accuracy": float(judging.pairs_right(outputs_of(validation), reading).mean())}
 
     loss = heads.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
     if ENGINE == "trl":
@@ -229,12 +226,13 @@ def main(settings: dict) -> None:
     epochs = best.restore() if best else {}
     # 5. evaluate
     unused = rows if measured_on == "validation" else validation  # rewards of training pairs are too sure
-    judging.set_reading(reading, LENGTH_PENALTY, unused.select(range(min(FITTED_ON, len(unused)))), outputs_of)
+    if HEAD == "attributes":  # the other heads learn the size of a difference from their pairs
+        judging.fit_win_scale(reading, unused, outputs_of)
     weights = judging.surface_weights(rows)
     untrained = partial(rewards.untrained, MODEL, reading, device, SEED)
     lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained, shortcut)
     shared = bool(epochs) and measured_on == "validation"
-    result = quality.report(lines, reading.length_penalty) | {
+    result = quality.report(lines) | {
         "measured_on": measured_on,
         "epochs": epochs,
         "selection_shares_rows": shared,

@@ -126,7 +126,7 @@ def judge_pairs(
         partial(rewards.untrained, started_from, model.reading, device, seed) if started_from else None,
         shortcut,
     )
-    return quality.report(lines, model.reading.length_penalty), lines
+    return quality.report(lines), lines
 
 
 def compare_policies(

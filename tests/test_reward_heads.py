@@ -14,7 +14,8 @@ import train_reward_model
 from extras import evaluate, make_report
 from tests.conftest import run_script
 from utils.controls import closed_answers
-from utils.heads import HEADS, PairLoss, reading_of
+from utils.files import write_json
+from utils.heads import HEADS, PairLoss, Reading, reading_of
 from utils.judging import trained_on
 from utils.pairs import PairCollator, load_pairs, ratings_of
 from utils.rewards import RewardModel, RewardPairs, start_model
@@ -225,10 +226,9 @@ def test_answers_to_one_prompt_share_a_window_and_neighbours_change_nothing(fold
     model = RewardModel.load(str(folders["distribution"]), device="cpu")
     prompts = [row["chosen"][:-1] for row in rows]
     answers = [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in rows]
-    outputs, tokens = model.read(prompts, answers, batch_size=5)
+    outputs = model.read(prompts, answers, batch_size=5)
     np.testing.assert_allclose(outputs.numpy(), model.pair_outputs(rows), atol=1e-5)
-    assert tokens.tolist() == [[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows]
-    alone, _ = model.read(prompts[:1], answers[:1])
+    alone = model.read(prompts[:1], answers[:1])
     torch.testing.assert_close(alone, outputs[:1], atol=1e-5, rtol=0)
 
 
@@ -275,6 +275,16 @@ def test_padding_and_batch_mates_change_no_score_where_pad_is_the_end_of_turn(fo
     alone = torch.cat([model.score([conversation]) for conversation in conversations])
     model.tokenizer.pad_token = model.tokenizer.eos_token
     torch.testing.assert_close(model.score(conversations, batch_size=6), alone, atol=1e-5, rtol=0)
+
+
+def test_a_model_of_an_older_version_loads_where_its_scores_stay_the_same(folders, tmp_path):
+    shutil.copytree(folders["scalar"], tmp_path / "run")
+    config = read(tmp_path / "run/reward_config.json")
+    write_json(tmp_path / "run/reward_config.json", config | {"length_penalty": 0.0})
+    assert RewardModel.load(str(tmp_path / "run"), device="cpu").reading == Reading.of_json(config)
+    write_json(tmp_path / "run/reward_config.json", config | {"length_penalty": -0.125})
+    with pytest.raises(SystemExit, match="has a length penalty of -0.125, which is no longer supported"):
+        RewardModel.load(str(tmp_path / "run"))
 
 
 def test_another_template_than_that_of_the_training_is_refused(folders, tmp_path):

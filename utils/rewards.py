@@ -153,6 +153,11 @@ class RewardModel:
             tokenizer = load_tokenizer(str(name), constant=constant)
             if chat_template_sha256(tokenizer) != config["chat_template_sha256"]:
                 stop(f"{constant} = {str(name)!r}: its chat template is not the one it was trained with")
+            if config.get("length_penalty"):
+                stop(
+                    f"{constant} = {str(name)!r} has a length penalty of {config['length_penalty']:.3g}, which is no "
+                    "longer supported; its scores would change. Train it again"
+                )
             reading, window = Reading.of_json(config), config["max_length"]
         else:
             tokenizer, reading, window = foreign(str(name), constant)
@@ -165,22 +170,18 @@ class RewardModel:
         Batches are made of conversations of like length; neither padding nor batch mates change a score.
         """
         prompts = [messages[:-1] for messages in conversations]
-        outputs, tokens = self.read(prompts, answers_of([conversations]), batch_size)
-        return self.reading.rewards(outputs[:, 0], tokens[:, 0])
+        return self.reading.rewards(self.read(prompts, answers_of([conversations]), batch_size)[:, 0])
 
-    def read(
-        self, prompts: list[list[Message]], answers: list[tuple[str, ...]], batch_size: int = 8
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(outputs [prompts, answers, n], tokens [prompts, answers] of each answer in the window), float32, CPU.
+    def read(self, prompts: list[list[Message]], answers: list[tuple[str, ...]], batch_size: int = 8) -> torch.Tensor:
+        """Return the head's outputs [prompts, answers, n], float32 on the CPU.
 
-        The answers to a prompt, as many to each, share one window, as those of a pair do in training. What the
-        outputs mean is in `reading`: rewards, probabilities, spread, entropy, P(one beats the other).
+        Give each prompt the same number of answers. They share one window, as the answers of a pair do in training.
+        `reading` turns outputs into rewards, probabilities, spread, entropy, and P(one beats the other).
         """
         encoded = encode_answers(self.tokenizer, prompts, answers, self.max_length, close=True)
         empty = prompt_ids(self.tokenizer, NOTHING_ASKED) if self.config.get("answers_only") else None
         ids = [(empty or pair.prompt_ids) + answer for pair in encoded for answer in pair.answer_ids]
-        tokens = torch.tensor([[len(answer) for answer in pair.answer_ids] for pair in encoded], dtype=torch.float32)
-        return self.outputs_of_ids(ids, batch_size).view(*tokens.shape, -1), tokens
+        return self.outputs_of_ids(ids, batch_size).view(len(prompts), len(answers[0]), -1)
 
     def pair_outputs(self, rows: Dataset, batch_size: int = 8) -> np.ndarray:
         """The head's outputs [pairs, 2, n] for rows with token columns and closed answers, chosen first."""
