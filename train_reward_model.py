@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
 MAX_ROWS = 0  # use the first so many rows of train and of validation only, 0 = all of them
 HALF = ""  # even | odd: train on every second prompt only, so that a judge can be trained on the others, "" = on all
-ANSWERS_ONLY = False  # train without the prompts: a shortcut, for SHORTCUT_MODEL of another run
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder, also that of an earlier reward model
 HEAD = "scalar"  # scalar = a number | distribution = P(grade) for 1 to 10 | attributes = the five ratings
@@ -62,7 +61,6 @@ DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # evaluation
 CONTROL_PAIRS = 500  # pairs on which it is also tried untrained, without the prompts and with wrong ones, 0 = none
-SHORTCUT_MODEL = ""  # folder of a reward model that was trained with ANSWERS_ONLY, to compare with
 # output
 OUTPUT_DIR = "outputs/reward_model"  # the run folder
 LOG_EVERY_STEPS = 10  # a line of metrics.jsonl
@@ -142,9 +140,6 @@ def main(settings: dict) -> None:
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    shortcut = partial(judging.load_shortcut_model, SHORTCUT_MODEL, DEVICE) if SHORTCUT_MODEL else None
-    if shortcut:
-        shortcut()  # now, so that a wrong one is not found after the training
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
@@ -165,8 +160,6 @@ def main(settings: dict) -> None:
         CENTRING=CENTRING,
         RATING_WEIGHT=RATING_WEIGHT,
     )
-    if ANSWERS_ONLY:
-        rows, judged, validation = (controls.without_prompts(some, tokenizer) for some in (rows, judged, validation))
     collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
     set_seed(SEED)
     model = rewards.start_model(MODEL, tokenizer, reading)
@@ -230,7 +223,7 @@ def main(settings: dict) -> None:
         judging.fit_win_scale(reading, unused, outputs_of)
     weights = judging.surface_weights(rows)
     untrained = partial(rewards.untrained, MODEL, reading, device, SEED)
-    lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained, shortcut)
+    lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained)
     shared = bool(epochs) and measured_on == "validation"
     result = quality.report(lines) | {
         "measured_on": measured_on,
@@ -239,8 +232,8 @@ def main(settings: dict) -> None:
     }
     # 6. save
     if first_process():
-        facts = {"max_length": metadata["max_length"], "answers_only": ANSWERS_ONLY}
-        facts |= {"surface_weights": weights.tolist()} | {n: result[n] for n in ("reward_mean", "reward_std")}
+        facts = {"max_length": metadata["max_length"], "surface_weights": weights.tolist()}
+        facts |= {n: result[n] for n in ("reward_mean", "reward_std")}
         rewards.save(model, tokenizer, run.folder, reading, rows, collator, **facts)
         quality_plots.write_results(run.folder, result, lines, run.record)
     training.close(run, trainer.accelerator)

@@ -232,26 +232,6 @@ def test_answers_to_one_prompt_share_a_window_and_neighbours_change_nothing(fold
     torch.testing.assert_close(alone, outputs[:1], atol=1e-5, rtol=0)
 
 
-def test_a_model_of_answers_alone_does_not_see_the_prompt(model_folder, sample_folder, folders, tmp_path):
-    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "answers"}
-    run_script(train_reward_model, **options, ANSWERS_ONLY="true")
-    model = RewardModel.load(str(tmp_path / "answers"), device="cpu")
-    answer = {"role": "assistant", "content": "It is Paris."}
-    asked = [[{"role": "user", "content": text}, answer] for text in ("What is the capital of France?", "Hi")]
-    scores = model.score(asked)
-    assert scores[0] == scores[1]
-    other = RewardModel.load(str(folders["scalar"]), device="cpu").score(asked)
-    assert other[0] != other[1]
-    evaluated = {"REWARD_MODEL": folders["scalar"], "SHORTCUT_MODEL": tmp_path / "answers", "DEVICE": "cpu"}
-    evaluated |= {"DATA_DIR": sample_folder, "OUTPUT_DIR": tmp_path / "out", "MAX_ROWS": 40}
-    run_script(evaluate, **evaluated)
-    found, itself = read(tmp_path / "out/eval.json")["shortcuts"]["answers_only"], read(tmp_path / "answers/eval.json")
-    assert found["pairs"] == itself["pairs"] > 5
-    assert found["accuracy"] == pytest.approx(itself["accuracy"]), "it reads the answers that it was trained on"
-    with pytest.raises(SystemExit, match=r"has seen prompts: name one of `train_reward_model.py --answers_only true`"):
-        run_script(evaluate, **evaluated | {"SHORTCUT_MODEL": folders["attributes"]})
-
-
 def test_any_model_with_one_output_is_a_reward_model(folders, tmp_path, model_folder):
     shutil.copytree(folders["scalar"], tmp_path / "hub")
     (tmp_path / "hub/reward_config.json").unlink()
@@ -280,11 +260,12 @@ def test_padding_and_batch_mates_change_no_score_where_pad_is_the_end_of_turn(fo
 def test_a_model_of_an_older_version_loads_where_its_scores_stay_the_same(folders, tmp_path):
     shutil.copytree(folders["scalar"], tmp_path / "run")
     config = read(tmp_path / "run/reward_config.json")
-    write_json(tmp_path / "run/reward_config.json", config | {"length_penalty": 0.0})
+    write_json(tmp_path / "run/reward_config.json", config | {"length_penalty": 0.0, "answers_only": False})
     assert RewardModel.load(str(tmp_path / "run"), device="cpu").reading == Reading.of_json(config)
-    write_json(tmp_path / "run/reward_config.json", config | {"length_penalty": -0.125})
-    with pytest.raises(SystemExit, match="has a length penalty of -0.125, which is no longer supported"):
-        RewardModel.load(str(tmp_path / "run"))
+    for option, value in {"LENGTH_PENALTY": -0.125, "ANSWERS_ONLY": True}.items():
+        write_json(tmp_path / "run/reward_config.json", config | {option.lower(): value})
+        with pytest.raises(SystemExit, match=f"needs {option}, which no longer exists: train it again"):
+            RewardModel.load(str(tmp_path / "run"))
 
 
 def test_another_template_than_that_of_the_training_is_refused(folders, tmp_path):

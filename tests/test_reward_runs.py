@@ -103,7 +103,6 @@ def test_several_seeds_give_mean_and_spread(model_folder, sample_folder, tmp_pat
         ({"ENGINE": "trl", "EVAL_EVERY_STEPS": 2}, "EVAL_EVERY_STEPS is for ENGINE = pairs"),
         ({"SEEDS": "1,2,1"}, "SEEDS = 1,2,1: each once"),
         ({"SEEDS": "one,two"}, "SEEDS = one,two: expected whole numbers such as 1,2,3"),
-        ({"SHORTCUT_MODEL": "nowhere"}, "SHORTCUT_MODEL = 'nowhere' is not there"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_the_training(

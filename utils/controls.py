@@ -8,7 +8,6 @@ from utils.runs import stop
 from utils.templates import end_of_turn, prompt_ids
 from utils.tokens import closed
 
-NOTHING_ASKED = [{"role": "user", "content": ""}]  # the prompt of who sees answers alone
 HALVES = {"even": 0, "odd": 1}  # what HALF may name: its first prompt
 
 
@@ -24,9 +23,9 @@ def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset
 
 
 def without_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows with an empty user turn for a prompt: what can be told from the answers alone."""
+    """Return the rows with an empty user turn as the prompt."""
     window = len(rows[0]["input_ids"])
-    empty = prompt_ids(tokenizer, NOTHING_ASKED)
+    empty = prompt_ids(tokenizer, [{"role": "user", "content": ""}])
     ids, mask = padded(empty, window, tokenizer.pad_token_id)
     return with_prompts(rows, [ids] * len(rows), [mask] * len(rows))
 

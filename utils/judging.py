@@ -13,8 +13,7 @@ from utils.evaluation import wins
 from utils.files import read_json
 from utils.heads import Reading
 from utils.pairs import answer_tokens, load_pairs
-from utils.rewards import RewardModel, answers_of
-from utils.runs import say, stop
+from utils.runs import say
 from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
 
 SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters of them in predictions.jsonl
@@ -31,29 +30,16 @@ def judged(
     surface_weights: np.ndarray | None,
     control_pairs: int,
     untrained: Callable | None,
-    shortcut: Callable[[], RewardModel] | None,
 ) -> list[dict]:
-    """The lines of predictions.jsonl for rows with token columns.
+    """Return the lines of predictions.jsonl for rows with token columns.
 
-    surface_weights [9]: see `surface_weights`, None to leave that shortcut out. control_pairs: so many pairs are tried
-    without their prompts, with those of others, and by a model with a random head (untrained: () to it, or None).
-    shortcut: () to a reward model that was trained on answers alone, or None.
+    surface_weights [9]: see `surface_weights`; None leaves that shortcut out. control_pairs: the number of pairs to
+    judge again without prompts, with the prompts of other pairs, and with a random head. untrained: a function that
+    returns the model with that head, or None.
     """
     right = shortcuts_right(rows, surface_weights)
     right |= controls_right(outputs_of, untrained, rows, tokenizer, reading, control_pairs)
-    if shortcut:
-        other = shortcut()  # its tokenizer and window may be others
-        prompts, answers = [side[:-1] for side in rows["chosen"]], answers_of([rows["chosen"], rows["rejected"]])
-        right["answers_only"] = wins(*other.reading.rewards(other.read(prompts, answers)).numpy().T)
     return lines_of(rows, outputs_of(rows), reading, right)
-
-
-def load_shortcut_model(folder: str, device: str) -> RewardModel:
-    """SHORTCUT_MODEL on DEVICE, or an end to the script where it was trained on more than answers."""
-    model = RewardModel.load(folder, device, constant="SHORTCUT_MODEL")
-    if not model.config.get("answers_only"):
-        stop(f"SHORTCUT_MODEL = {folder!r} has seen prompts: name one of `train_reward_model.py --answers_only true`")
-    return model
 
 
 def trained_on(folder: str, rows: Dataset) -> int | None:

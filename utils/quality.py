@@ -15,7 +15,6 @@ NAMES = {  # key in eval.json: in words
     "more_list_items": "'more list items win'",
     "surface": "nine surface measures",
     "untrained_head": "an untrained head",
-    "answers_only": "a model that sees answers alone",
     "without_prompt": "itself without the prompts",
     "shuffled_prompt": "itself with the prompts of other pairs",
 }
