@@ -33,7 +33,6 @@ HALF = ""  # even | odd: train on every second prompt only, so that a judge can 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder, also that of an earlier reward model
 HEAD = "scalar"  # scalar = a number | distribution = P(grade) for 1 to 10 | attributes = the five ratings
 RATING = ""  # of HEAD = attributes: their weights, see RATINGS in utils/rows.py; "" = as the data were rated
-FREEZE_LAYERS = 0  # leave the embeddings and so many lower layers as they are (no adapters either), 0 = train all
 USE_LORA = False  # train low-rank adapters and the head instead of all weights
 LORA_RANK = 16  # of the adapters
 LORA_ALPHA = 32  # adapters count alpha / rank
@@ -106,7 +105,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
     at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
     shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
-    at_least(0, FREEZE_LAYERS=FREEZE_LAYERS, CONTROL_PAIRS=CONTROL_PAIRS, HEAD_LEARNING_RATE=HEAD_LEARNING_RATE)
+    at_least(0, CONTROL_PAIRS=CONTROL_PAIRS, HEAD_LEARNING_RATE=HEAD_LEARNING_RATE)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
@@ -166,11 +165,8 @@ def main(settings: dict) -> None:
     hidden.check_shared_rows(model, rows[0], collator)
     start = references.weights_digest(model)
     head_rate = LEARNING_RATE if model.score.weight.any() else HEAD_LEARNING_RATE or LEARNING_RATE
-    models.freeze_lower(model, FREEZE_LAYERS)
     if USE_LORA:
-        model = models.add_lora(
-            model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, "score", FREEZE_LAYERS
-        )
+        model = models.add_lora(model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, "score")
     if GRADIENT_CHECKPOINTING:
         models.use_gradient_checkpointing(model)
     say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")

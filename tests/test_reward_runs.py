@@ -96,8 +96,6 @@ def test_several_seeds_give_mean_and_spread(model_folder, sample_folder, tmp_pat
         ({"LABEL_SMOOTHING": 0.7}, "LABEL_SMOOTHING = 0.7: expected a share from 0 to below 0.5"),
         ({"ENGINE": "trl", "PAIR_LOSS": "scaled"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
         ({"ENGINE": "trl", "HEAD": "distribution"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
-        ({"FREEZE_LAYERS": 3}, "FREEZE_LAYERS = 3: this model has 2"),
-        ({"FREEZE_LAYERS": 2, "USE_LORA": "true"}, "FREEZE_LAYERS = 2 leaves no layer for adapters"),
         ({"RATING": "taste"}, "RATING = 'taste' is not known"),
         ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
         ({"ENGINE": "trl", "EVAL_EVERY_STEPS": 2}, "EVAL_EVERY_STEPS is for ENGINE = pairs"),
