@@ -6,7 +6,7 @@ Writes : outputs/reward_model/ (the model, eval.json, predictions.jsonl, metrics
 python train_reward_model.py
 python train_reward_model.py --head distribution           # P(grade) for 1 to 10 in place of a number
 python train_reward_model.py --max_rows 32 --max_steps 4    # a quick look; any constant below, in lower case
-python train_reward_model.py --seeds 1,2,3                  # three runs, mean and spread
+python train_reward_model.py --seed 1 --output_dir outputs/reward_model_1    # extras.make_report averages over seeds
 accelerate launch train_reward_model.py                    # on several GPUs
 """
 
@@ -55,7 +55,6 @@ SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
 SEED = 42  # of the adapters' start and of the order of rows
-SEEDS = ()  # such as 1,2,3: one run each in OUTPUT_DIR-seeds, then mean and spread
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # evaluation
@@ -92,11 +91,6 @@ def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool,
 
 @script
 def main(settings: dict) -> None:
-    if SEEDS:
-        from utils.seeds import run_seeds
-
-        run_seeds(settings, SEEDS, OUTPUT_DIR, ("accuracy", "length_matched_accuracy", "length_correlation"))
-        return
     # 1. check
     pick(ENGINES, "ENGINE", ENGINE)
     if ENGINE == "trl" and EVAL_EVERY_STEPS:
