@@ -204,7 +204,7 @@ def main(settings: dict) -> None:
     device, precision = models.choose_machine(DEVICE, PRECISION, deepspeed=False)
     judges = reward_models.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
     scorer = judges["reward"]
-    reinforce.check_reading(scorer.reading, RISK, WIN_REWARD, REWARD_MODEL)
+    reinforce.check_reading(scorer.reading, RISK, REWARD_MODEL)
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows = pairs.load_pairs(DATA_DIR, "train", MAX_ROWS)

@@ -6,7 +6,7 @@ Writes : outputs/reward_model/ (the model, eval.json, predictions.jsonl, metrics
 python train_reward_model.py
 python train_reward_model.py --head distribution           # P(grade) for 1 to 10 in place of a number
 python train_reward_model.py --max_rows 32 --max_steps 4    # a quick look; any constant below, in lower case
-python train_reward_model.py --seeds 1,2,3                  # three runs, mean and spread
+python train_reward_model.py --seed 1 --output_dir outputs/reward_model_1    # extras.make_report averages over seeds
 accelerate launch train_reward_model.py                    # on several GPUs
 """
 
@@ -29,13 +29,10 @@ if TYPE_CHECKING:
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
 MAX_ROWS = 0  # use the first so many rows of train and of validation only, 0 = all of them
 HALF = ""  # even | odd: train on every second prompt only, so that a judge can be trained on the others, "" = on all
-LENGTH_BALANCED = False  # repeat pairs until the longer answer is the chosen one as often as not
-ANSWERS_ONLY = False  # train without the prompts: a shortcut, for SHORTCUT_MODEL of another run
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder, also that of an earlier reward model
 HEAD = "scalar"  # scalar = a number | distribution = P(grade) for 1 to 10 | attributes = the five ratings
 RATING = ""  # of HEAD = attributes: their weights, see RATINGS in utils/rows.py; "" = as the data were rated
-FREEZE_LAYERS = 0  # leave the embeddings and so many lower layers as they are (no adapters either), 0 = train all
 USE_LORA = False  # train low-rank adapters and the head instead of all weights
 LORA_RANK = 16  # of the adapters
 LORA_ALPHA = 32  # adapters count alpha / rank
@@ -58,13 +55,10 @@ SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
 SEED = 42  # of the adapters' start and of the order of rows
-SEEDS = ()  # such as 1,2,3: one run each in OUTPUT_DIR-seeds, then mean and spread
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # evaluation
-LENGTH_PENALTY = "0"  # taken off the reward for each 100 tokens of the answer; fit = fitted, not on what judges it
 CONTROL_PAIRS = 500  # pairs on which it is also tried untrained, without the prompts and with wrong ones, 0 = none
-SHORTCUT_MODEL = ""  # folder of a reward model that was trained with ANSWERS_ONLY, to compare with
 # output
 OUTPUT_DIR = "outputs/reward_model"  # the run folder
 LOG_EVERY_STEPS = 10  # a line of metrics.jsonl
@@ -74,7 +68,6 @@ RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.RewardTrainer"}
-FITTED_ON = 500  # pairs on which LENGTH_PENALTY = fit is fitted, at most
 
 
 def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool, **options: float) -> None:
@@ -98,11 +91,6 @@ def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool,
 
 @script
 def main(settings: dict) -> None:
-    if SEEDS:
-        from utils.seeds import run_seeds
-
-        run_seeds(settings, SEEDS, OUTPUT_DIR, ("accuracy", "length_matched_accuracy", "length_correlation"))
-        return
     # 1. check
     pick(ENGINES, "ENGINE", ENGINE)
     if ENGINE == "trl" and EVAL_EVERY_STEPS:
@@ -111,7 +99,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
     at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
     shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
-    at_least(0, FREEZE_LAYERS=FREEZE_LAYERS, CONTROL_PAIRS=CONTROL_PAIRS, HEAD_LEARNING_RATE=HEAD_LEARNING_RATE)
+    at_least(0, CONTROL_PAIRS=CONTROL_PAIRS, HEAD_LEARNING_RATE=HEAD_LEARNING_RATE)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
@@ -142,13 +130,9 @@ def main(settings: dict) -> None:
         pick(RATINGS, "RATING", RATING)
         if HEAD != "attributes":
             stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
-    judging.check_penalty(LENGTH_PENALTY)
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    shortcut = partial(judging.load_shortcut_model, SHORTCUT_MODEL, DEVICE) if SHORTCUT_MODEL else None
-    if shortcut:
-        shortcut()  # now, so that a wrong one is not found after the training
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
@@ -169,23 +153,17 @@ def main(settings: dict) -> None:
         CENTRING=CENTRING,
         RATING_WEIGHT=RATING_WEIGHT,
     )
-    if ANSWERS_ONLY:
-        rows, judged, validation = (controls.without_prompts(some, tokenizer) for some in (rows, judged, validation))
-    trained_on = controls.length_balanced(rows, SEED) if LENGTH_BALANCED else rows
     collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
     set_seed(SEED)
     model = rewards.start_model(MODEL, tokenizer, reading)
     hidden.check_shared_rows(model, rows[0], collator)
     start = references.weights_digest(model)
     head_rate = LEARNING_RATE if model.score.weight.any() else HEAD_LEARNING_RATE or LEARNING_RATE
-    models.freeze_lower(model, FREEZE_LAYERS)
     if USE_LORA:
-        model = models.add_lora(
-            model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, "score", FREEZE_LAYERS
-        )
+        model = models.add_lora(model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, "score")
     if GRADIENT_CHECKPOINTING:
         models.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {models.count_parameters(model)}, on {len(trained_on)} pairs, {len(validation)} for validation")
+    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
     facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "pair_loss": pair_loss, "start": start}
@@ -217,34 +195,35 @@ def main(settings: dict) -> None:
         return pairs.forward_pairs(module, some, collator, 2 * BATCH_SIZE, trainer.accelerator)["outputs"]
 
     def accuracy() -> dict[str, float]:
-        return {"accuracy": float(judging.pairs_right(outputs_of(validation), validation, reading).mean())}
+        return {"accuracy": float(judging.pairs_right(outputs_of(validation), reading).mean())}
 
     loss = heads.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
     if ENGINE == "trl":
-        trainer = trl_engine.reward_trainer(model, trained_on, tokenizer, run, arguments, {"score": head_rate})
+        trainer = trl_engine.reward_trainer(model, rows, tokenizer, run, arguments, {"score": head_rate})
     else:
         module, args = rewards.RewardPairs(model), arguments(TrainingArguments)
-        trainer = training.PairTrainer(module, args, trained_on, collator, loss, run, accuracy, {"score": head_rate})
+        trainer = training.PairTrainer(module, args, rows, collator, loss, run, accuracy, {"score": head_rate})
     best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
     # 4. train
     training.train(trainer, run)
     epochs = best.restore() if best else {}
     # 5. evaluate
     unused = rows if measured_on == "validation" else validation  # rewards of training pairs are too sure
-    judging.set_reading(reading, LENGTH_PENALTY, unused.select(range(min(FITTED_ON, len(unused)))), outputs_of)
+    if HEAD == "attributes":  # the other heads learn the size of a difference from their pairs
+        judging.fit_win_scale(reading, unused, outputs_of)
     weights = judging.surface_weights(rows)
     untrained = partial(rewards.untrained, MODEL, reading, device, SEED)
-    lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained, shortcut)
+    lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained)
     shared = bool(epochs) and measured_on == "validation"
-    result = quality.report(lines, reading.length_penalty) | {
+    result = quality.report(lines) | {
         "measured_on": measured_on,
         "epochs": epochs,
         "selection_shares_rows": shared,
     }
     # 6. save
     if first_process():
-        facts = {"max_length": metadata["max_length"], "answers_only": ANSWERS_ONLY}
-        facts |= {"surface_weights": weights.tolist()} | {n: result[n] for n in ("reward_mean", "reward_std")}
+        facts = {"max_length": metadata["max_length"], "surface_weights": weights.tolist()}
+        facts |= {n: result[n] for n in ("reward_mean", "reward_std")}
         rewards.save(model, tokenizer, run.folder, reading, rows, collator, **facts)
         quality_plots.write_results(run.folder, result, lines, run.record)
     training.close(run, trainer.accelerator)

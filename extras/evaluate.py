@@ -21,8 +21,6 @@ from utils.processed import splits_of
 from utils.runs import Run, at_least, check_run_folder, needs, pick, say, script, stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from datasets import Dataset
 
     from utils.rewards import RewardModel
@@ -34,7 +32,6 @@ DATASET = ""  # in place of DATA_DIR: file, folder or hub name of pairs (prompt,
 MAX_ROWS = 0  # the first so many pairs only, 0 = all of them
 # model
 REWARD_MODEL = "outputs/reward_model"  # run folder of train_reward_model.py, or a hub reward model with one output
-SHORTCUT_MODEL = ""  # folder of a reward model that was trained with ANSWERS_ONLY, to compare with
 CONTROL_PAIRS = 500  # pairs on which it is also tried without the prompts and with wrong ones, 0 = none
 # policies
 POLICIES = ()  # in place of judging pairs: folders or hub names of policies to compare with their start
@@ -96,7 +93,7 @@ def in_its_window(rows: Dataset, model: RewardModel) -> Dataset:
 
 
 def judge_pairs(
-    model: RewardModel, name: str, rows: Dataset, batch_size: int, controls: int, shortcut: Callable | None, seed: int
+    model: RewardModel, name: str, rows: Dataset, batch_size: int, controls: int, seed: int
 ) -> tuple[dict, list[dict]]:
     """(eval.json, lines of predictions.jsonl): the report on a reward model."""
     import numpy as np
@@ -124,9 +121,8 @@ def judge_pairs(
         np.array(weights) if weights else None,
         controls,
         partial(rewards.untrained, started_from, model.reading, device, seed) if started_from else None,
-        shortcut,
     )
-    return quality.report(lines, model.reading.length_penalty), lines
+    return quality.report(lines), lines
 
 
 def compare_policies(
@@ -182,11 +178,8 @@ def main(settings: dict) -> None:
     from utils import judging, models, pairs, quality, quality_plots, rewards
 
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    if POLICIES and (DATASET or SHORTCUT_MODEL):
-        stop("DATASET and SHORTCUT_MODEL are for judging pairs; POLICIES answer the prompts of DATA_DIR: leave one out")
-    shortcut = partial(judging.load_shortcut_model, SHORTCUT_MODEL, DEVICE) if SHORTCUT_MODEL else None
-    if shortcut:
-        shortcut()  # now, so that a wrong one is not found after the scoring
+    if POLICIES and DATASET:
+        stop("POLICIES answer the prompts of DATA_DIR, and DATASET has pairs to judge: set one of them")
     facts = {"device": str(device), "precision": precision, "began": began}  # an older run stays until this one is done
     facts["data_fingerprint"] = None if DATASET else read_json(f"{DATA_DIR}/metadata.json").get("fingerprint")
     # 2. compare policies
@@ -210,7 +203,7 @@ def main(settings: dict) -> None:
             rows = pairs_of_another_origin(DATASET, MAX_ROWS, model)
         else:
             rows = pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
-        result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, shortcut, SEED)
+        result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
         result["pairs_trained_on"] = judging.trained_on(REWARD_MODEL, rows)
         if result["pairs_trained_on"]:

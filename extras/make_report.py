@@ -37,6 +37,10 @@ DATA = {  # the same of a summary of the data
     "length_by_gap.png": "The longer answer, by rating gap",
     "shortcuts.png": "What counting alone gets right",
 }
+OVER_SEEDS = {  # script: figures of eval.json with mean and standard deviation over runs that differ in SEED only
+    "train_reward_model.py": ("accuracy", "length_matched_accuracy", "length_correlation"),
+    "train_dpo.py": ("accuracy",),
+}
 KINDS = {  # kind of run: a key of its eval.json, looked for in this order, and what makes such a run
     "reward": ("shortcuts", "train_reward_model.py"),
     "comparison": ("policies", "-m extras.evaluate with POLICIES"),
@@ -92,9 +96,24 @@ def read_summaries(places: tuple[str, ...]) -> list[dict]:
     return found
 
 
-def read_seeds(places: tuple[str, ...]) -> list[dict]:
-    """The summaries of several seeds under the places."""
-    return [{"name": str(path), **read_json(path)} for place in places for path in Path(place).glob("**/seeds.json")]
+def over_seeds(runs: list[dict]) -> list[dict]:
+    """Return one entry for each group of runs that differ in SEED only.
+
+    Entries: runs (their names), seeds, figures ({name: values, mean, std}).
+    """
+    found = []
+    for made_by, figures in OVER_SEEDS.items():
+        mine = {run["name"]: run for run in runs if run["record"].get("script") == made_by and run["result"]}
+        if len(mine) < 2:
+            continue  # saves the import, which takes seconds
+        from extras.parts.frontier import recipes, spread
+
+        for names in recipes({name: name for name in mine}).values():
+            values = {figure: [mine[name]["result"].get(figure) for name in names] for figure in figures}
+            known = {figure: spread(each) for figure, each in values.items() if None not in each}
+            if len(names) > 1:
+                found.append({"runs": names, "seeds": [mine[n]["record"]["seed"] for n in names], "figures": known})
+    return found
 
 
 def missing(runs: list[dict], data: list[dict]) -> list[str]:
@@ -105,7 +124,10 @@ def missing(runs: list[dict], data: list[dict]) -> list[str]:
 
 
 def page(runs: list[dict], seeds: list[dict], data: list[dict], absent: list[str]) -> str:
-    """The report as HTML; texts of the rows are escaped by the template engine. absent: commands that were not run."""
+    """Return the report as HTML; the template engine escapes texts of the rows.
+
+    seeds: see `over_seeds`. absent: commands that were not run.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from extras.parts.questions import questions
@@ -130,7 +152,7 @@ def main(settings: dict) -> None:
     if not runs and not data:
         stop(f"no run.json under {' or '.join(LOOK_IN)}: run `python train_reward_model.py` first, or name RUNS")
     Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(OUTPUT), page(runs, read_seeds(places), data, [] if RUNS else missing(runs, data)))
+    write_text(Path(OUTPUT), page(runs, over_seeds(runs), data, [] if RUNS else missing(runs, data)))
     unfinished = [run["name"] for run in runs if not run["result"]]
     if unfinished:
         say(f"not finished yet, so without figures: {', '.join(unfinished)}")

@@ -11,14 +11,11 @@ from utils.sampling import Answer
 ALL = torch.tensor([True] * 4)
 
 
-def test_grades_that_win_know_no_length_penalty():
-    graded = Reading("distribution", [float(grade) for grade in range(1, 11)])
-    check_reading(graded, 0.5, False, "x")
-    check_reading(graded, 0.0, True, "x")
-    graded.length_penalty = 0.1
-    with pytest.raises(SystemExit, match="WIN_REWARD compares grades, without the length penalty that 'x' has"):
-        check_reading(graded, 0.0, True, "x")
-    check_reading(Reading("scalar", length_penalty=0.1), 0.0, True, "x")
+def test_risk_needs_a_spread():
+    check_reading(Reading("distribution", [float(grade) for grade in range(1, 11)]), 0.5, "x")
+    check_reading(Reading("scalar"), 0.0, "x")
+    with pytest.raises(SystemExit, match="RISK = 0.5 needs the spread of a distribution: 'x' has a scalar head"):
+        check_reading(Reading("scalar"), 0.5, "x")
 
 
 # baselines
@@ -113,9 +110,9 @@ class Judge:
     def read(self, prompts, answers):
         lengths = torch.tensor([[float(len(text)) for text in side] for side in answers])
         if self.reading.head == "scalar":
-            return lengths[:, :, None], lengths
+            return lengths[:, :, None]
         grades = torch.nn.functional.one_hot(lengths.long().clamp(1, 10) - 1, 10).float()
-        return 50 * grades, lengths
+        return 50 * grades
 
 
 def answered(*texts, ended=True, tokens=10):
@@ -139,7 +136,7 @@ def test_risk_takes_the_spread_off_and_a_win_is_counted_against_the_start():
 
     class Unsure(Judge):
         def read(self, prompts, answers):
-            return torch.zeros(len(prompts), 1, 10), torch.ones(len(prompts), 1)
+            return torch.zeros(len(prompts), 1, 10)
 
     spread = sum((grade - 5.5) ** 2 / 10 for grade in range(1, 11)) ** 0.5
     found = Scoring(Unsure("distribution"), risk=0.5)(prompts, texts)

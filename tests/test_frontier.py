@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import ttest_ind
 
 from extras import evaluate, make_report
-from extras.parts.frontier import names_of, over_seeds, p_over_seeds, recipes
+from extras.parts.frontier import names_of, over_seeds, p_over_seeds, recipes, spread
 from extras.parts.questions import apart, questions
 from tests.browser import Browser
 from tests.conftest import run_script
@@ -55,6 +55,37 @@ def test_runs_that_differ_in_their_seed_only_are_one_recipe(tmp_path):
     gains = [[1.0, 2.0], [float((rewards["b1"] - start).mean()), 0.5]]
     assert between["p_over_seeds"] == pytest.approx(ttest_ind(*gains, equal_var=False).pvalue)
     assert p_over_seeds([1.0, 1.0], [2.0, 2.0]) is None, "no run differs from its kin: seeds show nothing"
+
+
+def seed_run(folder, seed, accuracy, script="train_reward_model.py", rows="a", **settings):
+    """Write the files of a finished run with a seed."""
+    folder.mkdir()
+    settings |= {"SEED": seed, "OUTPUT_DIR": str(folder), "USE_LORA": False}
+    record = {"script": script, "started": "2026-03-01 10:00:00", "commit": "none", "versions": {}, "command": "python"}
+    write_json(folder / "run.json", record | {"seed": seed, "settings": settings, "data_fingerprint": rows})
+    result = {"accuracy": accuracy, "length_matched_accuracy": None, "length_correlation": accuracy / 2}
+    write_json(folder / "eval.json", result)
+
+
+def test_the_report_averages_runs_that_differ_in_their_seed_only(tmp_path):
+    for seed, accuracy in ((1, 0.5), (2, 0.6), (3, 0.8)):
+        seed_run(tmp_path / f"reward_{seed}", seed, accuracy, RATING="")
+        seed_run(tmp_path / f"dpo_{seed}", seed, accuracy / 2, "train_dpo.py", MODEL_SHORT_NAME=str(seed))
+    seed_run(tmp_path / "other_rows", 4, 0.1, rows="b", RATING="")
+    seed_run(tmp_path / "other_setting", 5, 0.1, RATING="goodness")
+    seed_run(tmp_path / "other_script", 6, 0.1, "evaluate.py", RATING="")
+    seed_run(tmp_path / "same_seed", 3, 0.1, RATING="")
+    runs = [make_report.read_run(folder, 0) for folder in make_report.find_runs((), (str(tmp_path),))]
+    reward, dpo = make_report.over_seeds(runs)
+    assert reward["runs"] == [str(tmp_path / f"reward_{seed}") for seed in (1, 2, 3)] and reward["seeds"] == [1, 2, 3]
+    assert set(reward["figures"]) == {"accuracy", "length_correlation"}, "no pair is of equal length"
+    found = reward["figures"]["accuracy"]
+    assert found["values"] == [0.5, 0.6, 0.8] and found["mean"] == pytest.approx(np.mean(found["values"]))
+    assert found["std"] == pytest.approx(np.std(found["values"], ddof=1))
+    assert dpo["figures"]["accuracy"]["values"] == [0.25, 0.3, 0.4] and list(dpo["figures"]) == ["accuracy"]
+    assert spread([0.5])["std"] is None
+    page = make_report.page(runs, [reward, dpo], [], [])
+    assert "seeds 1, 2, 3" in page and f"{found['mean']:.3f}" in page and f"{found['std']:.3f}" in page
 
 
 @pytest.mark.parametrize(

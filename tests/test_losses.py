@@ -143,13 +143,10 @@ def test_expected_grade_spread_and_entropy_equal_plain_loops(logits):
     assert reading.win(uniform, uniform).item() == pytest.approx(0.5), "a tie counts half"
 
 
-def test_win_of_scalars_is_bradley_terry_with_the_penalty_on_length():
-    reading = Reading("scalar", length_penalty=0.5)
+def test_win_of_scalars_is_bradley_terry():
+    reading = Reading("scalar")
     one, other = torch.tensor([[1.0]]), torch.tensor([[0.0]])
-    tokens = torch.tensor([[300.0, 100.0]])
     assert reading.win(one, other).item() == pytest.approx(sigma(1.0))
-    assert reading.rewards(one, tokens[:, 0]).item() == pytest.approx(1.0 - 1.5)
-    assert reading.win(one, other, tokens).item() == pytest.approx(sigma(1.0 - 1.5 + 0.5))
 
 
 def test_the_map_from_rating_to_grade():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from utils.controls import HALVES, different_prompts, half, length_balanced, shuffled_prompts, without_prompts
+from utils.controls import HALVES, different_prompts, half, shuffled_prompts, without_prompts
 from utils.heads import Reading
-from utils.judging import lines_of, set_reading, shortcuts_right, surface_weights
+from utils.judging import fit_win_scale, lines_of, shortcuts_right, surface_weights
 from utils.quality import NAMES, length_bands, report, told
 from utils.shortcuts import SURFACE, fit_logistic, surface
 
@@ -229,31 +229,15 @@ def test_pairs_that_share_a_prompt_share_their_luck():
     assert together["ece_of_chance"] > apart["ece_of_chance"]
 
 
-def test_balanced_rows_have_no_direction_and_lose_none():
-    rows = planted_rows(200, longer_wins=0.75)
-    balanced = length_balanced(rows, seed=0)
-    assert set(balanced["row"]) == set(range(200))
-    difference = np.array([len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in balanced])
-    assert (difference > 0).sum() == (difference < 0).sum() and len(balanced) > 250
-    assert list(balanced["row"]) == list(length_balanced(rows, seed=0)["row"])
-
-
-def test_a_fitted_length_penalty_takes_off_what_people_do_not_reward():
+def test_the_scale_of_attributes_is_fitted_to_the_pairs():
     rows = planted_rows(300, longer_wins=0.5)
-    outputs = outputs_for(rows, content=0.5, length=2.0)
-    before = report_of(rows, outputs)[0]
-    reading = Reading("scalar")
-    set_reading(reading, "fit", rows, lambda _: outputs)
-    assert reading.length_penalty > 0.2 and reading.win_scale == 1.0
-    after = report(lines_of(rows, outputs, reading, {"longer": np.zeros(300)}), reading.length_penalty)
-    said = after["length_penalty"]
-    assert said["for_100_tokens"] == reading.length_penalty and "length_penalty" not in before
-    assert said["accuracy_without"] == pytest.approx(before["accuracy"])
-    assert said["length_correlation_without"] == pytest.approx(before["length_correlation"])
-    assert after["accuracy"] > before["accuracy"] + 0.1
-    assert abs(after["length_correlation"]) < before["length_correlation"]
-    set_reading(reading, "0.25", rows, lambda _: outputs)
-    assert reading.length_penalty == 0.25
+    outputs, reading = outputs_for(rows, content=0.5, length=0.0), Reading("attributes")
+    fit_win_scale(reading, rows, lambda some: outputs[: len(some)])
+    difference = outputs[:, 0, 0] - outputs[:, 1, 0]
+    assert reading.win_scale == pytest.approx(fit_logistic(difference[:, None])[0], rel=1e-5) and reading.win_scale > 0
+    backwards = Reading("attributes")
+    fit_win_scale(backwards, rows, lambda some: -outputs[: len(some)])
+    assert backwards.win_scale == 1.0, "a reward that prefers the rejected answers has no scale"
 
 
 def test_cut_answers_are_closed_for_reward_models(sample_folder, tokenizer):

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import train_reward_model
 from extras import evaluate, make_report
 from tests.conftest import run_script
 from utils.controls import closed_answers
-from utils.heads import HEADS, PairLoss, reading_of
+from utils.files import write_json
+from utils.heads import HEADS, PairLoss, Reading, reading_of
 from utils.judging import trained_on
 from utils.pairs import PairCollator, load_pairs, ratings_of
 from utils.rewards import RewardModel, RewardPairs, start_model
@@ -208,15 +208,6 @@ def test_the_warm_start_from_attributes_ranks_as_they_did(folders, sample_folder
         assert not other.score.weight.any() and other.score.weight.shape[0] == 10
 
 
-@pytest.mark.parametrize("lora", ["true", "false"])
-def test_frozen_layers_do_not_move(model_folder, sample_folder, tmp_path, lora):
-    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
-    run_script(train_reward_model, **options, FREEZE_LAYERS=1, USE_LORA=lora)
-    before, after = load_file(f"{model_folder}/model.safetensors"), load_file(tmp_path / "run/model.safetensors")
-    moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
-    assert moved and all("layers.1." in name or name == "model.norm.weight" for name in moved)
-
-
 # the scorer
 
 
@@ -225,31 +216,10 @@ def test_answers_to_one_prompt_share_a_window_and_neighbours_change_nothing(fold
     model = RewardModel.load(str(folders["distribution"]), device="cpu")
     prompts = [row["chosen"][:-1] for row in rows]
     answers = [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in rows]
-    outputs, tokens = model.read(prompts, answers, batch_size=5)
+    outputs = model.read(prompts, answers, batch_size=5)
     np.testing.assert_allclose(outputs.numpy(), model.pair_outputs(rows), atol=1e-5)
-    assert tokens.tolist() == [[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows]
-    alone, _ = model.read(prompts[:1], answers[:1])
+    alone = model.read(prompts[:1], answers[:1])
     torch.testing.assert_close(alone, outputs[:1], atol=1e-5, rtol=0)
-
-
-def test_a_model_of_answers_alone_does_not_see_the_prompt(model_folder, sample_folder, folders, tmp_path):
-    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "answers"}
-    run_script(train_reward_model, **options, ANSWERS_ONLY="true")
-    model = RewardModel.load(str(tmp_path / "answers"), device="cpu")
-    answer = {"role": "assistant", "content": "It is Paris."}
-    asked = [[{"role": "user", "content": text}, answer] for text in ("What is the capital of France?", "Hi")]
-    scores = model.score(asked)
-    assert scores[0] == scores[1]
-    other = RewardModel.load(str(folders["scalar"]), device="cpu").score(asked)
-    assert other[0] != other[1]
-    evaluated = {"REWARD_MODEL": folders["scalar"], "SHORTCUT_MODEL": tmp_path / "answers", "DEVICE": "cpu"}
-    evaluated |= {"DATA_DIR": sample_folder, "OUTPUT_DIR": tmp_path / "out", "MAX_ROWS": 40}
-    run_script(evaluate, **evaluated)
-    found, itself = read(tmp_path / "out/eval.json")["shortcuts"]["answers_only"], read(tmp_path / "answers/eval.json")
-    assert found["pairs"] == itself["pairs"] > 5
-    assert found["accuracy"] == pytest.approx(itself["accuracy"]), "it reads the answers that it was trained on"
-    with pytest.raises(SystemExit, match=r"has seen prompts: name one of `train_reward_model.py --answers_only true`"):
-        run_script(evaluate, **evaluated | {"SHORTCUT_MODEL": folders["attributes"]})
 
 
 def test_any_model_with_one_output_is_a_reward_model(folders, tmp_path, model_folder):
@@ -275,6 +245,17 @@ def test_padding_and_batch_mates_change_no_score_where_pad_is_the_end_of_turn(fo
     alone = torch.cat([model.score([conversation]) for conversation in conversations])
     model.tokenizer.pad_token = model.tokenizer.eos_token
     torch.testing.assert_close(model.score(conversations, batch_size=6), alone, atol=1e-5, rtol=0)
+
+
+def test_a_model_of_an_older_version_loads_where_its_scores_stay_the_same(folders, tmp_path):
+    shutil.copytree(folders["scalar"], tmp_path / "run")
+    config = read(tmp_path / "run/reward_config.json")
+    write_json(tmp_path / "run/reward_config.json", config | {"length_penalty": 0.0, "answers_only": False})
+    assert RewardModel.load(str(tmp_path / "run"), device="cpu").reading == Reading.of_json(config)
+    for option, value in {"LENGTH_PENALTY": -0.125, "ANSWERS_ONLY": True}.items():
+        write_json(tmp_path / "run/reward_config.json", config | {option.lower(): value})
+        with pytest.raises(SystemExit, match=f"needs {option}, which no longer exists: train it again"):
+            RewardModel.load(str(tmp_path / "run"))
 
 
 def test_another_template_than_that_of_the_training_is_refused(folders, tmp_path):

@@ -1,12 +1,10 @@
-"""Training runs of reward models: the best epoch, several seeds, constants that do not go together."""
+"""Training runs of reward models: the best epoch, constants that do not go together."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import train_reward_model
 from tests.conftest import ROOT, run_script
-from utils import judging, seeds, training
-from utils.files import write_json
+from utils import judging, training
 from utils.heads import PairLoss, reading_of
 from utils.pairs import PairCollator, load_pairs, ratings_of
 from utils.training import last_checkpoint
@@ -42,8 +39,8 @@ def test_the_best_epoch_is_kept_and_measured_on_test_rows(model_folder, sample_f
     accuracies = iter([0.4, 0.9, 0.6])
     real = judging.pairs_right
 
-    def planned(outputs, rows, reading):
-        right = real(outputs, rows, reading)
+    def planned(outputs, reading):
+        right = real(outputs, reading)
         return right * 0 + next(accuracies, 0.0)
 
     monkeypatch.setattr(judging, "pairs_right", planned)
@@ -69,23 +66,6 @@ def test_an_epoch_chosen_on_the_measured_rows_is_said(model_folder, sample_folde
     assert "The epoch was chosen on the same rows" in (tmp_path / "run/README.md").read_text()
 
 
-@pytest.mark.slow
-def test_several_seeds_give_mean_and_spread(model_folder, sample_folder, tmp_path):
-    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "SEEDS": "3,4"}
-    words = [f"--{name.lower()}={value}" for name, value in options.items()]
-    command = [sys.executable, "train_reward_model.py", *words]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    found = read(tmp_path / "run-seeds/seeds.json")
-    values = [read(tmp_path / f"run-seeds/{seed}/eval.json")["accuracy"] for seed in (3, 4)]
-    assert found["accuracy"]["values"] == values and found["accuracy"]["mean"] == pytest.approx(np.mean(values))
-    assert found["accuracy"]["std"] == pytest.approx(np.std(values, ddof=1))
-    orders = [read(tmp_path / f"run-seeds/{seed}/run.json")["settings"]["SEED"] for seed in (3, 4)]
-    assert orders == [3, 4] and not (tmp_path / "run").exists()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.stdout.count("is there") == 2 and "saved" not in again.stdout
-
-
 @pytest.mark.parametrize(
     "constants, message",
     [
@@ -96,15 +76,9 @@ def test_several_seeds_give_mean_and_spread(model_folder, sample_folder, tmp_pat
         ({"LABEL_SMOOTHING": 0.7}, "LABEL_SMOOTHING = 0.7: expected a share from 0 to below 0.5"),
         ({"ENGINE": "trl", "PAIR_LOSS": "scaled"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
         ({"ENGINE": "trl", "HEAD": "distribution"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
-        ({"LENGTH_PENALTY": "much"}, "LENGTH_PENALTY = 'much': expected a number such as 0.1, or fit"),
-        ({"FREEZE_LAYERS": 3}, "FREEZE_LAYERS = 3: this model has 2"),
-        ({"FREEZE_LAYERS": 2, "USE_LORA": "true"}, "FREEZE_LAYERS = 2 leaves no layer for adapters"),
         ({"RATING": "taste"}, "RATING = 'taste' is not known"),
         ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
         ({"ENGINE": "trl", "EVAL_EVERY_STEPS": 2}, "EVAL_EVERY_STEPS is for ENGINE = pairs"),
-        ({"SEEDS": "1,2,1"}, "SEEDS = 1,2,1: each once"),
-        ({"SEEDS": "one,two"}, "SEEDS = one,two: expected whole numbers such as 1,2,3"),
-        ({"SHORTCUT_MODEL": "nowhere"}, "SHORTCUT_MODEL = 'nowhere' is not there"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_the_training(
@@ -156,27 +130,6 @@ def test_a_run_does_not_go_on_over_another_model_of_the_same_name(model_folder, 
     assert not read(aside / "run.json")["finished"] and read(tmp_path / "run/run.json")["finished"]
 
 
-def test_seeds_of_other_rows_or_another_start_are_trained_again(sample_folder, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(seeds.subprocess, "run", lambda command: made.append(command) or SimpleNamespace(returncode=0))
-    fingerprint = read(Path(sample_folder) / "metadata.json")["fingerprint"]
-    write_json(tmp_path / "run.json", {"finished": "2026-03-01 10:00:00"})  # of MODEL
-    first = {"rows": fingerprint, "started": "2026-03-01 10:00:00"}
-    for number, other in (("1", {}), ("2", {"rows": "other rows"}), ("3", {"started": "2026-03-01 09:59:59"})):
-        rows, started = (first | other).values()
-        folder = tmp_path / "run-seeds" / number
-        folder.mkdir(parents=True)
-        settings = {"DATA_DIR": sample_folder, "MODEL": str(tmp_path), "SEED": int(number), "SEEDS": []}
-        record = {"finished": "yes", "started": started, "settings": settings | {"OUTPUT_DIR": str(folder)}}
-        write_json(folder / "run.json", record | {"data_fingerprint": rows})
-        write_json(folder / "eval.json", {"accuracy": 0.5})
-    settings = {"DATA_DIR": sample_folder, "MODEL": str(tmp_path)}
-    found = seeds.run_seeds(settings, ("1", "2", "3"), str(tmp_path / "run"), ("accuracy",))
-    again = [word for command in made for word in command if word.startswith("--seed=")]
-    assert again == ["--seed=2", "--seed=3"] and found["accuracy"]["mean"] == 0.5
-    assert seeds.over_seeds([1], [{"accuracy": 0.5}], ("accuracy",))["accuracy"]["std"] is None, "one has no spread"
-
-
 def test_an_epoch_whose_evaluation_was_killed_is_still_compared(model_folder, sample_folder, tmp_path, monkeypatch):
     options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 2, "DATA_DIR": sample_folder, "MODEL": model_folder}
     options |= {"SAVE_EVERY_STEPS": 10, "OUTPUT_DIR": tmp_path / "run"}  # 40 pairs are 10 steps an epoch
@@ -186,12 +139,6 @@ def test_an_epoch_whose_evaluation_was_killed_is_still_compared(model_folder, sa
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-10")
     run_script(train_reward_model, **options)
     assert set(read(tmp_path / "run/eval.json")["epochs"]["accuracies"]) == {"1", "2"}
-
-
-def test_seeds_are_not_shared_out_by_a_launcher(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="launch each one with --seed"):
-        run_script(train_reward_model, SEEDS="1,2", OUTPUT_DIR=tmp_path / "run")
 
 
 @pytest.mark.slow

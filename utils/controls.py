@@ -1,4 +1,4 @@
-"""The same pairs in another way: without their prompts, with each other's prompts, or with length in balance."""
+"""The same pairs with other prompts: none, or each other's; and pairs grouped by their prompt."""
 
 import numpy as np
 from datasets import Dataset
@@ -8,9 +8,7 @@ from utils.runs import stop
 from utils.templates import end_of_turn, prompt_ids
 from utils.tokens import closed
 
-NOTHING_ASKED = [{"role": "user", "content": ""}]  # the prompt of who sees answers alone
 HALVES = {"even": 0, "odd": 1}  # what HALF may name: its first prompt
-LENGTH_BINS = 4  # quarters of the pairs by how much their answers differ in length
 
 
 def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -25,9 +23,9 @@ def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset
 
 
 def without_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows with an empty user turn for a prompt: what can be told from the answers alone."""
+    """Return the rows with an empty user turn as the prompt."""
     window = len(rows[0]["input_ids"])
-    empty = prompt_ids(tokenizer, NOTHING_ASKED)
+    empty = prompt_ids(tokenizer, [{"role": "user", "content": ""}])
     ids, mask = padded(empty, window, tokenizer.pad_token_id)
     return with_prompts(rows, [ids] * len(rows), [mask] * len(rows))
 
@@ -74,25 +72,3 @@ def half(rows: Dataset, name: str) -> Dataset:
     if not len(found):
         stop(f"HALF = {name!r} holds no pair: the {len(rows)} rows have {number.max() + 1} prompt(s)")
     return found
-
-
-def length_balanced(rows: Dataset, seed: int) -> Dataset:
-    """Rows in which the longer answer is the chosen one as often as not, at every size of the difference.
-
-    Rows of the rarer direction are repeated at random, in LENGTH_BINS bins of |log ratio| of the answers' tokens in
-    the window; rows of equal length stay as they are. Nothing is left out. A bin without one of the directions cannot
-    be balanced and stays too.
-    """
-    lengths = np.array([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows], dtype=float)
-    ratio = np.log(np.maximum(lengths[:, 0], 1) / np.maximum(lengths[:, 1], 1))
-    unequal = np.flatnonzero(ratio)
-    unequal = unequal[np.argsort(np.abs(ratio[unequal]), kind="stable")]
-    random, extra = np.random.default_rng(seed), []
-    for part in np.array_split(unequal, LENGTH_BINS):
-        longer, shorter = part[ratio[part] > 0], part[ratio[part] < 0]
-        rarer = min(longer, shorter, key=len)
-        if len(rarer):
-            missing = abs(len(longer) - len(shorter))
-            repeats = np.concatenate([random.permutation(rarer) for _ in range(missing // len(rarer) + 1)])
-            extra.append(repeats[:missing])
-    return rows.select(np.concatenate([np.arange(len(rows)), *extra]).astype(int))

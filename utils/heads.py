@@ -45,7 +45,6 @@ class Reading:
     means: of the attributes in the training rows; the outputs of that head are what an answer lies above them.
     lowest_rating, highest_rating: the ratings that grade 1 and grade 10 stand for, a straight line between them.
     win_scale: P(a beats b) = sigma(win_scale * (reward a - reward b)), for heads that are no distribution.
-    length_penalty: taken off the reward for each 100 tokens of the answer, as far as it lies in the window.
     """
 
     head: str
@@ -54,7 +53,6 @@ class Reading:
     lowest_rating: float = 0.0
     highest_rating: float = 1.0
     win_scale: float = 1.0
-    length_penalty: float = 0.0
 
     def as_json(self) -> dict:
         """The fields for reward_config.json; a distribution's weights are also there as `grades`."""
@@ -62,7 +60,7 @@ class Reading:
 
     @classmethod
     def of_json(cls, config: dict) -> "Reading":
-        """The reading in the content of a reward_config.json, other entries left aside."""
+        """Return the reading in a reward_config.json; other entries are ignored."""
         return cls(**{entry.name: config[entry.name] for entry in fields(cls) if entry.name in config})
 
     def probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -70,14 +68,11 @@ class Reading:
         assert self.head == "distribution", self.head
         return functional.softmax(outputs.float(), dim=-1)
 
-    def rewards(self, outputs: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Rewards [...] of outputs [..., n]; tokens [...]: lengths of the answers, for the length penalty."""
+    def rewards(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the rewards [...] of outputs [..., n]."""
         read = self.probabilities(outputs) if self.head == "distribution" else outputs.float()
         read = read + torch.tensor(self.means, device=outputs.device) if self.means else read
-        rewards = read @ torch.tensor(self.weights, device=outputs.device)
-        if self.length_penalty and tokens is not None:
-            rewards = rewards - self.length_penalty * tokens / 100
-        return rewards
+        return read @ torch.tensor(self.weights, device=outputs.device)
 
     def spread(self, outputs: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the grade [...] under a distribution."""
@@ -89,16 +84,12 @@ class Reading:
         """Entropy of the grade [...] in nats; ln 10 at uniform."""
         return torch.special.entr(self.probabilities(outputs)).sum(dim=-1)
 
-    def win(self, one: torch.Tensor, other: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """P(one beats other) [...] of two outputs [..., n], a tie of grades counted half to each.
-
-        tokens [..., 2]: lengths of both answers; the length penalty acts on the rewards, not on a distribution.
-        """
+    def win(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Return P(one beats other) [...] for two outputs [..., n]; a tie of grades counts half to each."""
         if self.head == "distribution":
             one, other = one.float(), other.float()
             return log_win(one, other).exp() + 0.5 * log_tie(one, other).exp()
-        ours, theirs = tokens.unbind(-1) if tokens is not None else (None, None)
-        return torch.sigmoid(self.win_scale * (self.rewards(one, ours) - self.rewards(other, theirs)))
+        return torch.sigmoid(self.win_scale * (self.rewards(one) - self.rewards(other)))
 
     def grade(self, rating: torch.Tensor) -> torch.Tensor:
         """The grade from 1 to 10 that a rating means: the one place of this map."""

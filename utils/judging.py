@@ -1,7 +1,6 @@
 """What a reward model says of pairs, and what shortcuts say of the same pairs: the lines of predictions.jsonl."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,11 @@ from utils.evaluation import wins
 from utils.files import read_json
 from utils.heads import Reading
 from utils.pairs import answer_tokens, load_pairs
-from utils.rewards import RewardModel, answers_of
-from utils.rows import real_number
-from utils.runs import say, stop
+from utils.runs import say
 from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
 
 SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters of them in predictions.jsonl
+FITTED_ON = 500  # pairs that fit_win_scale uses, at most
 
 Outputs = Callable[..., np.ndarray]  # from rows (and a model, by default the trained one) to [pairs, 2, n]
 
@@ -32,29 +30,16 @@ def judged(
     surface_weights: np.ndarray | None,
     control_pairs: int,
     untrained: Callable | None,
-    shortcut: Callable[[], RewardModel] | None,
 ) -> list[dict]:
-    """The lines of predictions.jsonl for rows with token columns.
+    """Return the lines of predictions.jsonl for rows with token columns.
 
-    surface_weights [9]: see `surface_weights`, None to leave that shortcut out. control_pairs: so many pairs are tried
-    without their prompts, with those of others, and by a model with a random head (untrained: () to it, or None).
-    shortcut: () to a reward model that was trained on answers alone, or None.
+    surface_weights [9]: see `surface_weights`; None leaves that shortcut out. control_pairs: the number of pairs to
+    judge again without prompts, with the prompts of other pairs, and with a random head. untrained: a function that
+    returns the model with that head, or None.
     """
     right = shortcuts_right(rows, surface_weights)
     right |= controls_right(outputs_of, untrained, rows, tokenizer, reading, control_pairs)
-    if shortcut:
-        other = shortcut()  # its tokenizer and window may be others
-        prompts, answers = [side[:-1] for side in rows["chosen"]], answers_of([rows["chosen"], rows["rejected"]])
-        right["answers_only"] = wins(*other.reading.rewards(*other.read(prompts, answers)).numpy().T)
     return lines_of(rows, outputs_of(rows), reading, right)
-
-
-def load_shortcut_model(folder: str, device: str) -> RewardModel:
-    """SHORTCUT_MODEL on DEVICE, or an end to the script where it was trained on more than answers."""
-    model = RewardModel.load(folder, device, constant="SHORTCUT_MODEL")
-    if not model.config.get("answers_only"):
-        stop(f"SHORTCUT_MODEL = {folder!r} has seen prompts: name one of `train_reward_model.py --answers_only true`")
-    return model
 
 
 def trained_on(folder: str, rows: Dataset) -> int | None:
@@ -74,9 +59,9 @@ def trained_on(folder: str, rows: Dataset) -> int | None:
     return sum(prompt in known for prompt in rows["prompt"])
 
 
-def pairs_right(outputs: np.ndarray, rows: Dataset, reading: Reading) -> np.ndarray:
-    """1 where the chosen answer has the higher reward, 0.5 at a tie, else 0 [pairs], of outputs [pairs, 2, n]."""
-    return wins(*reading.rewards(torch.tensor(outputs), torch.tensor(answer_tokens(rows))).numpy().T)
+def pairs_right(outputs: np.ndarray, reading: Reading) -> np.ndarray:
+    """Return 1 (chosen has the higher reward), 0.5 (tie) or 0 for each pair [pairs]; outputs [pairs, 2, n]."""
+    return wins(*reading.rewards(torch.tensor(outputs)).numpy().T)
 
 
 def texts_of(rows: Dataset) -> tuple[list[str], list[str], list[str]]:
@@ -120,9 +105,7 @@ def controls_right(
     found = {}
     for name, compute in outputs.items():
         found[name] = np.full(len(rows), np.nan)
-        found[name][some] = pairs_right(
-            compute(), few, replace(reading, length_penalty=0.0) if name == "untrained_head" else reading
-        )
+        found[name][some] = pairs_right(compute(), reading)
     return found
 
 
@@ -131,8 +114,8 @@ def lines_of(rows: Dataset, outputs: np.ndarray, reading: Reading, right: dict[s
 
     outputs [pairs, 2, n], chosen first; right: for each shortcut [pairs], NaN where it was not measured.
     """
-    both, tokens = torch.tensor(outputs), torch.tensor(answer_tokens(rows))
-    rewards, win = reading.rewards(both, tokens).tolist(), reading.win(both[:, 0], both[:, 1], tokens).tolist()
+    both, tokens = torch.tensor(outputs), answer_tokens(rows)
+    rewards, win = reading.rewards(both).tolist(), reading.win(both[:, 0], both[:, 1]).tolist()
     spread = reading.spread(both).tolist() if reading.head == "distribution" else None
     lines, first = [], same_prompt(rows).tolist()
     for i, row in enumerate(rows):
@@ -159,33 +142,15 @@ def surface_weights(rows: Dataset) -> np.ndarray:
     return fit_logistic(surface_differences(*texts_of(rows)))
 
 
-def check_penalty(penalty: str) -> None:
-    """End the script where LENGTH_PENALTY is neither a number nor `fit`."""
-    if penalty != "fit" and real_number(penalty) is None:
-        stop(f"LENGTH_PENALTY = {penalty!r}: expected a number such as 0.1, or fit")
+def fit_win_scale(reading: Reading, rows: Dataset, outputs_of: Outputs) -> None:
+    """Set win_scale for a head that was not trained on pairs, by logistic regression on the first FITTED_ON rows.
 
-
-def set_reading(reading: Reading, penalty: str, few: Dataset, outputs_of: Outputs) -> None:
-    """Set length_penalty to LENGTH_PENALTY, and win_scale where no loss of pairs has taught the size of a difference.
-
-    What is not given is fitted on a few pairs that nothing is measured on, by a logistic regression of people's choice
-    on the differences of reward and, for the penalty, of length (100 tokens) together: sigma(a dr + b dl). A reward
-    minus c = -b / a for 100 tokens keeps the part of length that people reward, and no more.
+    Take rows that nothing is measured on.
     """
-    reading.length_penalty = 0.0 if penalty == "fit" else float(penalty)
-    if penalty != "fit" and reading.head != "attributes":
-        return
-    tokens = answer_tokens(few)
-    rewards = reading.rewards(torch.tensor(outputs_of(few)), torch.tensor(tokens)).numpy()
-    columns = [rewards[:, 0] - rewards[:, 1]]
-    if penalty == "fit":
-        columns.append((tokens[:, 0] - tokens[:, 1]) / 100)
-    weights = fit_logistic(np.stack(columns, axis=1))
-    if weights[0] <= 0:
-        say(f"the reward does not tell the chosen answers of {len(few)} pairs: nothing is fitted to it")
-        return
-    if reading.head == "attributes":
-        reading.win_scale = float(weights[0])
-    if penalty == "fit":
-        reading.length_penalty = float(-weights[1] / weights[0])
-        say(f"length penalty fitted on {len(few)} pairs: {reading.length_penalty:.3f} for 100 tokens")
+    few = rows.select(range(min(FITTED_ON, len(rows))))
+    rewards = reading.rewards(torch.tensor(outputs_of(few))).numpy()
+    (scale,) = fit_logistic((rewards[:, 0] - rewards[:, 1])[:, None])
+    if scale > 0:
+        reading.win_scale = float(scale)
+    else:
+        say(f"win_scale stays {reading.win_scale}: on {len(few)} pairs the reward does not prefer the chosen answers")

@@ -169,17 +169,6 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def freeze_lower(model: nn.Module, layers: int) -> None:
-    """Leave the embeddings and the first `layers` layers as they are; 0 freezes nothing."""
-    body = getattr(model, model.base_model_prefix)
-    if not layers:
-        return
-    if layers > len(body.layers):
-        stop(f"FREEZE_LAYERS = {layers}: this model has {len(body.layers)}")
-    for part in (body.embed_tokens, *body.layers[:layers]):
-        part.requires_grad_(False)
-
-
 def add_lora(
     model: nn.Module,
     task: str,
@@ -188,12 +177,11 @@ def add_lora(
     dropout: float,
     targets: tuple[str, ...],
     head: str = "",
-    frozen: int = 0,
 ) -> nn.Module:
-    """The model with low-rank adapters on the layers named in `targets`; only they (and `head`) are trained.
+    """Return the model with low-rank adapters on the layers named in `targets`; only they and `head` are trained.
 
-    task: "CAUSAL_LM" or "SEQ_CLS". frozen: so many lower layers get no adapters. head: a new layer that is trained and
-    saved whole with them; without it the head of a reward model would be lost on saving, and no message would say so.
+    task: "CAUSAL_LM" or "SEQ_CLS". head: a new layer to train and save whole beside the adapters; PEFT silently drops
+    the head of a reward model that is not named here.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -201,15 +189,12 @@ def add_lora(
     missing = sorted(set(targets) - names) if targets else ["nothing"]
     if missing:
         stop(f"LORA_TARGETS: no layer is called {', '.join(missing)}; this model has {', '.join(sorted(names))}")
-    if frozen and frozen >= model.config.num_hidden_layers:  # PEFT takes an empty list of layers for all of them
-        stop(f"FREEZE_LAYERS = {frozen} leaves no layer for adapters: lower it, or set USE_LORA to False")
     config = LoraConfig(
         task_type=task,
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(targets),
-        layers_to_transform=list(range(frozen, model.config.num_hidden_layers)) if frozen else None,
         modules_to_save=[head] if head else None,
     )
     try:

@@ -15,18 +15,14 @@ NAMES = {  # key in eval.json: in words
     "more_list_items": "'more list items win'",
     "surface": "nine surface measures",
     "untrained_head": "an untrained head",
-    "answers_only": "a model that sees answers alone",
     "without_prompt": "itself without the prompts",
     "shuffled_prompt": "itself with the prompts of other pairs",
 }
 ITSELF = ("without_prompt", "shuffled_prompt")  # say what the model reads, and are no rivals
 
 
-def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
-    """The content of eval.json: everything that can be said of these predictions, from them alone.
-
-    length_penalty: what was taken off these rewards for each 100 tokens; the report then says what that changes.
-    """
+def report(lines: list[dict]) -> dict[str, object]:
+    """Return the content of eval.json, computed from the lines of predictions.jsonl alone."""
     both = {name: pair_of(lines, name) for name in ("", "_characters", "_tokens", "_rating")}
     right, prompts = wins(*both[""].T), prompts_of(lines)
     accuracy = share_right(right, prompts)
@@ -46,7 +42,7 @@ def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
         found["prompt_verdict"] = verdict(shortcuts["without_prompt"], NAMES["without_prompt"])
     gaps = np.vectorize(hundredths)(both["_rating"]) if not np.isnan(both["_rating"]).any() else None
     margin = both[""][:, 0] - both[""][:, 1]
-    found |= by_length(right, both, prompts, length_penalty)
+    found |= by_length(right, both, prompts)
     found |= {
         "by_gap": shares(right, bands_of(gaps[:, 0] - gaps[:, 1]), prompts) if gaps is not None else {},
         **calibration(np.array([line["win"] for line in lines]), prompts),
@@ -64,31 +60,22 @@ def report(lines: list[dict], length_penalty: float = 0.0) -> dict[str, object]:
     return found
 
 
-def by_length(right: np.ndarray, both: dict[str, np.ndarray], prompts: np.ndarray, penalty: float) -> dict[str, object]:
-    """What length has to do with it.
+def by_length(right: np.ndarray, both: dict[str, np.ndarray], prompts: np.ndarray) -> dict[str, object]:
+    """Return how accuracy and reward depend on length.
 
     right [pairs]; both: rewards (""), _characters and _tokens [pairs, 2] each; prompts: see `prompts_of`.
     """
     size = both["_characters"]
-    logs = np.log(np.maximum(size, 1))
     bands = length_bands((size[:, 0] - size[:, 1]) / np.maximum(size.max(axis=1), 1))
     matched = bands["equal within 10 %"]
-    found = {
+    return {
         "by_length_difference": shares(right, bands, prompts),
         "length_matched_accuracy": float(right[matched].mean()) if matched.any() else None,
         "length_matched_interval": interval(right[matched], prompts[matched]) if matched.any() else None,
         "length_matched_pairs": int(matched.sum()),
-        "length_correlation": correlation(both[""], logs),
+        "length_correlation": correlation(both[""], np.log(np.maximum(size, 1))),
         "length_correlation_in_window": correlation(both[""], np.log(np.maximum(both["_tokens"], 1))),
     }
-    if penalty:
-        before = both[""] + penalty * both["_tokens"] / 100
-        found["length_penalty"] = {
-            "for_100_tokens": penalty,
-            "accuracy_without": float(wins(*before.T).mean()),
-            "length_correlation_without": correlation(before, logs),
-        }
-    return found
 
 
 def held_against(shortcuts: dict[str, dict], pairs: int) -> tuple[str, str]:
@@ -165,9 +152,4 @@ def told(result: dict) -> str:
     ]
     if matched is not None:
         lines.append(f"on {result['length_matched_pairs']} pairs of equal length (within 10 %): {matched:.3f}")
-    if "length_penalty" in result:
-        penalty = result["length_penalty"]
-        lines.append(
-            f"with {penalty['for_100_tokens']:.3f} off for each 100 tokens; without: {penalty['accuracy_without']:.3f}"
-        )
     return "\n".join([*lines, result["verdict"]])

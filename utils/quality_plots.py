@@ -60,11 +60,6 @@ def of_shortcut(lines: list[dict], name: str) -> dict:
     return share_right(right, prompts_of(lines)[here])
 
 
-def unpenalised(result: dict) -> bool:
-    """Whether P(a beats b) is of the grades alone, while rewards have a length penalty: so it is for distributions."""
-    return "length_penalty" in result and "coverage_by_spread" in result
-
-
 @in_style
 def reliability(result: dict) -> Figure:
     """How often the model is right (y) where it says that it is so sure (x)."""
@@ -74,8 +69,7 @@ def reliability(result: dict) -> Figure:
         f"Its probabilities are off by {result['ece']:.2f} on average; chance alone can make "
         f"{result['ece_of_chance']:.2f}",
         "How often the answer that the model prefers is the chosen one, by how sure it is. Dots: groups of pairs,\n"
-        f"their area is the number of pairs. Brier score {result['brier']:.3f}; a coin that says 0.5 has 0.25."
-        + ("\nThe probabilities are those of the grades, without the length penalty." if unpenalised(result) else ""),
+        f"their area is the number of pairs. Brier score {result['brier']:.3f}; a coin that says 0.5 has 0.25.",
         height=5.0,
     )
     axes.plot([0.5, 1], [0.5, 1], color=MUTED, linestyle="--", linewidth=1)

@@ -110,13 +110,10 @@ class Opponents:
         return [self.known[row] for row in rows]
 
 
-def check_reading(reading: Reading, risk: float, win: bool, model: str) -> None:
-    """End the script where the reward model has not what RISK or WIN_REWARD takes from it."""
-    graded = reading.head == "distribution"
-    if risk and not graded:
+def check_reading(reading: Reading, risk: float, model: str) -> None:
+    """End the script if RISK is set and the reward model has no spread."""
+    if risk and reading.head != "distribution":
         stop(f"RISK = {risk} needs the spread of a distribution: {model!r} has a {reading.head} head")
-    if win and graded and reading.length_penalty:
-        stop(f"WIN_REWARD compares grades, without the length penalty that {model!r} has: set it to False")
 
 
 @dataclass
@@ -139,12 +136,12 @@ class Scoring:
     ) -> torch.Tensor:
         """Rewards [answers], float32; opponents: the start's answers to the same prompts, where `win`."""
         sides = [[answer.text for answer in answers], *([opponents] if self.win else [])]
-        outputs, tokens = self.model.read(prompts, list(zip(*sides, strict=True)))
+        outputs = self.model.read(prompts, list(zip(*sides, strict=True)))
         reading = self.model.reading
         if self.win:
-            rewards = reading.win(outputs[:, 0], outputs[:, 1], tokens)
+            rewards = reading.win(outputs[:, 0], outputs[:, 1])
         else:
-            rewards = reading.rewards(outputs[:, 0], tokens[:, 0])
+            rewards = reading.rewards(outputs[:, 0])
             if self.risk:
                 rewards = rewards - self.risk * reading.spread(outputs[:, 0])
         rewards = rewards.clamp(-self.clip, self.clip) if self.clip else rewards

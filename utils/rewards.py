@@ -12,7 +12,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from utils.controls import NOTHING_ASKED, without_prompts
 from utils.files import read_json, write_json
 from utils.heads import HEADS, Reading
 from utils.hidden import hidden_states
@@ -20,10 +19,10 @@ from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, p
 from utils.pairs import PairCollator, like_length, prompt_of, row_multiple
 from utils.rows import Message
 from utils.runs import bar_off, explain_missing, say, stop
-from utils.templates import prompt_ids
 from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
 
 CONFIG_FILE = "reward_config.json"
+REMOVED = ("LENGTH_PENALTY", "ANSWERS_ONLY")  # old options without which the scores of a saved model would change
 FEWEST = 6  # prompts that can show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
 HUB_WINDOW = 4096  # most tokens of prompt and answer that a reward model of the hub is given
 
@@ -153,6 +152,9 @@ class RewardModel:
             tokenizer = load_tokenizer(str(name), constant=constant)
             if chat_template_sha256(tokenizer) != config["chat_template_sha256"]:
                 stop(f"{constant} = {str(name)!r}: its chat template is not the one it was trained with")
+            for option in REMOVED:
+                if config.get(option.lower()):
+                    stop(f"{constant} = {str(name)!r} needs {option}, which no longer exists: train it again")
             reading, window = Reading.of_json(config), config["max_length"]
         else:
             tokenizer, reading, window = foreign(str(name), constant)
@@ -165,27 +167,21 @@ class RewardModel:
         Batches are made of conversations of like length; neither padding nor batch mates change a score.
         """
         prompts = [messages[:-1] for messages in conversations]
-        outputs, tokens = self.read(prompts, answers_of([conversations]), batch_size)
-        return self.reading.rewards(outputs[:, 0], tokens[:, 0])
+        answers = [(messages[-1]["content"],) for messages in conversations]
+        return self.reading.rewards(self.read(prompts, answers, batch_size)[:, 0])
 
-    def read(
-        self, prompts: list[list[Message]], answers: list[tuple[str, ...]], batch_size: int = 8
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(outputs [prompts, answers, n], tokens [prompts, answers] of each answer in the window), float32, CPU.
+    def read(self, prompts: list[list[Message]], answers: list[tuple[str, ...]], batch_size: int = 8) -> torch.Tensor:
+        """Return the head's outputs [prompts, answers, n], float32 on the CPU.
 
-        The answers to a prompt, as many to each, share one window, as those of a pair do in training. What the
-        outputs mean is in `reading`: rewards, probabilities, spread, entropy, P(one beats the other).
+        Give each prompt the same number of answers. They share one window, as the answers of a pair do in training.
+        `reading` turns outputs into rewards, probabilities, spread, entropy, and P(one beats the other).
         """
         encoded = encode_answers(self.tokenizer, prompts, answers, self.max_length, close=True)
-        empty = prompt_ids(self.tokenizer, NOTHING_ASKED) if self.config.get("answers_only") else None
-        ids = [(empty or pair.prompt_ids) + answer for pair in encoded for answer in pair.answer_ids]
-        tokens = torch.tensor([[len(answer) for answer in pair.answer_ids] for pair in encoded], dtype=torch.float32)
-        return self.outputs_of_ids(ids, batch_size).view(*tokens.shape, -1), tokens
+        ids = [pair.prompt_ids + answer for pair in encoded for answer in pair.answer_ids]
+        return self.outputs_of_ids(ids, batch_size).view(len(prompts), len(answers[0]), -1)
 
     def pair_outputs(self, rows: Dataset, batch_size: int = 8) -> np.ndarray:
         """The head's outputs [pairs, 2, n] for rows with token columns and closed answers, chosen first."""
-        if self.config.get("answers_only"):
-            rows = without_prompts(rows, self.tokenizer)
         prompts = [prompt_of(row) for row in rows]
         sides = zip(prompts, rows["chosen_ids"], rows["rejected_ids"], strict=True)
         ids = [prompt + answer for prompt, *answers in sides for answer in answers]
@@ -219,11 +215,6 @@ class RewardModel:
             hidden = body(ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows), device=device), mask.sum(1) - 1]  # [rows, hidden]
         return apply_head(self.model, last)
-
-
-def answers_of(sides: list[list[list[Message]]]) -> list[tuple[str, ...]]:
-    """The last messages of conversations, side by side: one tuple for each prompt."""
-    return [tuple(messages[-1]["content"] for messages in same) for same in zip(*sides, strict=True)]
 
 
 def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading, int]:

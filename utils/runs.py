@@ -20,7 +20,7 @@ from utils.config import missing_package
 from utils.files import read_json, read_lines, write_json, write_lines
 from utils.machine import commit, is_another, peak_memory_gb, processes, this_process, versions
 
-MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "SHORTCUT_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
+MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
 INPUTS = (*MODELS, "DATA_DIR", "DATASET")  # constants that name what a run reads
 READ = ("data_fingerprint", "reward_weights", "start", "rows_per_step")  # facts: whether the same was read under these
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # a GPU's words, a CPU's, Windows'

@@ -18,12 +18,13 @@ from utils.files import read_json, write_json, write_lines
 from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
 from utils.rewards import RewardModel
 from utils.rows import Message, with_persona
-from utils.runs import stop
+from utils.runs import READ, stop
 
 START = "start"
 NOT_THE_WORK = {
     "SEED",
     "OUTPUT_DIR",
+    "MODEL_SHORT_NAME",
     "RESUME",
     "DEVICE",
     "REPORT_TO",
@@ -121,14 +122,17 @@ def side_by_side(
 
 
 def recipes(policies: dict[str, str]) -> dict[str, list[str]]:
-    """{recipe: names}: policies whose runs differ in their seed only; the recipe is called by its first name.
+    """Group runs, {name: folder}, that differ in their seed only. Return {name of the first run: names}.
 
-    A second run with a seed that is there already is no second draw, and stands for itself.
+    A second run with the same seed is no second draw and forms its own group.
     """
     found: dict[str, dict[int, str]] = {}
     for name, folder in policies.items():
-        settings = read_json(Path(folder) / "run.json").get("settings", {"folder": folder})
-        key = json.dumps({k: v for k, v in settings.items() if k not in NOT_THE_WORK}, sort_keys=True)
+        record = read_json(Path(folder) / "run.json")
+        settings = record.get("settings", {"folder": folder})
+        work = {k: v for k, v in settings.items() if k not in NOT_THE_WORK}
+        work |= {f"read {k}": record.get(k) for k in READ if not (k == "start" and settings.get("USE_LORA"))}
+        key = json.dumps(work, sort_keys=True)  # the start of a run with adapters depends on its seed
         seed = settings.get("SEED", 0)
         key = key if seed not in found.get(key, {}) else name
         found.setdefault(key, {})[seed] = name
@@ -147,9 +151,7 @@ def over_seeds(groups: dict[str, list[str]], scores: dict[str, dict[str, np.ndar
         means = {group: np.mean([by_name[name] for name in names], axis=0) for group, names in groups.items()}
         gains = {}
         for group, names in groups.items():
-            values = [float((by_name[name] - by_name[START]).mean()) for name in names]
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            gains[group] = {"runs": names, "values": values, "mean": statistics.fmean(values), "std": spread}
+            gains[group] = {"runs": names, **spread([float((by_name[n] - by_name[START]).mean()) for n in names])}
         between = [
             {"one": a, "other": b, **paired_difference(means[a], means[b])}
             | {"p_over_seeds": p_over_seeds(gains[a]["values"], gains[b]["values"])}
@@ -157,6 +159,12 @@ def over_seeds(groups: dict[str, list[str]], scores: dict[str, dict[str, np.ndar
         ]
         found[judge] = {"gains": gains, "between": between}
     return found
+
+
+def spread(values: list[float]) -> dict:
+    """Return the values of several runs, one each, with their mean and std (of a sample; None for one run)."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"values": values, "mean": statistics.fmean(values), "std": std}
 
 
 def p_over_seeds(one: list[float], other: list[float]) -> float | None:
