@@ -75,8 +75,11 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # dataset_summary.py sorts prompts by hash(), and peft writes target_modules as a set
 }
 VARY = {
-    "files": ("run.json", "state.json", "cache", "checkpoints"),
-    "keys": ("tokens_per_second", "seconds", "started", "finished", "commit", "versions", "peak_memory_gb"),
+    "files": ("state.json", "cache", "checkpoints"),
+    "keys": (
+        *("started", "finished", "seconds", "seconds_before", "train_seconds", "tokens_per_second", "peak_memory_gb"),
+        *("settings", "command", "commit", "versions", "process"),
+    ),
 }
 
 
