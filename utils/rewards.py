@@ -22,7 +22,7 @@ from utils.runs import bar_off, explain_missing, say, stop
 from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
 
 CONFIG_FILE = "reward_config.json"
-REMOVED = ("LENGTH_PENALTY", "ANSWERS_ONLY")  # old options without which the scores of a saved model would change
+REMOVED = ("LENGTH_PENALTY", "ANSWERS_ONLY")  # options of older versions: their models would score differently now
 FEWEST = 6  # prompts needed to show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
 HUB_WINDOW = 4096  # largest window, prompt and answer, for a reward model of the hub
 
