@@ -1,4 +1,4 @@
-"""Train a reward model on the pairs of step 1, and say whether it has learned more than a shortcut.
+"""Train a reward model on the pairs of step 1 and test whether it has learned more than a shortcut.
 
 Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py)
 Writes : outputs/reward_model/ (the model, eval.json, predictions.jsonl, metrics.jsonl, run.json, plots, README.md)
@@ -71,7 +71,7 @@ ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.RewardTrainer"}
 
 
 def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool, **options: float) -> None:
-    """End the script where the options of the loss do not go with the head, the engine or the rows."""
+    """End the script if the options of the loss do not fit the head, the engine or the rows."""
     from utils.losses import NEED_RATINGS
 
     fits = {"LABEL_SMOOTHING": ("scalar", "distribution"), "CENTRING": ("scalar",), "RATING_WEIGHT": ("distribution",)}
@@ -79,8 +79,6 @@ def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool,
         if value and head not in fits[name]:
             stop(f"{name} = {value} is for HEAD = {' or '.join(fits[name])}, not for {head}: set it to 0")
     shares(**options)
-    if options["LABEL_SMOOTHING"] >= 0.5:  # the loss would be lowest where nothing is told apart
-        stop(f"LABEL_SMOOTHING = {options['LABEL_SMOOTHING']}: expected a share from 0 to below 0.5")
     if (loss in NEED_RATINGS or options["RATING_WEIGHT"]) and not rated:
         stop(f"not all of these rows have ratings, which PAIR_LOSS = {loss!r} or RATING_WEIGHT needs: leave both out")
     if head == "attributes" and not attributed:
@@ -214,12 +212,8 @@ def main(settings: dict) -> None:
     weights = judging.surface_weights(rows)
     untrained = partial(rewards.untrained, MODEL, reading, device, SEED)
     lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained)
-    shared = bool(epochs) and measured_on == "validation"
-    result = quality.report(lines) | {
-        "measured_on": measured_on,
-        "epochs": epochs,
-        "selection_shares_rows": shared,
-    }
+    result = quality.report(lines) | {"measured_on": measured_on, "epochs": epochs}
+    result["selection_shares_rows"] = bool(epochs) and measured_on == "validation"
     # 6. save
     if first_process():
         facts = {"max_length": metadata["max_length"], "surface_weights": weights.tolist()}

@@ -73,7 +73,6 @@ def test_an_epoch_chosen_on_the_measured_rows_is_said(model_folder, sample_folde
         ({"HEAD": "distribution", "PAIR_LOSS": "margin"}, "choose one of: win_probability, scaled"),
         ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 is for HEAD = distribution, not for scalar"),
         ({"HEAD": "distribution", "CENTRING": 0.1}, "CENTRING = 0.1 is for HEAD = scalar"),
-        ({"LABEL_SMOOTHING": 0.7}, "LABEL_SMOOTHING = 0.7: expected a share from 0 to below 0.5"),
         ({"ENGINE": "trl", "PAIR_LOSS": "scaled"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
         ({"ENGINE": "trl", "HEAD": "distribution"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
         ({"RATING": "taste"}, "RATING = 'taste' is not known"),

@@ -8,11 +8,11 @@ from utils.runs import stop
 from utils.templates import end_of_turn, prompt_ids
 from utils.tokens import closed
 
-HALVES = {"even": 0, "odd": 1}  # what HALF may name: its first prompt
+HALVES = {"even": 0, "odd": 1}  # value of HALF: its first prompt
 
 
 def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows with an end of turn behind cut answers too, as reward models read them (see utils.tokens.closed)."""
+    """Return the rows with an end of turn behind cut answers too, as reward models need (see utils.tokens.closed)."""
     closing = end_of_turn(tokenizer)
     for side in ("chosen", "rejected"):
         both = zip(rows[f"{side}_ids"], rows[f"{side}_cut"], strict=True)
@@ -26,26 +26,22 @@ def without_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datase
     """Return the rows with an empty user turn as the prompt."""
     window = len(rows[0]["input_ids"])
     empty = prompt_ids(tokenizer, [{"role": "user", "content": ""}])
-    ids, mask = padded(empty, window, tokenizer.pad_token_id)
+    padding = window - len(empty)
+    ids, mask = empty + [tokenizer.pad_token_id] * padding, [1] * len(empty) + [0] * padding
     return with_prompts(rows, [ids] * len(rows), [mask] * len(rows))
 
 
 def shuffled_prompts(rows: Dataset, seed: int = 0) -> Dataset:
-    """The rows with the prompt of another row each; a single row keeps its own."""
+    """Return the rows, each with the prompt of another row; a single row keeps its own."""
     order = np.random.default_rng(seed).permutation(len(rows))
     other = np.empty_like(order)
-    other[order] = np.roll(order, 1)  # one round through all rows: none gets its own
+    other[order] = np.roll(order, 1)  # one cycle through all rows, so that no row keeps its own
     prompts = rows.select(other).select_columns(["input_ids", "attention_mask"])
     return with_prompts(rows, list(prompts["input_ids"]), list(prompts["attention_mask"]))
 
 
-def padded(ids: list[int], length: int, pad_id: int) -> tuple[list[int], list[int]]:
-    """(ids, mask) right-padded to `length`."""
-    rest = length - len(ids)
-    return ids + [pad_id] * rest, [1] * len(ids) + [0] * rest
-
-
 def with_prompts(rows: Dataset, ids: list[list[int]], masks: list[list[int]]) -> Dataset:
+    """Return the rows with other prompts, as padded ids and attention masks."""
     columns = {"input_ids": ids, "attention_mask": masks}
     kinds = {name: rows.features[name] for name in columns}
     rows = rows.remove_columns(list(columns))
@@ -55,18 +51,18 @@ def with_prompts(rows: Dataset, ids: list[list[int]], masks: list[list[int]]) ->
 
 
 def same_prompt(rows: Dataset) -> np.ndarray:
-    """For each row [rows] the place of the first one with the same conversation before its answers."""
+    """Return for each row [rows] the index of the first row with the same prompt (all turns before the answer)."""
     first = {}
     return np.array([first.setdefault(str(messages[:-1]), i) for i, messages in enumerate(rows["chosen"])], dtype=int)
 
 
 def different_prompts(rows: Dataset, count: int = 0) -> Dataset:
-    """The first `count` rows (0 = all) with a conversation of their own: answers to one prompt are no two draws."""
+    """Return the first row of each prompt, at most `count` rows (0 = all); rows of one prompt are not independent."""
     return rows.select(np.unique(same_prompt(rows))[: count or None])
 
 
 def half(rows: Dataset, name: str) -> Dataset:
-    """The pairs of every second prompt, by a name of HALVES: the other half holds no pair of theirs."""
+    """Return the pairs of every second prompt. The two HALVES share no prompt."""
     number = np.unique(same_prompt(rows), return_inverse=True)[1]
     found = rows.select(np.flatnonzero(number % 2 == HALVES[name]))
     if not len(found):

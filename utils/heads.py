@@ -1,8 +1,8 @@
-"""What the outputs of a reward model mean: heads, how they are read, and the loss of a pair.
+"""Heads of a reward model: from their outputs to rewards, and the loss of a pair.
 
-A head has one output (a scalar), ten (logits over the grades 1 to 10) or five (the attributes of HelpSteer2). All are
-read in one way: reward = outputs . weights, where the outputs of a distribution go through a softmax first and its
-weights are the grades, so that its reward is the expected grade.
+A head has one output (a scalar), ten (logits over the grades 1 to 10) or five (the attributes of HelpSteer2). The
+reward is always outputs . weights. For a distribution, a softmax comes first and the weights are the grades, so the
+reward is the expected grade.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ GRADES = 10
 
 @dataclass(frozen=True)
 class Head:
-    """A kind of head: names of its outputs in the model's config, and what transformers' pipeline does to them."""
+    """A kind of head: the names of its outputs in the model's config, and what transformers' pipeline does to them."""
 
     names: tuple[str, ...]
     problem_type: str  # "regression": the pipeline leaves the outputs alone; "single_label_classification": softmax
@@ -30,7 +30,7 @@ class Head:
         return len(self.names)
 
 
-HEADS = {  # what HEAD may name
+HEADS = {  # values of HEAD
     "scalar": Head(("reward",), "regression"),
     "distribution": Head(tuple(str(grade) for grade in range(1, GRADES + 1)), "single_label_classification"),
     "attributes": Head(ATTRIBUTES, "regression"),
@@ -39,11 +39,11 @@ HEADS = {  # what HEAD may name
 
 @dataclass
 class Reading:
-    """How the outputs of one model are read; saved with it in reward_config.json.
+    """How to read the outputs of one model; saved with it in reward_config.json.
 
     weights: of the outputs in the reward (of the grades' probabilities, for a distribution).
-    means: of the attributes in the training rows; the outputs of that head are what an answer lies above them.
-    lowest_rating, highest_rating: the ratings that grade 1 and grade 10 stand for, a straight line between them.
+    means: of the attributes in the training rows; the head predicts the difference to them.
+    lowest_rating, highest_rating: the ratings of grade 1 and grade 10; the map between them is linear.
     win_scale: P(a beats b) = sigma(win_scale * (reward a - reward b)), for heads that are no distribution.
     """
 
@@ -55,7 +55,7 @@ class Reading:
     win_scale: float = 1.0
 
     def as_json(self) -> dict:
-        """The fields for reward_config.json; a distribution's weights are also there as `grades`."""
+        """Return the fields for reward_config.json; `grades` repeats the weights of a distribution."""
         return asdict(self) | {"grades": [int(w) for w in self.weights] if self.head == "distribution" else None}
 
     @classmethod
@@ -64,7 +64,7 @@ class Reading:
         return cls(**{entry.name: config[entry.name] for entry in fields(cls) if entry.name in config})
 
     def probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
-        """P(grade) [..., 10] of the outputs of a distribution head."""
+        """Return P(grade) [..., 10] for outputs of a distribution head."""
         assert self.head == "distribution", self.head
         return functional.softmax(outputs.float(), dim=-1)
 
@@ -75,13 +75,13 @@ class Reading:
         return read @ torch.tensor(self.weights, device=outputs.device)
 
     def spread(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Standard deviation of the grade [...] under a distribution."""
+        """Return the standard deviation of the grade [...] under a distribution."""
         p, grades = self.probabilities(outputs), torch.tensor(self.weights, device=outputs.device)
         expected = (p @ grades)[..., None]
         return (p * (grades - expected) ** 2).sum(dim=-1).sqrt()
 
     def entropy(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Entropy of the grade [...] in nats; ln 10 at uniform."""
+        """Return the entropy of the grade [...] in nats; ln 10 at uniform."""
         return torch.special.entr(self.probabilities(outputs)).sum(dim=-1)
 
     def win(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -92,17 +92,17 @@ class Reading:
         return torch.sigmoid(self.win_scale * (self.rewards(one) - self.rewards(other)))
 
     def grade(self, rating: torch.Tensor) -> torch.Tensor:
-        """The grade from 1 to 10 that a rating means: the one place of this map."""
+        """Return the grade from 1 to 10 for a rating; the only place with this map."""
         share = (rating - self.lowest_rating) / (self.highest_rating - self.lowest_rating)
         return 1 + (GRADES - 1) * share.clamp(0, 1)
 
 
 def reading_of(head: str, rating: str, ratings: list[float], means: list[float] | None) -> Reading:
-    """The reading that a new head starts with.
+    """Return the reading of a new head.
 
-    rating: a name of RATINGS, which weighs the attributes. ratings: those of the training rows, [] without ratings.
-    means: of the training rows' attributes, None without: grades 1 to 10 stand for the possible range of a rating
-    that is made of attributes, else for the range of `ratings`.
+    rating: a key of RATINGS, for the weights of the attributes. ratings: of the training rows, [] if they have none.
+    means: of the attributes in the training rows, None if they have none. With attributes, grades 1 to 10 cover the
+    possible range of the rating, without them the range of `ratings`.
     """
     weights, divisor = RATINGS.get(rating, RATINGS["average"])
     shares = [weight / divisor for weight in weights]
@@ -110,7 +110,7 @@ def reading_of(head: str, rating: str, ratings: list[float], means: list[float] 
     highest = HIGHEST_ATTRIBUTE * sum(max(weight, 0) for weight in shares)
     if means is None:
         lowest, highest = min(ratings, default=0.0), max(ratings, default=1.0)
-    highest = max(highest, lowest + 1e-6)  # all alike: any line will do
+    highest = max(highest, lowest + 1e-6)  # all ratings are equal: any line will do
     read = {"scalar": [1.0], "distribution": [float(g) for g in range(1, GRADES + 1)], "attributes": shares}[head]
     return Reading(head, read, means if head == "attributes" else None, lowest, highest)
 
@@ -119,7 +119,7 @@ def reading_of(head: str, rating: str, ratings: list[float], means: list[float] 
 class PairLoss:
     """The loss of a pair from the outputs of RewardPairs, as the trainer calls it.
 
-    name: one of PAIR_LOSSES for the head. smoothing: share of the labels taken for wrong. centre: weight of
+    name: one of PAIR_LOSSES for the head. smoothing: assumed share of wrong labels. centre: weight of
     (r_w + r_l)^2. rating_weight: share of the cross-entropy to the ratings' soft labels in the loss of a distribution.
     """
 
@@ -130,7 +130,7 @@ class PairLoss:
     rating_weight: float = 0.0
 
     def __call__(self, outputs: dict, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(loss of each pair [pairs], what is logged of each); outputs["outputs"] [pairs, 2, n], chosen first."""
+        """Return (loss [pairs], {metric: [pairs]}); outputs["outputs"] is [pairs, 2, n], chosen first."""
         both, reading = outputs["outputs"], self.reading
         function: Callable = PAIR_LOSSES[reading.head][self.name]
         chosen, rejected = reading.rewards(both).unbind(1)

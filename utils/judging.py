@@ -1,4 +1,4 @@
-"""What a reward model says of pairs, and what shortcuts say of the same pairs: the lines of predictions.jsonl."""
+"""Predictions of a reward model and of shortcuts on the same pairs: the lines of predictions.jsonl."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from utils.pairs import answer_tokens, load_pairs
 from utils.runs import say
 from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
 
-SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters of them in predictions.jsonl
+SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters kept in predictions.jsonl
 FITTED_ON = 500  # pairs that fit_win_scale uses, at most
 
 Outputs = Callable[..., np.ndarray]  # from rows (and a model, by default the trained one) to [pairs, 2, n]
@@ -43,9 +43,9 @@ def judged(
 
 
 def trained_on(folder: str, rows: Dataset) -> int | None:
-    """How many of the rows have a prompt that the model of a run folder was trained on; None where that is not known.
+    """Return the number of rows whose prompt the model of a run folder was trained on.
 
-    Known while the rows of its training are there: their folder is in run.json, their fingerprint too.
+    Return None if the training rows, which run.json names with their fingerprint, are gone or have changed.
     """
     record = read_json(Path(folder) / "run.json")
     settings, fingerprint = record.get("settings", {}), record.get("data_fingerprint")
@@ -65,12 +65,12 @@ def pairs_right(outputs: np.ndarray, reading: Reading) -> np.ndarray:
 
 
 def texts_of(rows: Dataset) -> tuple[list[str], list[str], list[str]]:
-    """(prompts, chosen answers, rejected answers) of rows of a processed folder."""
+    """Return (prompts, chosen answers, rejected answers) of rows of a processed folder."""
     return rows["prompt"], *([side[-1]["content"] for side in rows[name]] for name in ("chosen", "rejected"))
 
 
 def shortcuts_right(rows: Dataset, surface_weights: np.ndarray | None) -> dict[str, np.ndarray]:
-    """For each shortcut that needs no model, whether it is right on each pair [pairs]: 1, 0.5 (tie) or 0."""
+    """Return for each shortcut that needs no model 1 (right), 0.5 (tie) or 0 for each pair [pairs]."""
     prompts, chosen, rejected = texts_of(rows)
     found = {
         name: wins(*(np.array([measure(text) for text in side]) for side in (chosen, rejected)))
@@ -91,7 +91,10 @@ def controls_right(
     reading: Reading,
     count: int,
 ) -> dict[str, np.ndarray]:
-    """Right or wrong [pairs] on at most `count` pairs, spread over the rows: untrained, and with other prompts."""
+    """Return for each control 1 (right), 0.5 (tie) or 0 for each pair [pairs], NaN where it was not measured.
+
+    The controls are the model with other prompts and the untrained one, on at most `count` pairs spread over the rows.
+    """
     some = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
     if not len(some):
         return {}
@@ -110,9 +113,9 @@ def controls_right(
 
 
 def lines_of(rows: Dataset, outputs: np.ndarray, reading: Reading, right: dict[str, np.ndarray]) -> list[dict]:
-    """One line of predictions.jsonl for each pair.
+    """Return one line of predictions.jsonl for each pair.
 
-    outputs [pairs, 2, n], chosen first; right: for each shortcut [pairs], NaN where it was not measured.
+    outputs [pairs, 2, n], chosen first; right: {shortcut: [pairs]}, NaN where it was not measured.
     """
     both, tokens = torch.tensor(outputs), answer_tokens(rows)
     rewards, win = reading.rewards(both).tolist(), reading.win(both[:, 0], both[:, 1]).tolist()
@@ -138,7 +141,7 @@ def lines_of(rows: Dataset, outputs: np.ndarray, reading: Reading, right: dict[s
 
 
 def surface_weights(rows: Dataset) -> np.ndarray:
-    """Weights of the nine surface measures [9], fitted on these pairs."""
+    """Return the weights of the nine surface measures [9], fitted on these pairs."""
     return fit_logistic(surface_differences(*texts_of(rows)))
 
 

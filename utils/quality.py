@@ -1,4 +1,4 @@
-"""Is a reward model any good? The report, computed from the lines of its predictions.jsonl and from nothing else."""
+"""Is a reward model any good? The report, computed from the lines of predictions.jsonl alone."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from utils.evaluation import calibration, coverage, interval, paired_difference,
 from utils.rows import hundredths
 from utils.shortcuts import bands_of
 
-MATCHED = 0.1  # answers are of equal length where they differ by less than this share of the longer one
-MUCH = 0.5  # and one is much longer from here on
+MATCHED = 0.1  # below this difference, as a share of the longer answer, two answers are of equal length
+MUCH = 0.5  # from this difference on, one answer is much longer
 WORST = 10  # mistakes in eval.json
-NAMES = {  # key in eval.json: in words
+NAMES = {  # key in eval.json: its name on plots and pages
     "longer": "'longer wins'",
     "longer_in_window": "'longer inside the window wins'",
     "more_list_items": "'more list items win'",
@@ -18,7 +18,7 @@ NAMES = {  # key in eval.json: in words
     "without_prompt": "itself without the prompts",
     "shuffled_prompt": "itself with the prompts of other pairs",
 }
-ITSELF = ("without_prompt", "shuffled_prompt")  # say what the model reads, and are no rivals
+ITSELF = ("without_prompt", "shuffled_prompt")  # show whether the model reads the prompt; they are no rivals
 
 
 def report(lines: list[dict]) -> dict[str, object]:
@@ -79,12 +79,11 @@ def by_length(right: np.ndarray, both: dict[str, np.ndarray], prompts: np.ndarra
 
 
 def held_against(shortcuts: dict[str, dict], pairs: int) -> tuple[str, str]:
-    """(the most accurate shortcut, the verdict on the model), of the shortcuts that were measured on all pairs.
+    """Return (the most accurate shortcut, the verdict), from the shortcuts that were measured on all pairs.
 
-    A model that is right more often than each of them is held against the one it is least surely better than: where
-    that is shown, it is shown for all, and no correction for many tests is needed. One that is behind is held against
-    the best of them, which some luck on these same pairs has made the best: p then counts once for each of them
-    (Bonferroni).
+    If the model is more accurate than every shortcut, the verdict quotes the largest p-value: it holds for all of them,
+    so it needs no correction. Otherwise the verdict compares the model with the best shortcut, which chance has helped
+    to be the best, and multiplies p by the number of shortcuts (Bonferroni).
     """
     found = {name: entry for name, entry in shortcuts.items() if name not in ITSELF and entry["pairs"] == pairs}
     best = max(found, key=lambda name: found[name]["accuracy"])
@@ -96,7 +95,7 @@ def held_against(shortcuts: dict[str, dict], pairs: int) -> tuple[str, str]:
 
 
 def length_bands(difference: np.ndarray) -> dict[str, np.ndarray]:
-    """Which pairs are of which kind, from (chosen - rejected) / the longer one [pairs], in characters."""
+    """Return {band: mask [pairs]} for (chosen - rejected) / longer length in characters [pairs]."""
     size = np.abs(difference)
     much, equal = size >= MUCH, size < MATCHED
     return {
@@ -109,17 +108,17 @@ def length_bands(difference: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def pair_of(lines: list[dict], name: str) -> np.ndarray:
-    """Values of both sides [pairs, 2], chosen first; NaN where they are null."""
+    """Return the values of both sides [pairs, 2], chosen first; NaN for null."""
     return np.array([[line[f"{side}{name}"] for side in ("chosen", "rejected")] for line in lines], dtype=float)
 
 
 def prompts_of(lines: list[dict]) -> np.ndarray:
-    """A number for each pair [pairs], the same for pairs of one prompt: chance draws prompts, not pairs."""
+    """Return a number for each pair [pairs], equal for pairs of one prompt; the bootstrap draws prompts, not pairs."""
     return np.array([line.get("same_prompt", i) for i, line in enumerate(lines)])
 
 
 def against_shortcuts(lines: list[dict], right: np.ndarray, prompts: np.ndarray) -> dict[str, dict]:
-    """For each shortcut: pairs, accuracy, and the paired difference of the model on the same pairs."""
+    """Return for each shortcut: pairs, accuracy, and how much better the model is on the same pairs."""
     found = {}
     for name in NAMES:
         here = np.array([name in line["shortcuts"] for line in lines])
@@ -131,19 +130,19 @@ def against_shortcuts(lines: list[dict], right: np.ndarray, prompts: np.ndarray)
 
 
 def shares(right: np.ndarray, masks: dict[str, np.ndarray], prompts: np.ndarray) -> dict[str, dict]:
-    """pairs, accuracy and interval within each mask that has pairs."""
+    """Return pairs, accuracy and interval within each mask that has pairs."""
     return {name: share_right(right[mask], prompts[mask]) for name, mask in masks.items() if mask.any()}
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Pearson's r of all values, None where one of them does not vary."""
+    """Return Pearson's r, or None if one side does not vary."""
     if not one.std() or not other.std():
         return None
     return float(np.corrcoef(one.ravel(), other.ravel())[0, 1])
 
 
 def told(result: dict) -> str:
-    """The report in a few lines, the verdict last."""
+    """Return the report in a few lines, the verdict last."""
     best, matched = result["best_shortcut"], result["length_matched_accuracy"]
     lines = [
         f"pair accuracy {result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}] on "

@@ -1,4 +1,4 @@
-"""The figures of a reward model's quality, and the files of its run folder that show them."""
+"""Plots of a reward model's quality, its model card, and the other result files of its run folder."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from utils.quality import ITSELF, NAMES, pair_of, prompts_of
 
 @in_style
 def accuracies(result: dict, lines: list[dict]) -> Figure:
-    """Pair accuracy with its 95 % interval: the model, the shortcuts, and the model by gap, length and subset."""
+    """Plot pair accuracy with 95 % intervals: the model, the shortcuts, and the model by gap, length and subset."""
     model = {"accuracy": result["accuracy"], "low": result["accuracy_low"], "high": result["accuracy_high"]}
     rivals = {name: of_shortcut(lines, name) for name in result["shortcuts"]}
     groups = [
@@ -54,7 +54,7 @@ def accuracies(result: dict, lines: list[dict]) -> Figure:
 
 
 def of_shortcut(lines: list[dict], name: str) -> dict:
-    """share_right of a shortcut on the pairs where it was measured."""
+    """Return share_right of a shortcut on the pairs where it was measured."""
     here = np.array([name in line["shortcuts"] for line in lines])
     right = np.array([line["shortcuts"][name] for line in lines if name in line["shortcuts"]])
     return share_right(right, prompts_of(lines)[here])
@@ -62,7 +62,7 @@ def of_shortcut(lines: list[dict], name: str) -> dict:
 
 @in_style
 def reliability(result: dict) -> Figure:
-    """How often the model is right (y) where it says that it is so sure (x)."""
+    """Plot accuracy (y) against confidence (x)."""
     curve = result["reliability"]
     x, y, n = (np.array([entry[name] for entry in curve]) for name in ("confidence", "accuracy", "pairs"))
     figure, (axes,) = new_figure(
@@ -83,7 +83,7 @@ def reliability(result: dict) -> Figure:
 
 @in_style
 def coverage(result: dict) -> Figure:
-    """Accuracy on the surest share of the pairs, by margin and, for distributions, by spread."""
+    """Plot accuracy on the surest share of the pairs, by margin and, for distributions, by spread."""
     names = {"coverage_by_margin": ("by margin of the rewards", BLUE), "coverage_by_spread": ("by spread", ORANGE)}
     shown = {name: look for name, look in names.items() if name in result}
     ends = result["coverage_by_margin"][0]["accuracy"], result["accuracy"]
@@ -105,7 +105,7 @@ def coverage(result: dict) -> Figure:
 
 @in_style
 def rewards(result: dict, lines: list[dict]) -> Figure:
-    """Histograms of the rewards of chosen and rejected answers."""
+    """Plot histograms of the rewards of chosen and rejected answers."""
     both = pair_of(lines, "")
     r = result["length_correlation"]
     figure, (axes,) = new_figure(
@@ -123,24 +123,17 @@ def rewards(result: dict, lines: list[dict]) -> Figure:
     return figure
 
 
-def draw(folder: Path, result: dict, lines: list[dict]) -> list[str]:
-    """Write the figures; their file names."""
-    figures = {
-        "accuracy.png": accuracies(result, lines),
-        "reliability.png": reliability(result),
-        "coverage.png": coverage(result),
-        "rewards.png": rewards(result, lines),
-    }
-    for name, figure in figures.items():
-        save(figure, folder / name)
-    return list(figures)
-
-
 def write_results(folder: Path, result: dict, lines: list[dict], record: dict | None = None) -> None:
-    """eval.json, predictions.jsonl and the figures; of a training (record: run.json) the curves and model card too."""
+    """Write eval.json, predictions.jsonl and the figures; after a training also its curves and the model card.
+
+    record: run.json of the training, None for an evaluation.
+    """
     write_json(folder / "eval.json", result)
     write_lines(folder / "predictions.jsonl", lines)
-    draw(folder, result, lines)
+    save(accuracies(result, lines), folder / "accuracy.png")
+    save(reliability(result), folder / "reliability.png")
+    save(coverage(result), folder / "coverage.png")
+    save(rewards(result, lines), folder / "rewards.png")
     if not record:
         return
     title = (
@@ -155,7 +148,7 @@ def write_results(folder: Path, result: dict, lines: list[dict], record: dict | 
 
 
 def model_card(result: dict, record: dict) -> str:
-    """README.md of the run folder: what it is, what it is worth, how to load it."""
+    """Return README.md of the run folder: what the model is, how good it is, how to load it."""
     settings = record["settings"]
     best = result["best_shortcut"]
     shared = " The epoch was chosen on the same rows." if result["selection_shares_rows"] else ""

@@ -1,4 +1,4 @@
-"""Reward models: started, saved, and loaded as the one scorer of conversations."""
+"""Reward models: start, save, load, and score conversations."""
 
 import math
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ from utils.runs import bar_off, explain_missing, say, stop
 from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
 
 CONFIG_FILE = "reward_config.json"
-REMOVED = ("LENGTH_PENALTY", "ANSWERS_ONLY")  # old options without which the scores of a saved model would change
-FEWEST = 6  # prompts that can show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
-HUB_WINDOW = 4096  # most tokens of prompt and answer that a reward model of the hub is given
+REMOVED = ("LENGTH_PENALTY", "ANSWERS_ONLY")  # options of older versions: their models would score differently now
+FEWEST = 6  # prompts needed to show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
+HUB_WINDOW = 4096  # largest window, prompt and answer, for a reward model of the hub
 
 
 class RewardPairs(nn.Module):
-    """A classification model as the trainer calls it: shared rows in, the head's outputs for both answers out."""
+    """A classification model for the trainer: from shared-prompt rows to the head's outputs for both answers."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -39,27 +39,27 @@ class RewardPairs(nn.Module):
         return self.model.config
 
     def last_hidden(self, ends: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
-        """Hidden states [batch, 2, hidden] at the last real token of each answer."""
+        """Return the hidden states [batch, 2, hidden] at the last real token of each answer."""
         hidden = hidden_states(self.model, batch)
         return hidden.gather(1, ends[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{"outputs": [batch, 2, head outputs]} float32, chosen first."""
+        """Return {"outputs": [batch, 2, n]}, float32, chosen first."""
         return {"outputs": apply_head(self.model, self.last_hidden(**batch))}
 
 
 def apply_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The head in float32: a bfloat16 head would quantise rewards to steps of 0.03 and make ties of near values."""
+    """Apply the head in float32: in bfloat16 rewards have steps of 0.03, and near values become ties."""
     with torch.autocast(hidden.device.type, enabled=False):
         return plain(model).score(hidden.float())
 
 
 def start_model(name: str, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> nn.Module:
-    """A model with the head of `reading`, from a language model or an earlier reward model.
+    """Return a model with the head of `reading`, from a language model or an earlier reward model.
 
-    A new head starts at zero: the loss is then that of equal rewards, and the first steps are not spent on undoing a
-    random one. A trained head of the same kind goes on as it is; that of the attributes becomes a scalar one by its
-    weights (the warm start of https://arxiv.org/abs/2410.01257).
+    A new head starts at zero, so that the first steps are not spent on undoing random rewards. A trained head of the
+    same kind is kept. An attributes head becomes a scalar head by its weights (the warm start of
+    https://arxiv.org/abs/2410.01257).
     """
     head, old = HEADS[reading.head], read_json(Path(name) / CONFIG_FILE)
     before = HEADS[old["head"]] if old else head
@@ -79,9 +79,9 @@ def start_model(name: str, tokenizer: PreTrainedTokenizerBase, reading: Reading)
 
 
 def prepare(model: nn.Module, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> nn.Module:
-    """The model with names for its outputs, and a pad token that is not the end of turn, where there is one.
+    """Name the model's outputs, and set a pad token other than the end of turn if the tokenizer has an unk token.
 
-    transformers pools a classification model at the last token that is not padding: with pad = end of turn it would
+    transformers pools a classification model at the last token that is not padding. With pad = end of turn it would
     read the token before the end of turn.
     """
     head = HEADS[reading.head]
@@ -95,7 +95,7 @@ def prepare(model: nn.Module, tokenizer: PreTrainedTokenizerBase, reading: Readi
 
 
 def untrained(name: str, reading: Reading, device: torch.device, seed: int) -> nn.Module:
-    """The model as it was, with a random head: what the form of the answers alone happens to be worth to it."""
+    """Return the model as it was before the training, with a random head: a baseline."""
     before = HEADS[read_json(Path(name) / CONFIG_FILE).get("head", reading.head)]
     model = load_classifier(name, before.outputs, ignore_mismatched_sizes=True)
     torch.manual_seed(seed)
@@ -113,9 +113,9 @@ def save(
     collator: PairCollator,
     **facts: object,
 ) -> None:
-    """The reward model as a plain folder with reward_config.json (the reading and `facts`), proved on the first rows.
+    """Save a plain model folder with reward_config.json (the reading and `facts`); reload it and compare some scores.
 
-    facts: max_length at least, which RewardModel needs.
+    facts: at least max_length, which RewardModel needs.
     """
     few = collator([rows[i] for i in range(min(PROOF_ROWS, len(rows)))])
 
@@ -131,7 +131,7 @@ def save(
 
 @dataclass
 class RewardModel:
-    """A trained reward model that scores conversations, each of which ends in the answer to be scored."""
+    """A trained reward model; scores conversations whose last turn is the answer."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -142,10 +142,10 @@ class RewardModel:
 
     @classmethod
     def load(cls, name: str, device: str = "", precision: str = "fp32", constant: str = "REWARD_MODEL"):
-        """A run folder of train_reward_model.py, or any classification model with one output, of the hub or a folder.
+        """Load a run folder of train_reward_model.py, or a classification model with one output (folder or hub name).
 
-        precision: fp32, which gives what transformers gives, or what the device does fast (see choose_precision).
-        Ends the script with one line if there is none, or if the template is not the one it was trained with.
+        precision: fp32 gives the same scores as transformers; see choose_precision for faster ones. Ends the script
+        if there is no such model, or if its chat template is not that of its training.
         """
         config = read_json(Path(name) / CONFIG_FILE)
         if config:
@@ -162,9 +162,9 @@ class RewardModel:
         return cls(model, tokenizer, reading, window, precision, config)
 
     def score(self, conversations: list[list[Message]], batch_size: int = 8) -> torch.Tensor:
-        """Rewards [conversations], float32 on the CPU, in the window of the training.
+        """Return the rewards [conversations], float32 on the CPU, in the window of the training.
 
-        Batches are made of conversations of like length; neither padding nor batch mates change a score.
+        Batches hold conversations of similar length; padding and the rest of the batch do not change a score.
         """
         prompts = [messages[:-1] for messages in conversations]
         answers = [(messages[-1]["content"],) for messages in conversations]
@@ -181,14 +181,14 @@ class RewardModel:
         return self.outputs_of_ids(ids, batch_size).view(len(prompts), len(answers[0]), -1)
 
     def pair_outputs(self, rows: Dataset, batch_size: int = 8) -> np.ndarray:
-        """The head's outputs [pairs, 2, n] for rows with token columns and closed answers, chosen first."""
+        """Return the head's outputs [pairs, 2, n], chosen first, for rows with token columns and closed answers."""
         prompts = [prompt_of(row) for row in rows]
         sides = zip(prompts, rows["chosen_ids"], rows["rejected_ids"], strict=True)
         ids = [prompt + answer for prompt, *answers in sides for answer in answers]
         return self.outputs_of_ids(ids, batch_size).view(len(rows), 2, -1).numpy()
 
     def outputs_of_ids(self, ids: list[list[int]], batch_size: int) -> torch.Tensor:
-        """The head's outputs [rows, n] on the CPU, computed in batches of rows of like length, the longest first."""
+        """Return the head's outputs [rows, n] on the CPU, from batches of similar length, the longest first."""
         outputs = torch.zeros(len(ids), HEADS[self.reading.head].outputs)
         batches = like_length(list(map(len, ids)), math.inf, batch_size)
         for mine in tqdm(batches, desc="scoring", leave=False, disable=bar_off(len(batches) > 4)):
@@ -199,7 +199,7 @@ class RewardModel:
 
     @torch.no_grad()
     def outputs(self, rows: list[list[int]]) -> torch.Tensor:
-        """The head's outputs [rows, outputs] for rows of ids, right-padded; pooled by length, not by pad ids."""
+        """Return the head's outputs [rows, n] for one batch of ids; pooled by length, not by pad ids."""
         device = self.model.device
         multiple = row_multiple(device)
         length = -(-max(map(len, rows)) // multiple) * multiple
@@ -208,7 +208,7 @@ class RewardModel:
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
         ids, mask = ids.to(device), mask.to(device)
-        if not hasattr(self.model, "score"):  # an encoder of the hub, which pools in its own way: its head in float32
+        if not hasattr(self.model, "score"):  # an encoder of the hub, which pools in its own way, in float32
             return self.model(ids, attention_mask=mask).logits.float()
         with autocast(device, self.precision):
             body = getattr(self.model, self.model.base_model_prefix)
@@ -218,7 +218,7 @@ class RewardModel:
 
 
 def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading, int]:
-    """(tokenizer, reading, window) of a reward model that was not trained here; one line where it is none."""
+    """Return (tokenizer, reading, window) of a reward model that was not trained here."""
     made = "a run folder of train_reward_model.py or a reward model of the hub with one output"
     try:
         config = AutoConfig.from_pretrained(name)
@@ -239,7 +239,7 @@ def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading,
 
 
 def load_judges(reward_model: str, judge_model: str, device: str, precision: str) -> dict[str, RewardModel]:
-    """{"reward": the one a policy is trained on, "judge": a second one it never saw, where it is named}."""
+    """Return {"reward": the model that a policy is trained on, "judge": JUDGE_MODEL if it is set}."""
     if judge_model and Path(judge_model).resolve() == Path(reward_model).resolve():
         stop(f"JUDGE_MODEL = {judge_model!r} is REWARD_MODEL itself: name a reward model that no policy was trained on")
     judges = {"reward": RewardModel.load(reward_model, device, precision)}
@@ -251,7 +251,7 @@ def load_judges(reward_model: str, judge_model: str, device: str, precision: str
 
 
 def require_worth(folder: str, constant: str = "REWARD_MODEL") -> None:
-    """The floor for policies: refuse a reward model that is worse than a coin, warn where it beats no shortcut."""
+    """Refuse a reward model that is worse than a coin; warn if it beats no shortcut."""
     result = read_json(Path(folder) / "eval.json")
     if not result:
         say(f"WARNING: {folder} has no eval.json, so nobody knows whether it is better than a coin")
