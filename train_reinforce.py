@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
@@ -49,7 +48,6 @@ GENERATION_BATCH = 16  # answers that are sampled at once, on each device
 # reward
 KL_BETA = 0.05  # of log pi - log ref of an answer, taken off its reward
 RISK = 0.0  # expected grade minus RISK x spread, for a reward model with a distribution
-WIN_REWARD = False  # in place of the reward: P(beats the start's greedy answer to the same prompt)
 REWARD_CLIP = 0.0  # rewards are cut to -REWARD_CLIP .. REWARD_CLIP, 0 = as they are
 LENGTH_PENALTY = 0.0  # taken off the reward for each 100 tokens of an answer
 CUT_PENALTY = 0.0  # taken off the reward of an answer that was cut at MAX_NEW_TOKENS
@@ -108,9 +106,9 @@ def rollout(
     return [Sample(*it, *of) for *it, of in zip(prompts, prompts.values(), answers, figures, strict=True)]
 
 
-def rewards(samples: list[Sample], scoring: Scoring, opponents: list[str] | None) -> None:
-    """Give each sample its reward; opponents: the start's answers, where the reward is to beat them."""
-    scores = scoring([sample.prompt for sample in samples], [sample.answer for sample in samples], opponents)
+def rewards(samples: list[Sample], scoring: Scoring) -> None:
+    """Give each sample its reward."""
+    scores = scoring([sample.prompt for sample in samples], [sample.answer for sample in samples])
     for sample, score in zip(samples, scores.tolist(), strict=True):
         sample.reward = score
 
@@ -159,7 +157,7 @@ def update(
     return engine.accelerator.reduce(loss, reduction="mean").item(), engine.step(longest)
 
 
-def check(batch: int, per_prompt: int, baseline: str, temperature: float, risk: float, win: bool, cut: bool) -> None:
+def check(batch: int, per_prompt: int, baseline: str, temperature: float, cut: bool) -> None:
     """End the script where constants do not go together."""
     from utils.machine import processes
 
@@ -170,8 +168,6 @@ def check(batch: int, per_prompt: int, baseline: str, temperature: float, risk: 
         stop("BASELINE = 'leave_one_out' compares the answers to one prompt: set ANSWERS_PER_PROMPT to 2 or more")
     if temperature <= 0:
         stop(f"TEMPERATURE = {temperature}: expected more than 0, since greedy answers have no log-probs to push")
-    if risk and win:
-        stop("RISK and WIN_REWARD are two rewards: set one of them to 0 or False")
     if cut:
         stop("MASK_CUT leaves cut answers out of the update, so CUT_PENALTY would do nothing: set one of them")
 
@@ -186,7 +182,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_GRAD_NORM=MAX_GRAD_NORM, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
     at_least(max(1, LEAST_LENGTH), MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # shorter ones would stop the run at its first step
     shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
-    check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE, RISK, WIN_REWARD, MASK_CUT and CUT_PENALTY != 0)
+    check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE, MASK_CUT and CUT_PENALTY != 0)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     import torch
     from accelerate.utils import gather_object
@@ -204,7 +200,7 @@ def main(settings: dict) -> None:
     device, precision = models.choose_machine(DEVICE, PRECISION, deepspeed=False)
     judges = reward_models.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
     scorer = judges["reward"]
-    reinforce.check_reading(scorer.reading, RISK, WIN_REWARD, REWARD_MODEL)
+    reinforce.check_risk(scorer.reading, RISK, REWARD_MODEL)
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows = pairs.load_pairs(DATA_DIR, "train", MAX_ROWS)
@@ -233,8 +229,7 @@ def main(settings: dict) -> None:
     how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "batch_size": GENERATION_BATCH}
     how["precision"] = precision
     window, answers = metadata["max_length"], BATCH_SIZE * ANSWERS_PER_PROMPT
-    scoring = reinforce.Scoring(scorer, RISK, WIN_REWARD, LENGTH_PENALTY, CUT_PENALTY, REWARD_CLIP)
-    opponents = reinforce.Opponents(partial(reinforce.start_answers, model, reference, tokenizer, window, how))
+    scoring = reinforce.Scoring(scorer, RISK, LENGTH_PENALTY, CUT_PENALTY, REWARD_CLIP)
     # 4. train
     accelerator.wait_for_everyone()  # the first process may just have moved an older run aside
     first = trainer.resume(run, baseline)
@@ -248,7 +243,7 @@ def main(settings: dict) -> None:
             chosen = {n: reinforce.prompt_of(n, ANSWERS_PER_PROMPT, len(rows), SEED) for n in numbers}
             prompts = {n: conversations[row] for n, row in chosen.items()}
             samples = rollout(model, reference, tokenizer, prompts, window, SEED, how)
-            rewards(samples, scoring, opponents.of(chosen.values(), prompts.values()) if WIN_REWARD else None)
+            rewards(samples, scoring)
             everyone = gather_object(samples)
             found = advantages(everyone, baseline, KL_BETA, ANSWERS_PER_PROMPT, ADVANTAGE_NORM, MASK_CUT)
             loss, norm = update(trainer, samples, found[own].tolist(), MAX_GRAD_NORM)

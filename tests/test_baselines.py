@@ -5,20 +5,10 @@ import torch
 
 from tests.toys import sample_of
 from utils.heads import Reading
-from utils.reinforce import Baseline, Opponents, Scoring, alarm, check_reading, figures_of, normalised, prompt_of
+from utils.reinforce import Baseline, Scoring, alarm, figures_of, normalised, prompt_of
 from utils.sampling import Answer
 
 ALL = torch.tensor([True] * 4)
-
-
-def test_grades_that_win_know_no_length_penalty():
-    graded = Reading("distribution", [float(grade) for grade in range(1, 11)])
-    check_reading(graded, 0.5, False, "x")
-    check_reading(graded, 0.0, True, "x")
-    graded.length_penalty = 0.1
-    with pytest.raises(SystemExit, match="WIN_REWARD compares grades, without the length penalty that 'x' has"):
-        check_reading(graded, 0.0, True, "x")
-    check_reading(Reading("scalar", length_penalty=0.1), 0.0, True, "x")
 
 
 # baselines
@@ -130,12 +120,10 @@ def test_rewards_are_clipped_first_and_penalties_come_after():
     assert found.tolist() == pytest.approx([3.0 - 0.5, 4.0 - 2.0 - 0.25])
 
 
-def test_risk_takes_the_spread_off_and_a_win_is_counted_against_the_start():
+def test_risk_takes_the_spread_off():
     prompts = [[{"role": "user", "content": "Hi"}]] * 2
     texts = answered("abc", "abcdef")
     assert Scoring(Judge("distribution"))(prompts, texts).tolist() == pytest.approx([3.0, 6.0], abs=1e-3)
-    both = Scoring(Judge("distribution"), win=True)(prompts, texts, ["abcd", "abcd"])
-    assert both.tolist() == pytest.approx([0.0, 1.0], abs=1e-3)
 
     class Unsure(Judge):
         def read(self, prompts, answers):
@@ -144,19 +132,6 @@ def test_risk_takes_the_spread_off_and_a_win_is_counted_against_the_start():
     spread = sum((grade - 5.5) ** 2 / 10 for grade in range(1, 11)) ** 0.5
     found = Scoring(Unsure("distribution"), risk=0.5)(prompts, texts)
     assert found.tolist() == pytest.approx([5.5 - 0.5 * spread] * 2, abs=1e-4)
-
-
-def test_the_start_answers_each_prompt_once():
-    asked = []
-
-    def write(prompts):
-        asked.extend(prompts)
-        return [f"to {prompt[0]['content']}" for prompt in prompts]
-
-    opponents = Opponents(write)
-    prompts = [[{"role": "user", "content": word}] for word in ("a", "b", "a")]
-    assert opponents.of([0, 1, 0], prompts) == ["to a", "to b", "to a"]
-    assert opponents.of([1], prompts[1:2]) == ["to b"] and len(asked) == 2
 
 
 # the order of prompts, figures, alarms

@@ -152,14 +152,14 @@ def learned(model_folder, tokenizer, folder, kind, kl_beta=0.0, steps=40):
     reference, engine, baseline = reference_of(model, True), engine_of(model, folder, 1e-2), Baseline(kind)
     frozen = {name: value.clone() for name, value in reference.state_dict().items()}
 
-    def scoring(prompts, answers, opponents):
+    def scoring(prompts, answers):
         return torch.tensor([float(answer.ids[0] < 300) for answer in answers])
 
     shares = []
     for step in range(steps):
         prompts = {16 * step + i: [{"role": "user", "content": "Hi"}] for i in range(16)}
         samples = rollout(model, reference, tokenizer, prompts, 64, 0, HOW)
-        rewards(samples, scoring, None)
+        rewards(samples, scoring)
         weights = advantages(samples, baseline, kl_beta, 4, "none", False)
         update(engine, samples, weights.tolist(), 1.0)
         shares.append(sum(sample.reward for sample in samples) / 16)

@@ -76,7 +76,7 @@ def test_evaluation_never_sees_training_prompts(options, sample_folder, tmp_path
         {"USE_LORA": "true", "BASELINE": "running_mean", "MASK_CUT": "true"},
         {"CUT_PENALTY": 1.0, "BASELINE_DECAY": 0.5},
         {"RISK": 0.5, "REWARD_MODEL": "distribution", "BASELINE": "none", "REWARD_CLIP": 6.0},
-        {"WIN_REWARD": "true", "REWARD_MODEL": "distribution", "TEMPERATURE": 0.7, "GRADIENT_CHECKPOINTING": "true"},
+        {"REWARD_MODEL": "distribution", "TEMPERATURE": 0.7, "GRADIENT_CHECKPOINTING": "true"},
     ],
 )
 def test_constants_go_together(options, judges, tmp_path, constants):
@@ -193,7 +193,6 @@ def test_two_processes_equal_one(options, tmp_path):
         ({"ADVANTAGE_NORM": "max"}, "ADVANTAGE_NORM = 'max' is not known"),
         ({"TEMPERATURE": 0.0}, "TEMPERATURE = 0.0: expected more than 0"),
         ({"RISK": 1.0}, "RISK = 1.0 needs the spread of a distribution"),
-        ({"RISK": 1.0, "WIN_REWARD": "true"}, "RISK and WIN_REWARD are two rewards"),
         ({"REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
         ({"JUDGE_MODEL": "nowhere"}, "JUDGE_MODEL = 'nowhere' is not there"),
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),

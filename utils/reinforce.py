@@ -1,24 +1,22 @@
 """What REINFORCE is made of, beside its loop: samples, their rewards, baselines, figures and alarms."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from utils.comparing import repetition
-from utils.guidance import Guidance
 from utils.heads import Reading
 from utils.logps import answer_logps
 from utils.rewards import RewardModel
 from utils.rows import Message
 from utils.runs import stop
-from utils.sampling import Answer, generate, prompt_ids_of
+from utils.sampling import Answer
 
 BASELINES = {  # what BASELINE may name
     "moving_average": "exponential mean of earlier steps",
@@ -69,20 +67,6 @@ def as_reference(model: nn.Module, reference: nn.Module | str) -> Iterator[nn.Mo
         yield reference
 
 
-def start_answers(
-    model: nn.Module,
-    reference: nn.Module | str,
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    how: dict[str, object],
-    prompts: list[list[Message]],
-) -> list[str]:
-    """The start's greedy answers to prompts: what a policy has to beat where the reward is to win."""
-    ids = prompt_ids_of(tokenizer, prompts, window, Guidance())
-    with as_reference(model, reference) as start:
-        return [answer.text for answer in generate(start, tokenizer, ids, **how | {"temperature": 0.0}, seed=0)]
-
-
 @lru_cache(maxsize=2)
 def order_of(epoch: int, rows: int, seed: int) -> np.ndarray:
     """Row numbers in the order of an epoch: a function of seed and epoch, so that a resumed run goes on in it."""
@@ -95,58 +79,32 @@ def prompt_of(number: int, answers_per_prompt: int, rows: int, seed: int) -> int
     return int(order_of(place // rows, rows, seed)[place % rows])
 
 
-@dataclass
-class Opponents:
-    """The start's greedy answers, each written once: write(prompts) -> their texts. known: {row: text}."""
-
-    write: Callable[[list[list[Message]]], list[str]]
-    known: dict[int, str] = field(default_factory=dict)
-
-    def of(self, rows: Collection[int], prompts: Collection[list[Message]]) -> list[str]:
-        """The start's answers to the prompts of these rows."""
-        new = {row: prompt for row, prompt in zip(rows, prompts, strict=True) if row not in self.known}
-        if new:
-            self.known |= dict(zip(new, self.write(list(new.values())), strict=True))
-        return [self.known[row] for row in rows]
-
-
-def check_reading(reading: Reading, risk: float, win: bool, model: str) -> None:
-    """End the script where the reward model has not what RISK or WIN_REWARD takes from it."""
-    graded = reading.head == "distribution"
-    if risk and not graded:
+def check_risk(reading: Reading, risk: float, model: str) -> None:
+    """Stop the script if RISK is set and the reward model has no distribution to take a spread from."""
+    if risk and reading.head != "distribution":
         stop(f"RISK = {risk} needs the spread of a distribution: {model!r} has a {reading.head} head")
-    if win and graded and reading.length_penalty:
-        stop(f"WIN_REWARD compares grades, without the length penalty that {model!r} has: set it to False")
 
 
 @dataclass
 class Scoring:
     """How an answer is rewarded.
 
-    risk: expected grade minus risk x spread. win: P(beats the start's answer) in place of the reward. length_penalty:
-    for each 100 tokens. cut_penalty: for an answer that did not end. clip: rewards are cut to -clip .. clip, 0 = not.
+    risk: expected grade minus risk x spread. length_penalty: for each 100 tokens. cut_penalty: for an answer that did
+    not end. clip: rewards are cut to -clip .. clip, 0 = not.
     """
 
     model: RewardModel
     risk: float = 0.0
-    win: bool = False
     length_penalty: float = 0.0
     cut_penalty: float = 0.0
     clip: float = 0.0
 
-    def __call__(
-        self, prompts: list[list[Message]], answers: list[Answer], opponents: list[str] | None = None
-    ) -> torch.Tensor:
-        """Rewards [answers], float32; opponents: the start's answers to the same prompts, where `win`."""
-        sides = [[answer.text for answer in answers], *([opponents] if self.win else [])]
-        outputs, tokens = self.model.read(prompts, list(zip(*sides, strict=True)))
-        reading = self.model.reading
-        if self.win:
-            rewards = reading.win(outputs[:, 0], outputs[:, 1], tokens)
-        else:
-            rewards = reading.rewards(outputs[:, 0], tokens[:, 0])
-            if self.risk:
-                rewards = rewards - self.risk * reading.spread(outputs[:, 0])
+    def __call__(self, prompts: list[list[Message]], answers: list[Answer]) -> torch.Tensor:
+        """Return the rewards of the answers [answers], float32."""
+        outputs, tokens = self.model.read(prompts, [(answer.text,) for answer in answers])
+        rewards = self.model.reading.rewards(outputs[:, 0], tokens[:, 0])
+        if self.risk:
+            rewards = rewards - self.risk * self.model.reading.spread(outputs[:, 0])
         rewards = rewards.clamp(-self.clip, self.clip) if self.clip else rewards
         lengths = torch.tensor([len(answer.ids) for answer in answers], dtype=torch.float32)
         cut = torch.tensor([not answer.ended for answer in answers], dtype=torch.float32)
