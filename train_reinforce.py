@@ -48,7 +48,6 @@ GENERATION_BATCH = 16  # answers that are sampled at once, on each device
 # reward
 KL_BETA = 0.05  # of log pi - log ref of an answer, taken off its reward
 RISK = 0.0  # expected grade minus RISK x spread, for a reward model with a distribution
-REWARD_CLIP = 0.0  # rewards are cut to -REWARD_CLIP .. REWARD_CLIP, 0 = as they are
 LENGTH_PENALTY = 0.0  # taken off the reward for each 100 tokens of an answer
 CUT_PENALTY = 0.0  # taken off the reward of an answer that was cut at MAX_NEW_TOKENS
 MASK_CUT = False  # answers that were cut count neither in the update nor in the baseline
@@ -178,7 +177,7 @@ def main(settings: dict) -> None:
     at_least(1, BATCH_SIZE=BATCH_SIZE, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, GENERATION_BATCH=GENERATION_BATCH)
     at_least(1, MAX_STEPS=MAX_STEPS, LORA_RANK=LORA_RANK)
     at_least(0, MAX_ROWS=MAX_ROWS, EVAL_PROMPTS=EVAL_PROMPTS, KL_BETA=KL_BETA, KL_LIMIT=KL_LIMIT, SEED=SEED)
-    at_least(0, REWARD_CLIP=REWARD_CLIP, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
+    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
     at_least(0, MAX_GRAD_NORM=MAX_GRAD_NORM, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
     at_least(max(1, LEAST_LENGTH), MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # shorter ones would stop the run at its first step
     shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
@@ -229,7 +228,7 @@ def main(settings: dict) -> None:
     how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "batch_size": GENERATION_BATCH}
     how["precision"] = precision
     window, answers = metadata["max_length"], BATCH_SIZE * ANSWERS_PER_PROMPT
-    scoring = reinforce.Scoring(scorer, RISK, LENGTH_PENALTY, CUT_PENALTY, REWARD_CLIP)
+    scoring = reinforce.Scoring(scorer, RISK, LENGTH_PENALTY, CUT_PENALTY)
     # 4. train
     accelerator.wait_for_everyone()  # the first process may just have moved an older run aside
     first = trainer.resume(run, baseline)

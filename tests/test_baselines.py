@@ -112,12 +112,12 @@ def answered(*texts, ended=True, tokens=10):
     return [Answer([1], [5] * tokens, text, ended) for text in texts]
 
 
-def test_rewards_are_clipped_first_and_penalties_come_after():
+def test_penalties_are_taken_off_the_reward():
     prompts = [[{"role": "user", "content": "Hi"}]] * 2
     cut = [*answered("abc", tokens=50), *answered("a" * 9, ended=False, tokens=200)]
     assert Scoring(Judge())(prompts, cut).tolist() == [3.0, 9.0]
-    found = Scoring(Judge(), clip=4.0, length_penalty=1.0, cut_penalty=0.25)(prompts, cut)
-    assert found.tolist() == pytest.approx([3.0 - 0.5, 4.0 - 2.0 - 0.25])
+    found = Scoring(Judge(), length_penalty=1.0, cut_penalty=0.25)(prompts, cut)
+    assert found.tolist() == pytest.approx([3.0 - 0.5, 9.0 - 2.0 - 0.25])
 
 
 def test_risk_takes_the_spread_off():
