@@ -50,7 +50,6 @@ KL_BETA = 0.05  # of log pi - log ref of an answer, taken off its reward
 RISK = 0.0  # expected grade minus RISK x spread, for a reward model with a distribution
 LENGTH_PENALTY = 0.0  # taken off the reward for each 100 tokens of an answer
 CUT_PENALTY = 0.0  # taken off the reward of an answer that was cut at MAX_NEW_TOKENS
-MASK_CUT = False  # answers that were cut count neither in the update nor in the baseline
 # algorithm
 BASELINE = "moving_average"  # moving_average | running_mean | leave_one_out | none
 BASELINE_DECAY = 0.9  # share of the past in the moving average
@@ -113,7 +112,7 @@ def rewards(samples: list[Sample], scoring: Scoring) -> None:
 
 
 def advantages(
-    samples: list[Sample], baseline: Baseline, kl_beta: float, answers_per_prompt: int, norm: str, mask_cut: bool
+    samples: list[Sample], baseline: Baseline, kl_beta: float, answers_per_prompt: int, norm: str
 ) -> torch.Tensor:
     """A [answers] = reward - kl_beta (log pi - log ref) - baseline, for all answers of a step, of all processes."""
     import torch
@@ -121,8 +120,7 @@ def advantages(
     from utils.reinforce import normalised
 
     returns = torch.tensor([sample.reward - kl_beta * sample.kl for sample in samples])
-    kept = torch.tensor([sample.answer.ended or not mask_cut for sample in samples])
-    return normalised(baseline.advantages(returns, kept, answers_per_prompt), kept, norm)
+    return normalised(baseline.advantages(returns, answers_per_prompt), norm)
 
 
 def update(
@@ -156,7 +154,7 @@ def update(
     return engine.accelerator.reduce(loss, reduction="mean").item(), engine.step(longest)
 
 
-def check(batch: int, per_prompt: int, baseline: str, temperature: float, cut: bool) -> None:
+def check(batch: int, per_prompt: int, baseline: str, temperature: float) -> None:
     """End the script where constants do not go together."""
     from utils.machine import processes
 
@@ -167,8 +165,6 @@ def check(batch: int, per_prompt: int, baseline: str, temperature: float, cut: b
         stop("BASELINE = 'leave_one_out' compares the answers to one prompt: set ANSWERS_PER_PROMPT to 2 or more")
     if temperature <= 0:
         stop(f"TEMPERATURE = {temperature}: expected more than 0, since greedy answers have no log-probs to push")
-    if cut:
-        stop("MASK_CUT leaves cut answers out of the update, so CUT_PENALTY would do nothing: set one of them")
 
 
 @script
@@ -181,7 +177,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_GRAD_NORM=MAX_GRAD_NORM, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
     at_least(max(1, LEAST_LENGTH), MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # shorter ones would stop the run at its first step
     shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
-    check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE, MASK_CUT and CUT_PENALTY != 0)
+    check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     import torch
     from accelerate.utils import gather_object
@@ -244,7 +240,7 @@ def main(settings: dict) -> None:
             samples = rollout(model, reference, tokenizer, prompts, window, SEED, how)
             rewards(samples, scoring)
             everyone = gather_object(samples)
-            found = advantages(everyone, baseline, KL_BETA, ANSWERS_PER_PROMPT, ADVANTAGE_NORM, MASK_CUT)
+            found = advantages(everyone, baseline, KL_BETA, ANSWERS_PER_PROMPT, ADVANTAGE_NORM)
             loss, norm = update(trainer, samples, found[own].tolist(), MAX_GRAD_NORM)
             figures = reinforce.figures_of(everyone, found, baseline, loss, norm, time.monotonic() - began)
             figures["learning_rate"] = trainer.next_rate()

@@ -160,7 +160,7 @@ def learned(model_folder, tokenizer, folder, kind, kl_beta=0.0, steps=40):
         prompts = {16 * step + i: [{"role": "user", "content": "Hi"}] for i in range(16)}
         samples = rollout(model, reference, tokenizer, prompts, 64, 0, HOW)
         rewards(samples, scoring)
-        weights = advantages(samples, baseline, kl_beta, 4, "none", False)
+        weights = advantages(samples, baseline, kl_beta, 4, "none")
         update(engine, samples, weights.tolist(), 1.0)
         shares.append(sum(sample.reward for sample in samples) / 16)
     for name, value in reference.state_dict().items():

@@ -73,7 +73,7 @@ def test_evaluation_never_sees_training_prompts(options, sample_folder, tmp_path
     "constants",
     [
         {"BASELINE": "leave_one_out", "ANSWERS_PER_PROMPT": 2, "ADVANTAGE_NORM": "std"},
-        {"USE_LORA": "true", "BASELINE": "running_mean", "MASK_CUT": "true"},
+        {"USE_LORA": "true", "BASELINE": "running_mean"},
         {"CUT_PENALTY": 1.0, "BASELINE_DECAY": 0.5},
         {"RISK": 0.5, "REWARD_MODEL": "distribution", "BASELINE": "none"},
         {"REWARD_MODEL": "distribution", "TEMPERATURE": 0.7, "GRADIENT_CHECKPOINTING": "true"},
@@ -200,7 +200,6 @@ def test_two_processes_equal_one(options, tmp_path):
         ({"MAX_GRAD_NORM": -1.0}, "MAX_GRAD_NORM = -1.0: expected 0 or more"),
         ({"SEED": -1}, "SEED = -1: expected 0 or more"),
         ({"BASELINE_DECAY": 1.5}, "BASELINE_DECAY = 1.5: expected a share from 0 to 1"),
-        ({"MASK_CUT": "true", "CUT_PENALTY": 1.0}, "CUT_PENALTY would do nothing"),
         ({"MAX_NEW_TOKENS": 1}, "MAX_NEW_TOKENS = 1: expected 2.0 or more"),
     ],
 )

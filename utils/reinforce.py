@@ -122,29 +122,29 @@ class Baseline:
     seen: int = 0
     used: float = 0.0  # what was taken off in the last step, on average
 
-    def advantages(self, rewards: torch.Tensor, kept: torch.Tensor, answers_per_prompt: int = 1) -> torch.Tensor:
-        """rewards [answers] minus the baseline, 0 where not `kept` [answers] (bool); those to one prompt lie together.
+    def advantages(self, rewards: torch.Tensor, answers_per_prompt: int = 1) -> torch.Tensor:
+        """Return rewards [answers] minus the baseline; the answers to one prompt are neighbours.
 
-        A moving baseline begins at the mean of the first step and moves after it was used: from the second step on,
-        no answer has its own reward in its baseline. What is not kept is in no baseline either.
+        A moving baseline starts at the mean of the first step and is updated after use: from the second step on, no
+        answer has its own reward in its baseline.
         """
-        weights, count = kept.float(), int(kept.sum())
+        count = len(rewards)
         self.used = 0.0
-        if self.kind == "none" or not count:
-            return rewards * weights
+        if self.kind == "none":
+            return rewards
         if self.kind == "leave_one_out":
-            group, there = rewards.view(-1, answers_per_prompt), weights.view(-1, answers_per_prompt)
-            total, others = (group * there).sum(1, keepdim=True), there.sum(1, keepdim=True) - there
-            found = (group - (total - group * there) / others.clamp(min=1)) * there
+            assert answers_per_prompt > 1, "an answer alone has no others to compare with"
+            group = rewards.view(-1, answers_per_prompt)
+            total = group.sum(1, keepdim=True)
             self.used = total.sum().item() / count  # each reward is in the baselines of the others
-            return torch.where(others > 0, found, 0.0).flatten()  # an answer alone has nothing to be compared with
-        mean = (rewards * weights).sum().item() / count
-        if not math.isfinite(mean):  # an alarm will end the run, and its state is to be of use
+            return (group - (total - group) / (answers_per_prompt - 1)).flatten()
+        mean = rewards.sum().item() / count
+        if not math.isfinite(mean):  # an alarm will stop the run; keep its state usable
             return rewards - self.value
         if not self.seen:
             self.value = mean
         self.used = self.value
-        found = (rewards - self.value) * weights
+        found = rewards - self.value
         if self.kind == "moving_average":
             self.value = self.decay * self.value + (1 - self.decay) * mean
         else:
@@ -153,15 +153,15 @@ class Baseline:
         return found
 
 
-def normalised(advantages: torch.Tensor, kept: torch.Tensor, norm: str) -> torch.Tensor:
-    """advantages [answers], divided by their size over the kept ones where norm = std: the root of their mean square.
+def normalised(advantages: torch.Tensor, norm: str) -> torch.Tensor:
+    """Return the advantages [answers], divided by their root mean square if norm = std.
 
-    A baseline of earlier steps leaves a mean that is not 0. Divided by the deviation from that mean, answers that
-    score alike would be pushed without limit.
+    A baseline of earlier steps leaves a mean that is not 0. Divided by the deviation from that mean, answers with
+    nearly equal rewards would be pushed without limit.
     """
-    if norm == "none" or kept.sum() < 2:
+    if norm == "none" or len(advantages) < 2:
         return advantages
-    return advantages / (advantages[kept].square().mean().sqrt() + 1e-4)
+    return advantages / (advantages.square().mean().sqrt() + 1e-4)
 
 
 def figures_of(
