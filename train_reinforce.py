@@ -48,7 +48,6 @@ GENERATION_BATCH = 16  # answers that are sampled at once, on each device
 # reward
 KL_BETA = 0.05  # of log pi - log ref of an answer, taken off its reward
 RISK = 0.0  # expected grade minus RISK x spread, for a reward model with a distribution
-LENGTH_PENALTY = 0.0  # taken off the reward for each 100 tokens of an answer
 CUT_PENALTY = 0.0  # taken off the reward of an answer that was cut at MAX_NEW_TOKENS
 # algorithm
 BASELINE = "moving_average"  # moving_average | running_mean | leave_one_out | none
@@ -224,7 +223,7 @@ def main(settings: dict) -> None:
     how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "batch_size": GENERATION_BATCH}
     how["precision"] = precision
     window, answers = metadata["max_length"], BATCH_SIZE * ANSWERS_PER_PROMPT
-    scoring = reinforce.Scoring(scorer, RISK, LENGTH_PENALTY, CUT_PENALTY)
+    scoring = reinforce.Scoring(scorer, RISK, CUT_PENALTY)
     # 4. train
     accelerator.wait_for_everyone()  # the first process may just have moved an older run aside
     first = trainer.resume(run, baseline)

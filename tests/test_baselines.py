@@ -91,16 +91,16 @@ class Judge:
         return 50 * grades, lengths
 
 
-def answered(*texts, ended=True, tokens=10):
-    return [Answer([1], [5] * tokens, text, ended) for text in texts]
+def answered(*texts, ended=True):
+    return [Answer([1], [5] * 10, text, ended) for text in texts]
 
 
-def test_penalties_are_taken_off_the_reward():
+def test_the_cut_penalty_is_taken_off_cut_answers_only():
     prompts = [[{"role": "user", "content": "Hi"}]] * 2
-    cut = [*answered("abc", tokens=50), *answered("a" * 9, ended=False, tokens=200)]
+    cut = [*answered("abc"), *answered("a" * 9, ended=False)]
     assert Scoring(Judge())(prompts, cut).tolist() == [3.0, 9.0]
-    found = Scoring(Judge(), length_penalty=1.0, cut_penalty=0.25)(prompts, cut)
-    assert found.tolist() == pytest.approx([3.0 - 0.5, 9.0 - 2.0 - 0.25])
+    found = Scoring(Judge(), cut_penalty=0.25)(prompts, cut)
+    assert found.tolist() == pytest.approx([3.0, 9.0 - 0.25])
 
 
 def test_risk_takes_the_spread_off():

@@ -37,7 +37,7 @@ class Sample:
     logp: float  # log pi(answer), of the policy that wrote it
     reference: float  # log ref(answer)
     entropy: float  # of the next token, summed over the answer's tokens
-    reward: float = 0.0  # by the reward model, with penalties, without the KL
+    reward: float = 0.0  # by the reward model, minus the penalty for a cut, without the KL
 
     @property
     def kl(self) -> float:
@@ -87,15 +87,10 @@ def check_risk(reading: Reading, risk: float, model: str) -> None:
 
 @dataclass
 class Scoring:
-    """How an answer is rewarded.
-
-    risk: expected grade minus risk x spread. length_penalty: for each 100 tokens. cut_penalty: for an answer that did
-    not end.
-    """
+    """How an answer is rewarded: the expected grade minus risk x spread, minus cut_penalty if it did not end."""
 
     model: RewardModel
     risk: float = 0.0
-    length_penalty: float = 0.0
     cut_penalty: float = 0.0
 
     def __call__(self, prompts: list[list[Message]], answers: list[Answer]) -> torch.Tensor:
@@ -104,9 +99,8 @@ class Scoring:
         rewards = self.model.reading.rewards(outputs[:, 0], tokens[:, 0])
         if self.risk:
             rewards = rewards - self.risk * self.model.reading.spread(outputs[:, 0])
-        lengths = torch.tensor([len(answer.ids) for answer in answers], dtype=torch.float32)
         cut = torch.tensor([not answer.ended for answer in answers], dtype=torch.float32)
-        return rewards - self.length_penalty * lengths / 100 - self.cut_penalty * cut
+        return rewards - self.cut_penalty * cut
 
 
 @dataclass
