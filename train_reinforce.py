@@ -59,9 +59,7 @@ SCHEDULE = "constant"  # cosine | linear | constant
 WARMUP_SHARE = 0.0  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
 MAX_GRAD_NORM = 1.0  # longer gradients are cut to this length, 0 = never
-KL_LIMIT = 50.0  # mean nats an answer at which the run saves its state and stops, 0 = never
-LEAST_LENGTH = 2.0  # mean tokens an answer, end of turn included, below which it stops too
-LEAST_ENTROPY = 0.05  # mean nats a token, below which it stops too
+KL_LIMIT = 50.0  # mean nats an answer above which the run saves its state and stops, 0 = never
 SEED = 42  # of the order of prompts and of the samples
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
@@ -174,7 +172,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, EVAL_PROMPTS=EVAL_PROMPTS, KL_BETA=KL_BETA, KL_LIMIT=KL_LIMIT, SEED=SEED)
     at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
     at_least(0, MAX_GRAD_NORM=MAX_GRAD_NORM, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
-    at_least(max(1, LEAST_LENGTH), MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # shorter ones would stop the run at its first step
+    at_least(2, MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # answers of one token would stop the run: reinforce.MIN_MEAN_LENGTH
     shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
     check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
@@ -248,7 +246,7 @@ def main(settings: dict) -> None:
             bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("reward", "kl")})
             if SAMPLE_EVERY_STEPS and step % SAMPLE_EVERY_STEPS == 0:
                 run.append("samples.jsonl", reinforce.line_of(everyone[0], step + 1, found[0].item()))
-            reason = reinforce.alarm(figures, KL_LIMIT, LEAST_LENGTH, LEAST_ENTROPY)
+            reason = reinforce.alarm(figures, KL_LIMIT)
             asked = accelerator.reduce(torch.tensor(float(interrupt.asked), device=device)).item() > 0
             due = SAVE_EVERY_STEPS and ((step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == MAX_STEPS)
             if first_process() and (reason or asked or due):

@@ -200,7 +200,7 @@ def test_two_processes_equal_one(options, tmp_path):
         ({"MAX_GRAD_NORM": -1.0}, "MAX_GRAD_NORM = -1.0: expected 0 or more"),
         ({"SEED": -1}, "SEED = -1: expected 0 or more"),
         ({"BASELINE_DECAY": 1.5}, "BASELINE_DECAY = 1.5: expected a share from 0 to 1"),
-        ({"MAX_NEW_TOKENS": 1}, "MAX_NEW_TOKENS = 1: expected 2.0 or more"),
+        ({"MAX_NEW_TOKENS": 1}, "MAX_NEW_TOKENS = 1: expected 2 or more"),
     ],
 )
 def test_mistakes_end_in_one_line(options, tmp_path, constants, message):

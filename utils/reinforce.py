@@ -25,6 +25,8 @@ BASELINES = {  # what BASELINE may name
     "none": "nothing is taken off",
 }
 NORMS = {"none": "as they are", "std": "divided by their root mean square"}  # what ADVANTAGE_NORM may name
+MIN_MEAN_LENGTH = 2.0  # tokens an answer, end of turn included; a run stops below it
+MIN_ENTROPY = 0.05  # nats a token; a run stops below it
 
 
 @dataclass
@@ -192,17 +194,17 @@ def line_of(sample: Sample, step: int, advantage: float) -> dict[str, object]:
     return said | numbers | {"tokens": len(sample.answer.ids), "ended": sample.answer.ended}
 
 
-def alarm(figures: dict[str, float], kl_limit: float, least_length: float, least_entropy: float) -> str:
-    """Why a run should not go on after a step with these figures of metrics.jsonl, "" where it may."""
+def alarm(figures: dict[str, float], kl_limit: float) -> str:
+    """Return why a run should stop after a step with these figures of metrics.jsonl, "" if it may continue."""
     bad = [name for name in ("loss", "grad_norm", "reward", "kl") if not np.isfinite(figures[name])]
     if bad:
         return f"{' and '.join(bad)} of this step is not finite: lower LEARNING_RATE"
     if kl_limit and figures["kl"] > kl_limit:
         return f"KL {figures['kl']:.1f} is over KL_LIMIT = {kl_limit}: raise KL_BETA or lower LEARNING_RATE"
-    if figures["completions/mean_length"] < least_length:
+    if figures["completions/mean_length"] < MIN_MEAN_LENGTH:
         length = figures["completions/mean_length"]
-        return f"answers have collapsed to {length:.1f} tokens, LEAST_LENGTH = {least_length}: raise KL_BETA"
-    if figures["entropy"] < least_entropy:
+        return f"answers have collapsed to {length:.1f} tokens, the minimum is {MIN_MEAN_LENGTH}: raise KL_BETA"
+    if figures["entropy"] < MIN_ENTROPY:
         entropy = figures["entropy"]
-        return f"entropy has collapsed to {entropy:.3f} nats a token, LEAST_ENTROPY = {least_entropy}: raise KL_BETA"
+        return f"entropy has collapsed to {entropy:.3f} nats a token, the minimum is {MIN_ENTROPY}: raise KL_BETA"
     return ""
