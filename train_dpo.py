@@ -79,26 +79,21 @@ RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 
-def check_loss(name: str, guidance: str, train_policy: bool, path: str, **given: float) -> None:
-    """End the script where the constants of the loss do not go together, or one of them would do nothing."""
+def check_loss(name: str, guidance: str, train_policy: bool, path: str, smoothing: float) -> None:
+    """Stop the script if constants contradict each other, or if one that changes the loss would be ignored."""
     from utils.losses import POLICY_LOSSES
 
-    loss = POLICY_LOSSES[name]
     if name == "new_pref_po" and guidance == "none":
         stop("LOSS = 'new_pref_po' learns from a preference in the prompt: set GUIDANCE = text or embedding")
-    if given["BETA"] < 0 or given["SFT_WEIGHT"] < 0:
-        stop(f"BETA = {given['BETA']}, SFT_WEIGHT = {given['SFT_WEIGHT']}: expected 0 or more")
-    if not 0 <= given["LABEL_SMOOTHING"] < 0.5:
-        stop(f"LABEL_SMOOTHING = {given['LABEL_SMOOTHING']}: expected a share from 0 to below 0.5")
-    if given["LABEL_SMOOTHING"] and "LABEL_SMOOTHING" not in loss.uses:
+    if not 0 <= smoothing < 0.5:
+        stop(f"LABEL_SMOOTHING = {smoothing}: expected a share from 0 to below 0.5")
+    if smoothing and "LABEL_SMOOTHING" not in POLICY_LOSSES[name].uses:
         users = ", ".join(other for other, it in POLICY_LOSSES.items() if "LABEL_SMOOTHING" in it.uses)
-        stop(f"LABEL_SMOOTHING = {given['LABEL_SMOOTHING']} is for {users}, not for LOSS = {name!r}: set it to 0")
+        stop(f"LABEL_SMOOTHING = {smoothing} is for {users}, not for LOSS = {name!r}: set it to 0")
     if not train_policy and (guidance != "embedding" or path):
         stop("TRAIN_POLICY = False leaves nothing to train: set GUIDANCE = embedding without PROMPT_EMBEDDING_PATH")
     if path and guidance != "embedding":
         stop("PROMPT_EMBEDDING_PATH is for GUIDANCE = embedding: set that, or leave the path out")
-    if given["USE_LORA"] and not train_policy:
-        stop("USE_LORA adds adapters to a policy, which TRAIN_POLICY = False leaves as it is: set one of them")
 
 
 def start_guidance(
@@ -121,7 +116,7 @@ def main(settings: dict) -> None:
     # 1. check
     at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
     at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
-    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
+    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY, BETA=BETA, SFT_WEIGHT=SFT_WEIGHT)
     shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
     at_least(0, SAMPLE_PROMPTS=SAMPLE_PROMPTS, TEMPERATURE=TEMPERATURE, PROMPT_EMBEDDING_TOKENS=PROMPT_EMBEDDING_TOKENS)
     at_least(1, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
@@ -145,13 +140,10 @@ def main(settings: dict) -> None:
     from utils.losses import POLICY_LOSSES, Knobs
 
     loss, mode = pick(POLICY_LOSSES, "LOSS", LOSS), pick(names.MODES, "GUIDANCE", GUIDANCE)
-    given = {"BETA": BETA, "SFT_WEIGHT": SFT_WEIGHT, "LABEL_SMOOTHING": LABEL_SMOOTHING, "USE_LORA": USE_LORA}
-    check_loss(LOSS, GUIDANCE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, **given)
+    check_loss(LOSS, GUIDANCE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, LABEL_SMOOTHING)
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    if REWARD_MODEL and not SAMPLE_PROMPTS:
-        stop("REWARD_MODEL compares sampled answers, and SAMPLE_PROMPTS = 0 samples none: set one of them")
     judges = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision) if REWARD_MODEL else {}
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
