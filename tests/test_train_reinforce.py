@@ -156,9 +156,7 @@ def test_a_stopped_run_does_not_go_on_under_another_reward_model(options, judges
 
 
 def test_an_alarm_saves_the_state_and_ends_the_run(options, tmp_path):
-    with pytest.raises(
-        SystemExit, match="stopped at step 2, saved to be gone on with .*: KL .* is over KL_LIMIT = 1e-06"
-    ):
+    with pytest.raises(SystemExit, match="stopped at step 2, checkpoint saved: KL .* is over KL_LIMIT = 1e-06"):
         run_script(train_reinforce, **options | {"KL_LIMIT": 1e-6, "LEARNING_RATE": 1e-2, "SAVE_EVERY_STEPS": 0})
     assert (tmp_path / "run/checkpoints/checkpoint-2/state.pt").exists()
 

@@ -9,14 +9,16 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from utils.comparing import repetition
+from utils.guidance import Guidance
 from utils.heads import Reading
 from utils.logps import answer_logps
 from utils.rewards import RewardModel
 from utils.rows import Message
 from utils.runs import stop
-from utils.sampling import Answer
+from utils.sampling import Answer, prompt_ids_of
 
 BASELINES = {  # what BASELINE may name
     "moving_average": "exponential mean of earlier steps",
@@ -59,14 +61,31 @@ class Policy(nn.Module):
         return answer_logps(self.model, batch, None, self.temperature)[0][:, 0]
 
 
-@contextmanager
-def as_reference(model: nn.Module, reference: nn.Module | str) -> Iterator[nn.Module]:
-    """The reference of `policies.reference_of`, ready for use: a frozen copy, or the model with its adapters off."""
-    if reference == "adapter":
-        with model.disable_adapter():
-            yield model
-    else:
-        yield reference
+@dataclass
+class Actor:
+    """The policy that answers prompts, its reference, and how both read and compute."""
+
+    model: nn.Module
+    reference: nn.Module | str  # of policies.reference_of: a frozen copy, or "adapter" for the model without its own
+    tokenizer: PreTrainedTokenizerBase
+    window: int  # tokens; a longer prompt loses its start
+    precision: str
+
+    def __post_init__(self):
+        if self.reference != "adapter":
+            self.reference.to(self.model.device)
+
+    def prompt_ids(self, prompts: list[list[Message]]) -> list[list[int]]:
+        return prompt_ids_of(self.tokenizer, prompts, self.window, Guidance())
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """Yield the reference ready for use: the frozen copy, or the model with its adapters off."""
+        if self.reference == "adapter":
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self.reference
 
 
 @lru_cache(maxsize=2)
