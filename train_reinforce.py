@@ -107,18 +107,17 @@ def advantages(samples: list[Sample], baseline: Baseline) -> torch.Tensor:
     return normalised(baseline.advantages(returns, ANSWERS_PER_PROMPT), ADVANTAGE_NORM)
 
 
-def update(engine: Engine, samples: list[Sample], weights: list[float], tokens: int = 0) -> tuple[float, float]:
+def update(engine: Engine, samples: list[Sample], weights: list[float]) -> tuple[float, float]:
     """Take one step on the loss -mean(A log pi) over all answers; return that loss and the length of its gradient.
 
-    samples: this process's share of the answers, of one size on all processes. weights: their advantages. The mean is
+    samples: this process's share of the answers, equally many on all processes. weights: their advantages. The mean is
     over answers: divided by an answer's own length, a long bad answer would be pushed away less than a short one.
-    If the gradient is not finite, nothing moves. Computed in parts of `tokens` positions (0: as many as keep the
-    device busy), so memory does not grow with the answers.
+    If the gradient is not finite, nothing moves.
     """
     import torch
 
     loss = torch.zeros((), device=engine.accelerator.device)
-    for places, batch in engine.batches([sample.answer for sample in samples], tokens):
+    for places, batch in engine.batches([sample.answer for sample in samples]):
         advantage = torch.tensor([weights[i] for i in places], device=loss.device)
         share = -(advantage * engine.policy(**batch)).sum() / len(samples)
         engine.accelerator.backward(share)

@@ -12,6 +12,7 @@ from train_reinforce import advantages, rewards, rollout, update
 from utils.engine import start_engine
 from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import add_lora, use_gradient_checkpointing, without_dropout
+from utils.pairs import TOKENS_AT_ONCE
 from utils.policies import reference_of
 from utils.reinforce import Actor, Baseline, Policy, Sample
 from utils.runs import Run
@@ -48,7 +49,8 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path,
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", 1e9)
-    update(engine, samples, weights, tokens=1)
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 1)
+    update(engine, samples, weights)
     gradients = {name: before[name] - value.detach() for name, value in model.named_parameters()}
     for name, value in model.named_parameters():
         value.data.copy_(before[name])
@@ -74,7 +76,8 @@ def test_micro_batches_do_not_change_the_step(model_folder, tmp_path, monkeypatc
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         engine = engine_of(model, tmp_path / f"{size}")
         engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        loss, norm = update(engine, [sample_of(ids) for ids in answers], [1.0, -2.0, 0.5, 3.0], size)
+        monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", size)
+        loss, norm = update(engine, [sample_of(ids) for ids in answers], [1.0, -2.0, 0.5, 3.0])
         found.append((loss, norm, model.model.layers[0].mlp.up_proj.weight.detach().clone()))
     sums = logps_of(AutoModelForCausalLM.from_pretrained(model_folder), [sample_of(ids).answer for ids in answers])
     assert found[0][0] == pytest.approx(-(sums @ torch.tensor([1.0, -2.0, 0.5, 3.0])).item() / 4, rel=1e-4)

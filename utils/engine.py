@@ -35,13 +35,13 @@ class Engine:
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
 
-    def batches(self, answers: list[Answer], tokens: int = 0) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-        """Yield (places in `answers`, their batch on the device) in parts of `tokens` positions, for a backward each.
+    def batches(self, answers: list[Answer]) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """Yield (places in `answers`, their batch on the device) in parts, for one backward pass each.
 
-        tokens: 0 means as many as keep the device busy. Processes exchange gradients in the last part only.
+        Memory does not grow with the number of answers. Processes exchange gradients in the last part only.
         """
         policy, device = self.policy.train(), self.accelerator.device
-        parts = parts_of(answers, tokens or TOKENS_AT_ONCE[device.type])
+        parts = parts_of(answers, TOKENS_AT_ONCE[device.type])
         for part in parts:
             batch = batch_of([answers[i] for i in part], multiple=row_multiple(device))
             batch = {name: value.to(device) for name, value in batch.items()}
