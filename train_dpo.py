@@ -54,7 +54,6 @@ PROMPT_EMBEDDING_PATH = ""  # .pt or .safetensors with vectors [n, hidden], whic
 PROMPT_EMBEDDING_TOKENS = 0  # number of trained vectors, 0 = as many as PREFERENCE_TEXT has tokens
 PROMPT_LEARNING_RATE = 1e-3  # of the trained vectors
 # training
-ENGINE = "pairs"  # pairs = shared-prompt batches | trl = trl.DPOTrainer on the same rows
 EPOCHS = 1  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
 BATCH_SIZE = 4  # pairs in memory at once
@@ -79,35 +78,22 @@ SAVE_EVERY_STEPS = 200  # a checkpoint to go on from, 0 = none
 RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
-ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.DPOTrainer"}
 
-
-def check_loss(name: str, guidance: str, engine: str, train_policy: bool, path: str, **given: float) -> None:
-    """End the script where the constants of the loss do not go together, or one of them would do nothing."""
+def check_loss(name: str, guidance: str, train_policy: bool, path: str, smoothing: float) -> None:
+    """Stop the script if constants contradict each other, or if one that changes the loss would be ignored."""
     from utils.losses import POLICY_LOSSES
-    from utils.trl_engine import DPO_LOSSES
 
-    loss = POLICY_LOSSES[name]
     if name == "new_pref_po" and guidance == "none":
         stop("LOSS = 'new_pref_po' learns from a preference in the prompt: set GUIDANCE = text or embedding")
-    if given["BETA"] < 0 or given["SFT_WEIGHT"] < 0:
-        stop(f"BETA = {given['BETA']}, SFT_WEIGHT = {given['SFT_WEIGHT']}: expected 0 or more")
-    if not 0 <= given["LABEL_SMOOTHING"] < 0.5:
-        stop(f"LABEL_SMOOTHING = {given['LABEL_SMOOTHING']}: expected a share from 0 to below 0.5")
-    if given["LABEL_SMOOTHING"] and "LABEL_SMOOTHING" not in loss.uses:
+    if not 0 <= smoothing < 0.5:
+        stop(f"LABEL_SMOOTHING = {smoothing}: expected a share from 0 to below 0.5")
+    if smoothing and "LABEL_SMOOTHING" not in POLICY_LOSSES[name].uses:
         users = ", ".join(other for other, it in POLICY_LOSSES.items() if "LABEL_SMOOTHING" in it.uses)
-        stop(f"LABEL_SMOOTHING = {given['LABEL_SMOOTHING']} is for {users}, not for LOSS = {name!r}: set it to 0")
+        stop(f"LABEL_SMOOTHING = {smoothing} is for {users}, not for LOSS = {name!r}: set it to 0")
     if not train_policy and (guidance != "embedding" or path):
         stop("TRAIN_POLICY = False leaves nothing to train: set GUIDANCE = embedding without PROMPT_EMBEDDING_PATH")
     if path and guidance != "embedding":
         stop("PROMPT_EMBEDDING_PATH is for GUIDANCE = embedding: set that, or leave the path out")
-    if given["USE_LORA"] and not train_policy:
-        stop("USE_LORA adds adapters to a policy, which TRAIN_POLICY = False leaves as it is: set one of them")
-    if engine == "trl" and (name not in DPO_LOSSES or guidance == "embedding"):
-        stop(f"ENGINE = 'trl' knows {', '.join(DPO_LOSSES)} without vectors: use ENGINE = pairs")
-    unknown = [other for other in ("SFT_WEIGHT", "LABEL_SMOOTHING", "EVAL_EVERY_STEPS") if given[other]]
-    if engine == "trl" and unknown:
-        stop(f"{unknown[0]} = {given[unknown[0]]} is for ENGINE = pairs: set it to 0")
 
 
 def start_guidance(
@@ -128,10 +114,9 @@ def start_guidance(
 @script
 def main(settings: dict) -> None:
     # 1. check
-    pick(ENGINES, "ENGINE", ENGINE)
     at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
     at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
-    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
+    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY, BETA=BETA, SFT_WEIGHT=SFT_WEIGHT)
     shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
     at_least(0, SAMPLE_PROMPTS=SAMPLE_PROMPTS, TEMPERATURE=TEMPERATURE, PROMPT_EMBEDDING_TOKENS=PROMPT_EMBEDDING_TOKENS)
     at_least(1, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
@@ -151,19 +136,14 @@ def main(settings: dict) -> None:
         references,
         rewards,
         training,
-        trl_engine,
     )
     from utils.losses import POLICY_LOSSES, Knobs
 
     loss, mode = pick(POLICY_LOSSES, "LOSS", LOSS), pick(names.MODES, "GUIDANCE", GUIDANCE)
-    given = {"BETA": BETA, "SFT_WEIGHT": SFT_WEIGHT, "LABEL_SMOOTHING": LABEL_SMOOTHING, "USE_LORA": USE_LORA}
-    given["EVAL_EVERY_STEPS"] = EVAL_EVERY_STEPS
-    check_loss(LOSS, GUIDANCE, ENGINE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, **given)
+    check_loss(LOSS, GUIDANCE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, LABEL_SMOOTHING)
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
-    if REWARD_MODEL and not SAMPLE_PROMPTS:
-        stop("REWARD_MODEL compares sampled answers, and SAMPLE_PROMPTS = 0 samples none: set one of them")
     judges = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision) if REWARD_MODEL else {}
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
@@ -199,11 +179,11 @@ def main(settings: dict) -> None:
     facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
     facts |= {"device": str(device), "precision": precision}
     run = Run(OUTPUT_DIR or f"model_output/{project}/{name}", settings, RESUME, **facts)
-    arguments = partial(
-        training.training_arguments,
-        folder=run.folder,
-        device=device,
-        precision=precision,
+    args = training.training_arguments(
+        TrainingArguments,
+        run.folder,
+        device,
+        precision,
         num_train_epochs=EPOCHS,
         max_steps=MAX_STEPS,
         per_device_train_batch_size=BATCH_SIZE,
@@ -229,21 +209,15 @@ def main(settings: dict) -> None:
     pair_loss = policies.PolicyPairLoss(module, loss, knobs, SFT_WEIGHT, precision, fresh)
 
     def figures() -> dict:
-        trained = trainer.model_wrapped if ENGINE == "pairs" else module
-        outputs = pairs.forward_pairs(trained, validation, collator, 2 * BATCH_SIZE, trainer.accelerator)
+        outputs = pairs.forward_pairs(trainer.model_wrapped, validation, collator, 2 * BATCH_SIZE, trainer.accelerator)
         return policy_report.pair_figures(outputs, validation, pair_loss)
 
-    if ENGINE == "trl":
-        trainer = trl_engine.dpo_trainer(model, rows, tokenizer, run, arguments, LOSS, beta)
-    else:
-        args, rates = arguments(TrainingArguments), {"vectors": PROMPT_LEARNING_RATE}
-        trainer = training.PairTrainer(module, args, rows, collator, pair_loss, run, figures, rates)
+    rates = {"vectors": PROMPT_LEARNING_RATE}
+    trainer = training.PairTrainer(module, args, rows, collator, pair_loss, run, figures, rates)
     if loss.reference and REFERENCE_CACHE:
         where = {"accelerator": trainer.accelerator, "cache": REFERENCE_CACHE, "batch_size": 2 * BATCH_SIZE}
         keep = partial(references.with_reference, module=module.to(device), collator=collator, **where)
-        validation = keep(validation, key=keys[1])
-        if ENGINE == "pairs":
-            trainer.train_dataset = keep(rows, key=keys[0])
+        validation, trainer.train_dataset = keep(validation, key=keys[1]), keep(rows, key=keys[0])
     # 4. train
     training.train(trainer, run)
     # 5. evaluate

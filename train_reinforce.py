@@ -11,21 +11,18 @@ accelerate launch train_reinforce.py                       # on several GPUs
 
 from __future__ import annotations
 
-import sys
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
+from utils.machine import processes
 from utils.runs import Interrupt, Run, at_least, bar_off, first_process, needs, pick, say, script, shares, stop
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from utils.engine import Engine
-    from utils.reinforce import Baseline, Sample, Scoring
+    from utils.reinforce import Actor, Baseline, Sample, Scoring
     from utils.rows import Message
 
 # data
@@ -49,11 +46,7 @@ GENERATION_BATCH = 16  # answers that are sampled at once, on each device
 # reward
 KL_BETA = 0.05  # of log pi - log ref of an answer, taken off its reward
 RISK = 0.0  # expected grade minus RISK x spread, for a reward model with a distribution
-WIN_REWARD = False  # in place of the reward: P(beats the start's greedy answer to the same prompt)
-REWARD_CLIP = 0.0  # rewards are cut to -REWARD_CLIP .. REWARD_CLIP, 0 = as they are
-LENGTH_PENALTY = 0.0  # taken off the reward for each 100 tokens of an answer
 CUT_PENALTY = 0.0  # taken off the reward of an answer that was cut at MAX_NEW_TOKENS
-MASK_CUT = False  # answers that were cut count neither in the update nor in the baseline
 # algorithm
 BASELINE = "moving_average"  # moving_average | running_mean | leave_one_out | none
 BASELINE_DECAY = 0.9  # share of the past in the moving average
@@ -64,9 +57,7 @@ SCHEDULE = "constant"  # cosine | linear | constant
 WARMUP_SHARE = 0.0  # of the steps, in which the rate grows from 0
 WEIGHT_DECAY = 0.0  # of AdamW
 MAX_GRAD_NORM = 1.0  # longer gradients are cut to this length, 0 = never
-KL_LIMIT = 50.0  # mean nats an answer at which the run saves its state and stops, 0 = never
-LEAST_LENGTH = 2.0  # mean tokens an answer, end of turn included, below which it stops too
-LEAST_ENTROPY = 0.05  # mean nats a token, below which it stops too
+KL_LIMIT = 50.0  # mean nats an answer above which the run saves its state and stops, 0 = never
 SEED = 42  # of the order of prompts and of the samples
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
@@ -81,135 +72,138 @@ RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 
-def rollout(
-    model: nn.Module,
-    reference: nn.Module | str,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: dict[int, list[Message]],
-    window: int,
-    seed: int,
-    how: dict[str, object],
-) -> list[Sample]:
-    """One sampled answer to each of `prompts` {number of the answer: messages}, by random numbers of its own.
+def rollout(actor: Actor, prompts: dict[int, list[Message]]) -> list[Sample]:
+    """Return one sampled answer to each of `prompts` {number of the answer: messages}.
 
-    how: max_new_tokens, temperature, batch_size, precision. Log-probs come from a pass of their own, without gradient.
+    The number and SEED decide its random numbers. Log-probs come from a separate pass without gradient.
     """
-    from utils.guidance import Guidance
-    from utils.reinforce import Sample, as_reference
-    from utils.sampling import generate, logps_and_entropies_of, logps_of, prompt_ids_of
+    from utils.reinforce import Sample
+    from utils.sampling import generate, logps_and_entropies_of, logps_of
 
-    ids = prompt_ids_of(tokenizer, list(prompts.values()), window, Guidance())
-    answers = generate(model, tokenizer, ids, **how, seed=seed, numbers=list(prompts))
-    at = (how["temperature"], how["precision"])
-    logps, entropies = logps_and_entropies_of(model, answers, *at)
-    with as_reference(model, reference) as before:
-        references = logps_of(before, answers, *at)
+    ids, numbers, precision = actor.prompt_ids(list(prompts.values())), list(prompts), actor.precision
+    how = {"batch_size": GENERATION_BATCH, "precision": precision, "numbers": numbers}
+    answers = generate(actor.model, actor.tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
+    logps, entropies = logps_and_entropies_of(actor.model, answers, TEMPERATURE, precision)
+    with actor.as_reference() as reference:
+        references = logps_of(reference, answers, TEMPERATURE, precision)
     figures = zip(logps.tolist(), references.tolist(), entropies.tolist(), strict=True)
-    return [Sample(*it, *of) for *it, of in zip(prompts, prompts.values(), answers, figures, strict=True)]
+    return [Sample(*asked, *of) for *asked, of in zip(numbers, prompts.values(), answers, figures, strict=True)]
 
 
-def rewards(samples: list[Sample], scoring: Scoring, opponents: list[str] | None) -> None:
-    """Give each sample its reward; opponents: the start's answers, where the reward is to beat them."""
-    scores = scoring([sample.prompt for sample in samples], [sample.answer for sample in samples], opponents)
+def rewards(samples: list[Sample], scoring: Scoring) -> None:
+    """Give each sample its reward."""
+    scores = scoring([sample.prompt for sample in samples], [sample.answer for sample in samples])
     for sample, score in zip(samples, scores.tolist(), strict=True):
         sample.reward = score
 
 
-def advantages(
-    samples: list[Sample], baseline: Baseline, kl_beta: float, answers_per_prompt: int, norm: str, mask_cut: bool
-) -> torch.Tensor:
-    """A [answers] = reward - kl_beta (log pi - log ref) - baseline, for all answers of a step, of all processes."""
+def advantages(samples: list[Sample], baseline: Baseline) -> torch.Tensor:
+    """Return A [answers] = reward - KL_BETA (log pi - log ref) - baseline, for all answers of all processes."""
     import torch
 
     from utils.reinforce import normalised
 
-    returns = torch.tensor([sample.reward - kl_beta * sample.kl for sample in samples])
-    kept = torch.tensor([sample.answer.ended or not mask_cut for sample in samples])
-    return normalised(baseline.advantages(returns, kept, answers_per_prompt), kept, norm)
+    returns = torch.tensor([sample.reward - KL_BETA * sample.kl for sample in samples])
+    return normalised(baseline.advantages(returns, ANSWERS_PER_PROMPT), ADVANTAGE_NORM)
 
 
-def update(
-    engine: Engine, samples: list[Sample], weights: list[float], longest: float, tokens: int = 0
-) -> tuple[float, float]:
-    """One step on the loss -mean(A log pi) over all answers of the step; (that loss, the length of its gradient).
+def update(engine: Engine, samples: list[Sample], weights: list[float]) -> tuple[float, float]:
+    """Take one step on the loss -mean(A log pi) over all answers; return that loss and the length of its gradient.
 
-    samples: this process's share of the answers, of one size on all processes. weights: their advantages. The mean is
+    samples: this process's share of the answers, equally many on all processes. weights: their advantages. The mean is
     over answers: divided by an answer's own length, a long bad answer would be pushed away less than a short one.
-    Gradients longer than `longest` are cut to it (0: never); where the gradient is not finite, nothing moves. Computed
-    in parts of `tokens` positions (0: as many as keep the device busy), so memory does not grow with the answers.
+    If the gradient is not finite, nothing moves.
     """
-    import contextlib
-
     import torch
 
-    from utils.pairs import TOKENS_AT_ONCE, row_multiple
-    from utils.sampling import batch_of, parts_of
-
-    policy, device = engine.policy.train(), engine.accelerator.device
-    parts = parts_of([sample.answer for sample in samples], tokens or TOKENS_AT_ONCE[device.type])
-    loss = torch.zeros((), device=device)
-    for part in parts:
-        batch = batch_of([samples[i].answer for i in part], multiple=row_multiple(device))
-        batch = {name: value.to(device) for name, value in batch.items()}
-        advantage = torch.tensor([weights[i] for i in part], device=device)
-        with contextlib.nullcontext() if part is parts[-1] else engine.accelerator.no_sync(policy):
-            share = -(advantage * policy(**batch)).sum() / len(samples)
-            engine.accelerator.backward(share)
+    loss = torch.zeros((), device=engine.accelerator.device)
+    for places, batch in engine.batches([sample.answer for sample in samples]):
+        advantage = torch.tensor([weights[i] for i in places], device=loss.device)
+        share = -(advantage * engine.policy(**batch)).sum() / len(samples)
+        engine.accelerator.backward(share)
         loss += share.detach()
-    return engine.accelerator.reduce(loss, reduction="mean").item(), engine.step(longest)
+    return engine.accelerator.reduce(loss, reduction="mean").item(), engine.step(MAX_GRAD_NORM)
 
 
-def check(batch: int, per_prompt: int, baseline: str, temperature: float, risk: float, win: bool, cut: bool) -> None:
-    """End the script where constants do not go together."""
-    from utils.machine import processes
+def train_policy(
+    run: Run, engine: Engine, actor: Actor, baseline: Baseline, prompts: list[list[Message]], scoring: Scoring
+) -> None:
+    """Take the steps up to MAX_STEPS that `run` has not taken yet, on `prompts`, those of all training rows."""
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
 
-    world = processes()
-    if batch * per_prompt % world:
-        stop(f"BATCH_SIZE x ANSWERS_PER_PROMPT = {batch * per_prompt}: {world} processes cannot share that equally")
-    if baseline == "leave_one_out" and per_prompt < 2:
+    from utils import reinforce
+
+    accelerator = engine.accelerator
+    accelerator.wait_for_everyone()  # the first process may just have moved an older run aside
+    first, answers = engine.resume(run, baseline), BATCH_SIZE * ANSWERS_PER_PROMPT
+    share = answers // accelerator.num_processes
+    own = slice(share * accelerator.process_index, share * (accelerator.process_index + 1))
+    bar = tqdm(range(first, MAX_STEPS), "training", MAX_STEPS, initial=first, disable=bar_off())
+    with Interrupt() as interrupt:
+        for step in bar:
+            began = time.monotonic()
+            numbers = range(step * answers, (step + 1) * answers)[own]
+            asked = {n: prompts[reinforce.prompt_of(n, ANSWERS_PER_PROMPT, len(prompts), SEED)] for n in numbers}
+            samples = rollout(actor, asked)
+            rewards(samples, scoring)
+            everyone = gather_object(samples)
+            weights = advantages(everyone, baseline)
+            loss, norm = update(engine, samples, weights[own].tolist())
+            figures = reinforce.figures_of(everyone, weights, baseline, loss, norm, time.monotonic() - began)
+            figures["learning_rate"] = engine.next_rate()
+            run.log(step + 1, **figures)
+            accelerator.log(figures, step=step + 1)
+            bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("reward", "kl")})
+            if SAMPLE_EVERY_STEPS and step % SAMPLE_EVERY_STEPS == 0:
+                run.append("samples.jsonl", reinforce.line_of(everyone[0], step + 1, weights[0].item()))
+            due = SAVE_EVERY_STEPS and ((step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == MAX_STEPS)
+            engine.save_or_stop(run, step + 1, baseline, due, reinforce.alarm(figures, KL_LIMIT), interrupt.asked)
+    run.note(baseline=baseline.value)
+
+
+def check() -> None:
+    """Stop the script if a constant is out of its bounds or contradicts another one."""
+    at_least(1, BATCH_SIZE=BATCH_SIZE, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, GENERATION_BATCH=GENERATION_BATCH)
+    at_least(1, MAX_STEPS=MAX_STEPS, LORA_RANK=LORA_RANK)
+    at_least(0, MAX_ROWS=MAX_ROWS, EVAL_PROMPTS=EVAL_PROMPTS, KL_BETA=KL_BETA, KL_LIMIT=KL_LIMIT, SEED=SEED)
+    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY, MAX_GRAD_NORM=MAX_GRAD_NORM)
+    at_least(0, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
+    at_least(2, MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # answers of one token would stop the run: reinforce.MIN_MEAN_LENGTH
+    shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
+    if BATCH_SIZE * ANSWERS_PER_PROMPT % processes():
+        stop(f"BATCH_SIZE x ANSWERS_PER_PROMPT must be a multiple of the {processes()} processes")
+    if BASELINE == "leave_one_out" and ANSWERS_PER_PROMPT < 2:
         stop("BASELINE = 'leave_one_out' compares the answers to one prompt: set ANSWERS_PER_PROMPT to 2 or more")
-    if temperature <= 0:
-        stop(f"TEMPERATURE = {temperature}: expected more than 0, since greedy answers have no log-probs to push")
-    if risk and win:
-        stop("RISK and WIN_REWARD are two rewards: set one of them to 0 or False")
-    if cut:
-        stop("MASK_CUT leaves cut answers out of the update, so CUT_PENALTY would do nothing: set one of them")
+    if TEMPERATURE <= 0:
+        stop(f"TEMPERATURE = {TEMPERATURE}: expected more than 0, since greedy answers have no log-probs to push")
+    needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
+    from utils import reinforce, training
+
+    pick(reinforce.BASELINES, "BASELINE", BASELINE)
+    pick(reinforce.NORMS, "ADVANTAGE_NORM", ADVANTAGE_NORM)
+    pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
+    training.check_tracker(REPORT_TO)
 
 
 @script
 def main(settings: dict) -> None:
     # 1. check
-    at_least(1, BATCH_SIZE=BATCH_SIZE, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, GENERATION_BATCH=GENERATION_BATCH)
-    at_least(1, MAX_STEPS=MAX_STEPS, LORA_RANK=LORA_RANK)
-    at_least(0, MAX_ROWS=MAX_ROWS, EVAL_PROMPTS=EVAL_PROMPTS, KL_BETA=KL_BETA, KL_LIMIT=KL_LIMIT, SEED=SEED)
-    at_least(0, REWARD_CLIP=REWARD_CLIP, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
-    at_least(0, MAX_GRAD_NORM=MAX_GRAD_NORM, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
-    at_least(max(1, LEAST_LENGTH), MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # shorter ones would stop the run at its first step
-    shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
-    check(BATCH_SIZE, ANSWERS_PER_PROMPT, BASELINE, TEMPERATURE, RISK, WIN_REWARD, MASK_CUT and CUT_PENALTY != 0)
-    needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-    import torch
-    from accelerate.utils import gather_object
-    from tqdm import tqdm
+    check()
     from transformers import set_seed
 
-    from utils import comparing, engine, models, pairs, policies, policy_report, references, reinforce, training
+    from utils import comparing, controls, engine, models, pairs, policies, policy_report, references, reinforce
     from utils import rewards as reward_models
-    from utils.controls import different_prompts
+    from utils.training import SCHEDULES, close
 
-    pick(reinforce.BASELINES, "BASELINE", BASELINE)
-    pick(reinforce.NORMS, "ADVANTAGE_NORM", ADVANTAGE_NORM)
-    schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
-    training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION, deepspeed=False)
     judges = reward_models.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
     scorer = judges["reward"]
-    reinforce.check_reading(scorer.reading, RISK, REWARD_MODEL)
+    reinforce.check_risk(scorer.reading, RISK, REWARD_MODEL)
     # 2. load
     tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows = pairs.load_pairs(DATA_DIR, "train", MAX_ROWS)
-    held_out = different_prompts(pairs.load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
-    conversations = [messages[:-1] for messages in rows["chosen"]]
+    held_out = controls.different_prompts(pairs.load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
     set_seed(SEED)
     model = models.without_dropout(models.load_causal(MODEL))
     policies.check_architecture(model, rows)
@@ -224,67 +218,27 @@ def main(settings: dict) -> None:
     facts |= {"train_prompts": len(rows), "reward_head": scorer.reading.head, "device": str(device)}
     facts |= {"start": references.weights_digest(model), "reward_weights": references.weights_digest(scorer.model)}
     run = Run(OUTPUT_DIR, settings, RESUME, **facts, precision=precision)
-    rates = {"rate": LEARNING_RATE, "decay": WEIGHT_DECAY, "schedule": schedule, "warmup_share": WARMUP_SHARE}
-    policy = reinforce.Policy(model, TEMPERATURE)
-    trainer = engine.start_engine(policy, device, precision, run, **rates, steps=MAX_STEPS, tracker=REPORT_TO)
-    accelerator, baseline = trainer.accelerator, reinforce.Baseline(BASELINE, BASELINE_DECAY)
-    if reference != "adapter":
-        reference.to(device)
-    how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "batch_size": GENERATION_BATCH}
-    how["precision"] = precision
-    window, answers = metadata["max_length"], BATCH_SIZE * ANSWERS_PER_PROMPT
-    scoring = reinforce.Scoring(scorer, RISK, WIN_REWARD, LENGTH_PENALTY, CUT_PENALTY, REWARD_CLIP)
-    opponents = reinforce.Opponents(partial(reinforce.start_answers, model, reference, tokenizer, window, how))
+    rates = {"rate": LEARNING_RATE, "decay": WEIGHT_DECAY, "schedule": SCHEDULES[SCHEDULE]}
+    rates |= {"warmup_share": WARMUP_SHARE, "steps": MAX_STEPS, "tracker": REPORT_TO}
+    trainer = engine.start_engine(reinforce.Policy(model, TEMPERATURE), device, precision, run, **rates)
+    actor = reinforce.Actor(model, reference, tokenizer, metadata["max_length"], precision)
+    baseline, scoring = reinforce.Baseline(BASELINE, BASELINE_DECAY), reinforce.Scoring(scorer, RISK, CUT_PENALTY)
     # 4. train
-    accelerator.wait_for_everyone()  # the first process may just have moved an older run aside
-    first = trainer.resume(run, baseline)
-    share = answers // accelerator.num_processes
-    own = slice(share * accelerator.process_index, share * (accelerator.process_index + 1))
-    bar = tqdm(range(first, MAX_STEPS), "training", MAX_STEPS, initial=first, disable=bar_off())
-    with Interrupt() as interrupt:
-        for step in bar:
-            began = time.monotonic()
-            numbers = range(step * answers, (step + 1) * answers)[own]
-            chosen = {n: reinforce.prompt_of(n, ANSWERS_PER_PROMPT, len(rows), SEED) for n in numbers}
-            prompts = {n: conversations[row] for n, row in chosen.items()}
-            samples = rollout(model, reference, tokenizer, prompts, window, SEED, how)
-            rewards(samples, scoring, opponents.of(chosen.values(), prompts.values()) if WIN_REWARD else None)
-            everyone = gather_object(samples)
-            found = advantages(everyone, baseline, KL_BETA, ANSWERS_PER_PROMPT, ADVANTAGE_NORM, MASK_CUT)
-            loss, norm = update(trainer, samples, found[own].tolist(), MAX_GRAD_NORM)
-            figures = reinforce.figures_of(everyone, found, baseline, loss, norm, time.monotonic() - began)
-            figures["learning_rate"] = trainer.next_rate()
-            run.log(step + 1, **figures)
-            accelerator.log(figures, step=step + 1)
-            bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("reward", "kl")})
-            if SAMPLE_EVERY_STEPS and step % SAMPLE_EVERY_STEPS == 0:
-                run.append("samples.jsonl", reinforce.line_of(everyone[0], step + 1, found[0].item()))
-            reason = reinforce.alarm(figures, KL_LIMIT, LEAST_LENGTH, LEAST_ENTROPY)
-            asked = accelerator.reduce(torch.tensor(float(interrupt.asked), device=device)).item() > 0
-            due = SAVE_EVERY_STEPS and ((step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == MAX_STEPS)
-            if first_process() and (reason or asked or due):
-                trainer.save(run, step + 1, baseline)
-            if reason or asked:
-                accelerator.wait_for_everyone()  # a launcher kills the process that saves once another one has ended
-            if reason:
-                stop(f"stopped at step {step + 1}, saved to be gone on with or started anew: {reason}")
-            if asked:
-                say(f"stopped and saved at step {step + 1}: start the same command again to go on")
-                sys.exit(130)
-    run.note(baseline=baseline.value)
+    train_policy(run, trainer, actor, baseline, [messages[:-1] for messages in rows["chosen"]], scoring)
     # 5. evaluate
     result = {}
     if first_process():
         start = models.load_causal(MODEL).to(device) if reference == "adapter" else reference
-        sampler = comparing.Sampler(tokenizer, window, seed=SEED, **how)
+        how = (MAX_NEW_TOKENS, TEMPERATURE, SEED, precision, GENERATION_BATCH)
+        sampler = comparing.Sampler(tokenizer, metadata["max_length"], *how)
         lines, result = policy_report.before_and_after(start, model, held_out, sampler, judges)
         result |= result.pop("reward")
         # 6. save
         policy_report.save(model, tokenizer, run.folder, rows, pairs.PairCollator(tokenizer.pad_token_id))
         policy_report.write_reinforce_results(run.folder, result, lines, run.record)
-    training.close(run, accelerator)
-    accelerator.end_training()  # trackers are closed, and processes no longer wait for each other
-    # 7. say where it is
+    close(run, trainer.accelerator)
+    trainer.accelerator.end_training()  # trackers are closed, and processes no longer wait for each other
+    # 7. say where it is and what to run next
     say(f"{policy_report.told(result)}\nwritten: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}")
 

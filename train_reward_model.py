@@ -44,7 +44,6 @@ PAIR_LOSS = ""  # "" = the first for HEAD: bradley_terry | margin | scaled; win_
 LABEL_SMOOTHING = 0.0  # assumed share of wrong labels
 CENTRING = 0.0  # weight of (reward of chosen + reward of rejected)^2, HEAD = scalar
 RATING_WEIGHT = 0.0  # share of the loss that ties the grades to the ratings, HEAD = distribution
-ENGINE = "pairs"  # pairs = shared-prompt batches | trl = trl.RewardTrainer on the same rows
 EPOCHS = 1  # passes over the training rows; of more than one, the best on validation is kept
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
 BATCH_SIZE = 4  # pairs in memory at once
@@ -67,11 +66,9 @@ SAVE_EVERY_STEPS = 200  # a checkpoint to go on from, 0 = none
 RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
-ENGINES = {"pairs": "ours, shared-prompt batches", "trl": "trl.RewardTrainer"}
 
-
-def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool, **options: float) -> None:
-    """End the script if the options of the loss do not fit the head, the engine or the rows."""
+def check_loss(head: str, loss: str, rated: bool, attributed: bool, **options: float) -> None:
+    """End the script if the options of the loss do not fit the head or the rows."""
     from utils.losses import NEED_RATINGS
 
     fits = {"LABEL_SMOOTHING": ("scalar", "distribution"), "CENTRING": ("scalar",), "RATING_WEIGHT": ("distribution",)}
@@ -83,16 +80,11 @@ def check_loss(head: str, loss: str, engine: str, rated: bool, attributed: bool,
         stop(f"not all of these rows have ratings, which PAIR_LOSS = {loss!r} or RATING_WEIGHT needs: leave both out")
     if head == "attributes" and not attributed:
         stop("these rows have no attributes, which HEAD = attributes learns: load nvidia/HelpSteer2, or use scalar")
-    if engine == "trl" and (loss != "bradley_terry" or any(options.values())):
-        stop("ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS = bradley_terry and nothing more: use ENGINE = pairs")
 
 
 @script
 def main(settings: dict) -> None:
     # 1. check
-    pick(ENGINES, "ENGINE", ENGINE)
-    if ENGINE == "trl" and EVAL_EVERY_STEPS:
-        stop("EVAL_EVERY_STEPS is for ENGINE = pairs: with trl there is one evaluation, at the end")
     at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
     at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
     at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
@@ -114,7 +106,6 @@ def main(settings: dict) -> None:
         references,
         rewards,
         training,
-        trl_engine,
     )
     from utils.losses import PAIR_LOSSES
     from utils.rows import RATINGS
@@ -144,7 +135,6 @@ def main(settings: dict) -> None:
     check_loss(
         HEAD,
         pair_loss,
-        ENGINE,
         len(ratings) == 2 * len(rows),
         means is not None,
         LABEL_SMOOTHING=LABEL_SMOOTHING,
@@ -167,11 +157,11 @@ def main(settings: dict) -> None:
     facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "pair_loss": pair_loss, "start": start}
     facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
     run = Run(OUTPUT_DIR, settings, RESUME, device=str(device), precision=precision, **facts)
-    arguments = partial(
-        training.training_arguments,
-        folder=run.folder,
-        device=device,
-        precision=precision,
+    args = training.training_arguments(
+        TrainingArguments,
+        run.folder,
+        device,
+        precision,
         num_train_epochs=EPOCHS,
         max_steps=MAX_STEPS,
         per_device_train_batch_size=BATCH_SIZE,
@@ -189,18 +179,15 @@ def main(settings: dict) -> None:
     )
 
     def outputs_of(some: Dataset, other: torch.nn.Module | None = None) -> np.ndarray:
-        module = rewards.RewardPairs(other or model) if other or ENGINE == "trl" else trainer.model_wrapped
+        module = rewards.RewardPairs(other) if other else trainer.model_wrapped
         return pairs.forward_pairs(module, some, collator, 2 * BATCH_SIZE, trainer.accelerator)["outputs"]
 
     def accuracy() -> dict[str, float]:
         return {"accuracy": float(judging.pairs_right(outputs_of(validation), reading).mean())}
 
     loss = heads.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
-    if ENGINE == "trl":
-        trainer = trl_engine.reward_trainer(model, rows, tokenizer, run, arguments, {"score": head_rate})
-    else:
-        module, args = rewards.RewardPairs(model), arguments(TrainingArguments)
-        trainer = training.PairTrainer(module, args, rows, collator, loss, run, accuracy, {"score": head_rate})
+    module, rates = rewards.RewardPairs(model), {"score": head_rate}
+    trainer = training.PairTrainer(module, args, rows, collator, loss, run, accuracy, rates)
     best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
     # 4. train
     training.train(trainer, run)

@@ -102,7 +102,8 @@ def trl_trainer(
     method: str, model: str, rows: object, tokenizer: object, work: Path, place: torch.device, options: dict
 ) -> Trainer:
     """Stock TRL with its own precision and checkpointing where `options` does not say otherwise."""
-    from utils import heads, models, rewards, trl_engine
+    from benchmarks import stock_trl
+    from utils import heads, models, rewards
     from utils.runs import Run
 
     def arguments(kind: type, **more: object) -> object:
@@ -112,9 +113,9 @@ def trl_trainer(
 
     if method == "reward":
         network = rewards.start_model(model, tokenizer, heads.Reading("scalar"))
-        return trl_engine.reward_trainer(network, rows, tokenizer, Run(work, {}), arguments, {})
+        return stock_trl.reward_trainer(network, rows, tokenizer, Run(work, {}), arguments)
     network = models.load_causal(model)
-    return trl_engine.dpo_trainer(network, rows, tokenizer, Run(work, {}), arguments, "dpo", 0.1)
+    return stock_trl.dpo_trainer(network, rows, tokenizer, Run(work, {}), arguments, "dpo", 0.1)
 
 
 def measure(trainer: Trainer, before: float) -> dict[str, float]:

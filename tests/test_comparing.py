@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils.comparing import Answers, Sampler, compared, distinct_2, repetition
+from utils.comparing import Answers, Sampler, compared, repetition
 from utils.guidance import Guidance
 from utils.sampling import Answer, generate, logps_of
 
@@ -99,7 +99,6 @@ def test_repetition_and_the_figures_of_answers():
     assert answers.figures() == {"length": 3.0, "ended": 0.5, "repetition": 0.0}
     again = Answers([Answer([9], [1] * 12, "", True), Answer([9], [1, 2, 3], "", True)], np.zeros(2))
     assert again.figures()["repetition"] == pytest.approx(0.9 / 2)
-    assert distinct_2([[1, 2, 1, 2], [1, 2]]) == 2 / 4 and distinct_2([[1], []]) == 0.0
 
 
 def test_what_length_does_not_explain_is_after_minus_before():
@@ -110,11 +109,3 @@ def test_what_length_does_not_explain_is_after_minus_before():
     after = before + 0.7 * (np.log(sizes[1]) - np.log(sizes[0])) - 0.4 + 0.01 * random.normal(size=60)
     found = compared(*sides, (before, after))["difference_at_equal_length"]
     assert found["difference"] == pytest.approx(-0.4, abs=0.01) and found["low"] < -0.39 and found["high"] > -0.41
-
-
-def test_different_pairs_of_tokens_are_counted_in_as_much_text_on_both_sides():
-    """Their share falls as texts grow, whatever is written."""
-    short = Answers([Answer([9], [1, 2, 3], "", True)] * 2, np.zeros(2))
-    long = Answers([Answer([9], [1, 2, 3, 1, 2, 3, 1], "", True)] * 2, np.zeros(2))
-    found = compared(short, long, (np.zeros(2), np.ones(2)))
-    assert found["distinct_2_before"] == found["distinct_2_after"] == 2 / 4

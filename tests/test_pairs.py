@@ -147,8 +147,8 @@ def test_parts_of_like_length_hold_every_place_once():
 def test_using_rows_leaves_nothing_in_their_folder(sample_folder, tokenizer):
     from pathlib import Path
 
+    from benchmarks.stock_trl import whole_rows
     from utils.controls import closed_answers
-    from utils.pairs import whole_rows
 
     before = sorted(Path(sample_folder).rglob("*"))
     rows = closed_answers(load_pairs(sample_folder, "train", 20).select([3, 1, 2]), tokenizer)

@@ -6,22 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
+import train_reinforce
 from tests.toys import sample_of
 from train_reinforce import advantages, rewards, rollout, update
 from utils.engine import start_engine
 from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import add_lora, use_gradient_checkpointing, without_dropout
+from utils.pairs import TOKENS_AT_ONCE
 from utils.policies import reference_of
-from utils.reinforce import (
-    Baseline,
-    Policy,
-    Sample,
-    as_reference,
-)
+from utils.reinforce import Actor, Baseline, Policy, Sample
 from utils.runs import Run
 from utils.sampling import Answer, batch_of, generate, logps_and_entropies_of, logps_of, parts_of
-
-HOW = {"max_new_tokens": 1, "temperature": 1.0, "batch_size": 8, "precision": "fp32"}
 
 
 def engine_of(model, folder, rate=1e-2, steps=100):
@@ -32,7 +27,7 @@ def engine_of(model, folder, rate=1e-2, steps=100):
 # the gradient
 
 
-def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path):
+def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path, monkeypatch):
     set_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -53,7 +48,9 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path)
     engine = engine_of(model, tmp_path / "run")
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    update(engine, samples, weights, longest=1e9, tokens=1)
+    monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", 1e9)
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 1)
+    update(engine, samples, weights)
     gradients = {name: before[name] - value.detach() for name, value in model.named_parameters()}
     for name, value in model.named_parameters():
         value.data.copy_(before[name])
@@ -71,14 +68,16 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path)
     assert checked > 4
 
 
-def test_micro_batches_do_not_change_the_step(model_folder, tmp_path):
+def test_micro_batches_do_not_change_the_step(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", 1e9)
     answers = [[9, 8, 2], [7], [20, 21, 22, 23], [30, 2]]
     found = []
     for size in (1, 20, 1000):  # positions: each answer alone, two parts, one part
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         engine = engine_of(model, tmp_path / f"{size}")
         engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        loss, norm = update(engine, [sample_of(ids) for ids in answers], [1.0, -2.0, 0.5, 3.0], 1e9, size)
+        monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", size)
+        loss, norm = update(engine, [sample_of(ids) for ids in answers], [1.0, -2.0, 0.5, 3.0])
         found.append((loss, norm, model.model.layers[0].mlp.up_proj.weight.detach().clone()))
     sums = logps_of(AutoModelForCausalLM.from_pretrained(model_folder), [sample_of(ids).answer for ids in answers])
     assert found[0][0] == pytest.approx(-(sums @ torch.tensor([1.0, -2.0, 0.5, 3.0])).item() / 4, rel=1e-4)
@@ -90,7 +89,7 @@ def test_micro_batches_do_not_change_the_step(model_folder, tmp_path):
 def test_a_gradient_that_is_not_finite_moves_nothing(model_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    loss, norm = update(engine_of(model, tmp_path / "run"), [sample_of([5])], [float("nan")], 1.0)
+    loss, norm = update(engine_of(model, tmp_path / "run"), [sample_of([5])], [float("nan")])
     assert loss != loss and norm != norm
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -145,23 +144,33 @@ def test_gradient_checkpointing_computes_again_and_changes_no_gradient(model_fol
 # learning
 
 
-def learned(model_folder, tokenizer, folder, kind, kl_beta=0.0, steps=40):
+@pytest.fixture
+def small_rollouts(monkeypatch):
+    """Four answers of one token to each prompt, without a price on the KL."""
+    small = {"MAX_NEW_TOKENS": 1, "GENERATION_BATCH": 8, "SEED": 0, "ANSWERS_PER_PROMPT": 4, "KL_BETA": 0.0}
+    for name, value in small.items():
+        monkeypatch.setattr(train_reinforce, name, value)
+    return monkeypatch
+
+
+def learned(model_folder, tokenizer, folder, kind, steps=40):
     """(share of rewarded answers in the first and the last three steps, KL at the end): ids below 300 are rewarded."""
     set_seed(0)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     reference, engine, baseline = reference_of(model, True), engine_of(model, folder, 1e-2), Baseline(kind)
+    actor = Actor(model, reference, tokenizer, 64, "fp32")
     frozen = {name: value.clone() for name, value in reference.state_dict().items()}
 
-    def scoring(prompts, answers, opponents):
+    def scoring(prompts, answers):
         return torch.tensor([float(answer.ids[0] < 300) for answer in answers])
 
     shares = []
     for step in range(steps):
         prompts = {16 * step + i: [{"role": "user", "content": "Hi"}] for i in range(16)}
-        samples = rollout(model, reference, tokenizer, prompts, 64, 0, HOW)
-        rewards(samples, scoring, None)
-        weights = advantages(samples, baseline, kl_beta, 4, "none", False)
-        update(engine, samples, weights.tolist(), 1.0)
+        samples = rollout(actor, prompts)
+        rewards(samples, scoring)
+        weights = advantages(samples, baseline)
+        update(engine, samples, weights.tolist())
         shares.append(sum(sample.reward for sample in samples) / 16)
     for name, value in reference.state_dict().items():
         assert torch.equal(value, frozen[name]), "the reference moved"
@@ -169,18 +178,19 @@ def learned(model_folder, tokenizer, folder, kind, kl_beta=0.0, steps=40):
 
 
 @pytest.mark.parametrize("kind", ["moving_average", "running_mean", "leave_one_out", "none"])
-def test_each_baseline_makes_what_is_rewarded_more_likely(model_folder, tokenizer, tmp_path, kind):
+def test_each_baseline_makes_what_is_rewarded_more_likely(model_folder, tokenizer, tmp_path, small_rollouts, kind):
     first, last, kl = learned(model_folder, tokenizer, tmp_path / "run", kind)
     assert first < 0.75 and last > 0.85 and kl > 0.5
 
 
-def test_the_kl_keeps_the_policy_near_its_start(model_folder, tokenizer, tmp_path):
+def test_the_kl_keeps_the_policy_near_its_start(model_folder, tokenizer, tmp_path, small_rollouts):
     *_, free = learned(model_folder, tokenizer, tmp_path / "free", "moving_average")
-    *_, held = learned(model_folder, tokenizer, tmp_path / "held", "moving_average", kl_beta=20.0)
+    small_rollouts.setattr(train_reinforce, "KL_BETA", 20.0)
+    *_, held = learned(model_folder, tokenizer, tmp_path / "held", "moving_average")
     assert abs(held) < 0.3 * free
 
 
-def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder):
+def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder, tokenizer):
     from utils.models import add_lora
 
     model = add_lora(AutoModelForCausalLM.from_pretrained(model_folder), "CAUSAL_LM", 4, 8, 0.0, ("q_proj", "v_proj"))
@@ -190,18 +200,19 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder):
         if "lora_B" in name:
             value.data += 0.5
     moved = logps_of(model, answers)
-    with as_reference(model, reference_of(model, True)) as reference:
+    with Actor(model, reference_of(model, True), tokenizer, 64, "fp32").as_reference() as reference:
         torch.testing.assert_close(logps_of(reference, answers), start)
     assert not torch.allclose(moved, start) and torch.equal(logps_of(model, answers), moved)
 
 
-def test_a_length_of_0_cuts_no_gradient(model_folder, tmp_path):
+def test_a_length_of_0_cuts_no_gradient(model_folder, tmp_path, monkeypatch):
     lengths = []
     for longest in (0.0, 1e9, 0.01):
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         engine, before = engine_of(model, tmp_path / f"{longest}"), model.lm_head.weight.detach().clone()
         engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        update(engine, [sample_of([9, 8, 2])], [1.0], longest)
+        monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", longest)
+        update(engine, [sample_of([9, 8, 2])], [1.0])
         lengths.append((model.lm_head.weight - before).norm().item())
     assert lengths[0] == pytest.approx(lengths[1]) and 0 < lengths[2] < 0.011 < lengths[0]
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import train_reward_model
+from benchmarks.stock_trl import reward_trainer
 from tests.conftest import SAMPLE, run_script
 from utils import quality_plots
 from utils.heads import Reading
@@ -21,7 +22,6 @@ from utils.rewards import RewardModel
 from utils.runs import Run
 from utils.templates import render
 from utils.training import training_arguments
-from utils.trl_engine import reward_trainer
 
 SMALL = {
     "MAX_STEPS": 6,
@@ -110,7 +110,7 @@ def test_trl_gets_every_row_whole_also_those_over_its_own_limit(model_folder, to
     arguments = partial(training_arguments, folder=tmp_path, device=torch.device("cpu"), precision="fp32", max_steps=1)
     arguments = partial(arguments, save_steps=0, eval_steps=0, report_to="none")
     model = load_classifier(model_folder, 1)
-    trainer = reward_trainer(model, rows, tokenizer, Run(tmp_path / "run", {"SEED": 0}), arguments, {})
+    trainer = reward_trainer(model, rows, tokenizer, Run(tmp_path / "run", {"SEED": 0}), arguments)
     lengths = [(len(one["chosen_ids"]), len(one["rejected_ids"])) for one in trainer.train_dataset]
     assert lengths == [(1200, 209), (205, 209)]
 
@@ -122,21 +122,6 @@ def test_rewards_that_are_not_finite_end_in_one_line(model_folder, tokenizer):
         RewardModel(model, tokenizer, Reading("scalar"), 64).outputs_of_ids([[3, 4]], 1)
 
 
-def test_trl_engine_trains_on_the_same_rows(model_folder, sample_folder, tmp_path):
-    options = SMALL | {
-        "ENGINE": "trl",
-        "DATA_DIR": sample_folder,
-        "MODEL": model_folder,
-        "OUTPUT_DIR": tmp_path / "trl",
-    }
-    run_script(train_reward_model, **options)
-    result = json.loads((tmp_path / "trl/eval.json").read_text())
-    logged = [json.loads(line) for line in (tmp_path / "trl/metrics.jsonl").read_text().splitlines()]
-    assert (
-        result["pairs"] and [line["step"] for line in logged] == [2, 4, 6] and all(line["loss"] > 0 for line in logged)
-    )
-
-
 def test_a_finished_run_is_moved_aside_and_nothing_is_lost(model_folder, sample_folder, tmp_path, capsys):
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "MAX_STEPS": 1}
     run_script(train_reward_model, **options)
@@ -146,11 +131,10 @@ def test_a_finished_run_is_moved_aside_and_nothing_is_lost(model_folder, sample_
     assert (aside / "run.json").read_text() == first and f"moved aside to {aside}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("engine", "said"), [("pairs", r"the loss of training rows \["), ("trl", "the loss is not")])
-def test_a_loss_that_is_not_finite_ends_the_run(model_folder, sample_folder, tmp_path, engine, said):
+def test_a_loss_that_is_not_finite_ends_the_run(model_folder, sample_folder, tmp_path):
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
-    options |= {"ENGINE": engine, "LEARNING_RATE": 1e38, "WARMUP_SHARE": 0, "SCHEDULE": "constant"}
-    with pytest.raises(SystemExit, match=said):
+    options |= {"LEARNING_RATE": 1e38, "WARMUP_SHARE": 0, "SCHEDULE": "constant"}
+    with pytest.raises(SystemExit, match=r"the loss of training rows \["):
         run_script(train_reward_model, **options)
 
 
@@ -161,9 +145,7 @@ def test_a_model_that_is_not_finite_after_the_last_step_ends_in_one_line(model_f
         run_script(train_reward_model, **options)
 
 
-@pytest.mark.parametrize(
-    "constants", [{"ENGINE": "pairs"}, {"ENGINE": "trl"}, {"EPOCHS": 2, "MAX_STEPS": 0, "SAVE_EVERY_STEPS": 10}]
-)
+@pytest.mark.parametrize("constants", [{}, {"EPOCHS": 2, "MAX_STEPS": 0, "SAVE_EVERY_STEPS": 10}])
 def test_what_fails_after_training_does_not_cost_the_training(
     model_folder, sample_folder, tmp_path, monkeypatch, constants
 ):
@@ -240,7 +222,6 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model
     [
         ("PAIR_LOSS", "bradly", "PAIR_LOSS = 'bradly' is not known, choose one of: bradley_terry"),
         ("HEAD", "vector", "HEAD = 'vector' is not known, choose one of: scalar"),
-        ("ENGINE", "jax", "ENGINE = 'jax' is not known"),
         ("MODEL", "no/such-model", "MODEL = 'no/such-model' cannot be had"),
         ("DEVICE", "cuda:7", "DEVICE = 'cuda:7' is not known"),
         ("BATCH_SIZE", 0, "BATCH_SIZE = 0: expected 1 or more"),

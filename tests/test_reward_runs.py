@@ -73,11 +73,8 @@ def test_an_epoch_chosen_on_the_measured_rows_is_said(model_folder, sample_folde
         ({"HEAD": "distribution", "PAIR_LOSS": "margin"}, "choose one of: win_probability, scaled"),
         ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 is for HEAD = distribution, not for scalar"),
         ({"HEAD": "distribution", "CENTRING": 0.1}, "CENTRING = 0.1 is for HEAD = scalar"),
-        ({"ENGINE": "trl", "PAIR_LOSS": "scaled"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
-        ({"ENGINE": "trl", "HEAD": "distribution"}, "ENGINE = 'trl' knows HEAD = scalar with PAIR_LOSS"),
         ({"RATING": "taste"}, "RATING = 'taste' is not known"),
         ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
-        ({"ENGINE": "trl", "EVAL_EVERY_STEPS": 2}, "EVAL_EVERY_STEPS is for ENGINE = pairs"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_the_training(

@@ -1,4 +1,4 @@
-"""Every script keeps one shape: literal, explained constants that only main() reads; imports run one way."""
+"""Every script keeps one shape: literal, explained constants, a main() of at most 60 lines; imports run one way."""
 
 import ast
 import resource
@@ -23,6 +23,8 @@ LIGHT_MODULES = (  # importable without torch
     *("utils.config", "utils.runs", "utils.rows", "utils.sources", "utils.pairing", "utils.split", "utils.processed"),
     "extras.parts.oasst",
 )
+MAIN_LINES = 60  # at most
+LONG_MAINS = {"train_reward_model", "train_dpo", "train_sft", "generate_pairs"}  # still longer; this set only shrinks
 HELP_SECONDS = 1.0  # of processor time; half of it in practice
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
@@ -69,15 +71,20 @@ def test_constants_are_literals_with_a_comment(script):
 
 
 @each_script
-def test_only_main_reads_the_constants_and_reads_them_all(script):
+def test_every_constant_is_read(script):
     constants = set(top_constants(script.read_text(encoding="utf-8")))
-    for node in parsed(script).body:
-        if getattr(node, "name", "") == "main":
-            assert constants <= names_read_in(node), f"never used: {constants - names_read_in(node)}"
-        else:
-            assert not constants & names_read_in(node), (
-                f"line {node.lineno}: take these as arguments: {constants & names_read_in(node)}"
-            )
+    unused = constants - names_read_in(parsed(script))
+    assert not unused, f"never read: {unused}"
+
+
+@each_script
+def test_main_is_short(script):
+    (main,) = (node for node in parsed(script).body if getattr(node, "name", "") == "main")
+    lines = main.end_lineno - main.lineno + 1
+    if script.stem in LONG_MAINS:
+        assert lines > MAIN_LINES, f"main() has {lines} lines now: remove {script.stem} from LONG_MAINS"
+    else:
+        assert lines <= MAIN_LINES, f"main() has {lines} lines: move work into functions of the script"
 
 
 @each_script

@@ -73,10 +73,10 @@ def test_evaluation_never_sees_training_prompts(options, sample_folder, tmp_path
     "constants",
     [
         {"BASELINE": "leave_one_out", "ANSWERS_PER_PROMPT": 2, "ADVANTAGE_NORM": "std"},
-        {"USE_LORA": "true", "BASELINE": "running_mean", "MASK_CUT": "true"},
+        {"USE_LORA": "true", "BASELINE": "running_mean"},
         {"CUT_PENALTY": 1.0, "BASELINE_DECAY": 0.5},
-        {"RISK": 0.5, "REWARD_MODEL": "distribution", "BASELINE": "none", "REWARD_CLIP": 6.0},
-        {"WIN_REWARD": "true", "REWARD_MODEL": "distribution", "TEMPERATURE": 0.7, "GRADIENT_CHECKPOINTING": "true"},
+        {"RISK": 0.5, "REWARD_MODEL": "distribution", "BASELINE": "none"},
+        {"REWARD_MODEL": "distribution", "TEMPERATURE": 0.7, "GRADIENT_CHECKPOINTING": "true"},
     ],
 )
 def test_constants_go_together(options, judges, tmp_path, constants):
@@ -156,9 +156,7 @@ def test_a_stopped_run_does_not_go_on_under_another_reward_model(options, judges
 
 
 def test_an_alarm_saves_the_state_and_ends_the_run(options, tmp_path):
-    with pytest.raises(
-        SystemExit, match="stopped at step 2, saved to be gone on with .*: KL .* is over KL_LIMIT = 1e-06"
-    ):
+    with pytest.raises(SystemExit, match="stopped at step 2, checkpoint saved: KL .* is over KL_LIMIT = 1e-06"):
         run_script(train_reinforce, **options | {"KL_LIMIT": 1e-6, "LEARNING_RATE": 1e-2, "SAVE_EVERY_STEPS": 0})
     assert (tmp_path / "run/checkpoints/checkpoint-2/state.pt").exists()
 
@@ -193,17 +191,14 @@ def test_two_processes_equal_one(options, tmp_path):
         ({"ADVANTAGE_NORM": "max"}, "ADVANTAGE_NORM = 'max' is not known"),
         ({"TEMPERATURE": 0.0}, "TEMPERATURE = 0.0: expected more than 0"),
         ({"RISK": 1.0}, "RISK = 1.0 needs the spread of a distribution"),
-        ({"RISK": 1.0, "WIN_REWARD": "true"}, "RISK and WIN_REWARD are two rewards"),
         ({"REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
         ({"JUDGE_MODEL": "nowhere"}, "JUDGE_MODEL = 'nowhere' is not there"),
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),
         ({"MAX_STEPS": 0}, "MAX_STEPS = 0: expected 1 or more"),
         ({"MAX_GRAD_NORM": -1.0}, "MAX_GRAD_NORM = -1.0: expected 0 or more"),
-        ({"REWARD_CLIP": -5.0}, "REWARD_CLIP = -5.0: expected 0 or more"),
         ({"SEED": -1}, "SEED = -1: expected 0 or more"),
         ({"BASELINE_DECAY": 1.5}, "BASELINE_DECAY = 1.5: expected a share from 0 to 1"),
-        ({"MASK_CUT": "true", "CUT_PENALTY": 1.0}, "CUT_PENALTY would do nothing"),
-        ({"MAX_NEW_TOKENS": 1}, "MAX_NEW_TOKENS = 1: expected 2.0 or more"),
+        ({"MAX_NEW_TOKENS": 1}, "MAX_NEW_TOKENS = 1: expected 2 or more"),
     ],
 )
 def test_mistakes_end_in_one_line(options, tmp_path, constants, message):

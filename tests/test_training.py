@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 import train_reward_model
+from benchmarks.stock_trl import whole_rows
 from tests import toys
 from tests.conftest import ROOT, run_script
 from tests.toys import toy_rows
@@ -24,7 +25,7 @@ from utils.curves import curves
 from utils.heads import PairLoss, Reading
 from utils.losses import bradley_terry
 from utils.models import load_classifier
-from utils.pairs import TOKENS_AT_ONCE, PairCollator, forward_pairs, whole_rows
+from utils.pairs import TOKENS_AT_ONCE, PairCollator, forward_pairs
 from utils.rewards import RewardPairs
 from utils.training import last_checkpoint
 

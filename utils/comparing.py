@@ -56,12 +56,6 @@ def repetition(ids: list[int]) -> float:
     return 1 - len(runs) / runs.total() if runs else 0.0
 
 
-def distinct_2(answers: list[list[int]]) -> float:
-    """Share of different ones among all pairs of neighbouring tokens of answers (ids)."""
-    pairs = [pair for ids in answers for pair in zip(ids, ids[1:], strict=False)]
-    return len(set(pairs)) / max(len(pairs), 1)
-
-
 @dataclass
 class Sampler:
     """How policies answer, the same for all of them."""
@@ -154,16 +148,12 @@ def rewards_of(judge: RewardModel, prompts: list[list[Message]], answers: list[A
 
 
 def compared(before: Answers, after: Answers, rewards: tuple[np.ndarray, np.ndarray]) -> dict[str, object]:
-    """The fields of a comparison in eval.json: `evaluation.comparison`, and the figures of both sides' answers.
+    """Return the fields of a comparison in eval.json: `evaluation.comparison`, and the figures of both sides' answers.
 
-    difference_at_equal_length: what is left of the difference of rewards where both answers are equally long.
-    distinct_2_before, _after: of as many tokens of both answers to a prompt, since it falls as texts grow.
+    difference_at_equal_length: the difference of rewards that remains for two answers of equal length.
     """
     found = comparison(*rewards, after.kl)
-    shorter = np.minimum(before.lengths, after.lengths).astype(int)
     for side, which in (("before", before), ("after", after)):
         found |= {f"{name}_{side}": value for name, value in which.figures().items()}
-        cut = [answer.ids[:tokens] for answer, tokens in zip(which.answers, shorter, strict=True)]
-        found[f"distinct_2_{side}"] = distinct_2(cut)
     longer = np.log(after.lengths) - np.log(before.lengths)
     return found | {"difference_at_equal_length": at_equal_length(rewards[1] - rewards[0], longer)}

@@ -1,8 +1,11 @@
 """The policy of REINFORCE as accelerate runs it: its optimizer, one step, and a state to go on from."""
 
+import contextlib
 import math
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,8 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from utils.models import release_memory, trained_state
+from utils.pairs import TOKENS_AT_ONCE, row_multiple
 from utils.reinforce import Baseline, Policy
-from utils.runs import Run
+from utils.runs import Run, first_process, say, stop
+from utils.sampling import Answer, batch_of, parts_of
 from utils.training import COMPLETE, KEPT, last_checkpoint
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names for PRECISION
@@ -29,6 +34,19 @@ class Engine:
     policy: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
+
+    def batches(self, answers: list[Answer]) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """Yield (places in `answers`, their batch on the device) in parts, for one backward pass each.
+
+        Memory does not grow with the number of answers. Processes exchange gradients in the last part only.
+        """
+        policy, device = self.policy.train(), self.accelerator.device
+        parts = parts_of(answers, TOKENS_AT_ONCE[device.type])
+        for part in parts:
+            batch = batch_of([answers[i] for i in part], multiple=row_multiple(device))
+            batch = {name: value.to(device) for name, value in batch.items()}
+            with contextlib.nullcontext() if part is parts[-1] else self.accelerator.no_sync(policy):
+                yield part, batch
 
     def step(self, longest: float) -> float:
         """Move along the gradients, cut to the length `longest` (0: not cut), and forget them; their length before.
@@ -77,6 +95,19 @@ class Engine:
         kept = sorted(place.parent.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         for older in kept[:-KEPT]:
             shutil.rmtree(older)
+
+    def save_or_stop(self, run: Run, step: int, baseline: Baseline, due: bool, reason: str, asked: bool) -> None:
+        """Save a checkpoint if it is due; save and stop the script after an alarm (`reason`) or Ctrl-C (`asked`)."""
+        asked = self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)).item() > 0
+        if first_process() and (reason or asked or due):
+            self.save(run, step, baseline)
+        if reason or asked:
+            self.accelerator.wait_for_everyone()  # a launcher kills the process that saves once another one has ended
+        if reason:
+            stop(f"stopped at step {step}, checkpoint saved: {reason}")
+        if asked:
+            say(f"stopped and saved at step {step}: start the same command again to go on")
+            sys.exit(130)
 
     def resume(self, run: Run, baseline: Baseline) -> int:
         """Put all back as the last complete checkpoint of a run has it; the number of steps taken by then."""

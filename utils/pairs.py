@@ -98,16 +98,6 @@ def prompt_of(row: dict) -> list[int]:
     return row["input_ids"][: sum(row["attention_mask"])]
 
 
-def whole_rows(rows: Dataset) -> Dataset:
-    """The rows as TRL's trainers take them: chosen_ids and rejected_ids with the prompt in front, nothing else."""
-
-    def whole(row: dict) -> dict:
-        prompt = prompt_of(row)
-        return {"chosen_ids": prompt + row["chosen_ids"], "rejected_ids": prompt + row["rejected_ids"]}
-
-    return rows.map(whole, remove_columns=rows.column_names, desc="rows for TRL")
-
-
 class PairCollator:
     """Rows of a processed folder to one batch of shared rows, right-padded to a multiple of `multiple`.
 

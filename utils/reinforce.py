@@ -1,9 +1,9 @@
 """What REINFORCE is made of, beside its loop: samples, their rewards, baselines, figures and alarms."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +18,7 @@ from utils.logps import answer_logps
 from utils.rewards import RewardModel
 from utils.rows import Message
 from utils.runs import stop
-from utils.sampling import Answer, generate, prompt_ids_of
+from utils.sampling import Answer, prompt_ids_of
 
 BASELINES = {  # what BASELINE may name
     "moving_average": "exponential mean of earlier steps",
@@ -27,6 +27,8 @@ BASELINES = {  # what BASELINE may name
     "none": "nothing is taken off",
 }
 NORMS = {"none": "as they are", "std": "divided by their root mean square"}  # what ADVANTAGE_NORM may name
+MIN_MEAN_LENGTH = 2.0  # tokens an answer, end of turn included; a run stops below it
+MIN_ENTROPY = 0.05  # nats a token; a run stops below it
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Sample:
     logp: float  # log pi(answer), of the policy that wrote it
     reference: float  # log ref(answer)
     entropy: float  # of the next token, summed over the answer's tokens
-    reward: float = 0.0  # by the reward model, with clip and penalties, without the KL
+    reward: float = 0.0  # by the reward model, minus the penalty for a cut, without the KL
 
     @property
     def kl(self) -> float:
@@ -59,28 +61,31 @@ class Policy(nn.Module):
         return answer_logps(self.model, batch, None, self.temperature)[0][:, 0]
 
 
-@contextmanager
-def as_reference(model: nn.Module, reference: nn.Module | str) -> Iterator[nn.Module]:
-    """The reference of `policies.reference_of`, ready for use: a frozen copy, or the model with its adapters off."""
-    if reference == "adapter":
-        with model.disable_adapter():
-            yield model
-    else:
-        yield reference
+@dataclass
+class Actor:
+    """The policy that answers prompts, its reference, and how both read and compute."""
 
+    model: nn.Module
+    reference: nn.Module | str  # of policies.reference_of: a frozen copy, or "adapter" for the model without its own
+    tokenizer: PreTrainedTokenizerBase
+    window: int  # tokens; a longer prompt loses its start
+    precision: str
 
-def start_answers(
-    model: nn.Module,
-    reference: nn.Module | str,
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    how: dict[str, object],
-    prompts: list[list[Message]],
-) -> list[str]:
-    """The start's greedy answers to prompts: what a policy has to beat where the reward is to win."""
-    ids = prompt_ids_of(tokenizer, prompts, window, Guidance())
-    with as_reference(model, reference) as start:
-        return [answer.text for answer in generate(start, tokenizer, ids, **how | {"temperature": 0.0}, seed=0)]
+    def __post_init__(self):
+        if self.reference != "adapter":
+            self.reference.to(self.model.device)
+
+    def prompt_ids(self, prompts: list[list[Message]]) -> list[list[int]]:
+        return prompt_ids_of(self.tokenizer, prompts, self.window, Guidance())
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """Yield the reference ready for use: the frozen copy, or the model with its adapters off."""
+        if self.reference == "adapter":
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self.reference
 
 
 @lru_cache(maxsize=2)
@@ -95,59 +100,28 @@ def prompt_of(number: int, answers_per_prompt: int, rows: int, seed: int) -> int
     return int(order_of(place // rows, rows, seed)[place % rows])
 
 
-@dataclass
-class Opponents:
-    """The start's greedy answers, each written once: write(prompts) -> their texts. known: {row: text}."""
-
-    write: Callable[[list[list[Message]]], list[str]]
-    known: dict[int, str] = field(default_factory=dict)
-
-    def of(self, rows: Collection[int], prompts: Collection[list[Message]]) -> list[str]:
-        """The start's answers to the prompts of these rows."""
-        new = {row: prompt for row, prompt in zip(rows, prompts, strict=True) if row not in self.known}
-        if new:
-            self.known |= dict(zip(new, self.write(list(new.values())), strict=True))
-        return [self.known[row] for row in rows]
-
-
-def check_reading(reading: Reading, risk: float, model: str) -> None:
-    """End the script if RISK is set and the reward model has no spread."""
+def check_risk(reading: Reading, risk: float, model: str) -> None:
+    """Stop the script if RISK is set and the reward model has no distribution to take a spread from."""
     if risk and reading.head != "distribution":
         stop(f"RISK = {risk} needs the spread of a distribution: {model!r} has a {reading.head} head")
 
 
 @dataclass
 class Scoring:
-    """How an answer is rewarded.
-
-    risk: expected grade minus risk x spread. win: P(beats the start's answer) in place of the reward. length_penalty:
-    for each 100 tokens. cut_penalty: for an answer that did not end. clip: rewards are cut to -clip .. clip, 0 = not.
-    """
+    """How an answer is rewarded: the expected grade minus risk x spread, minus cut_penalty if it did not end."""
 
     model: RewardModel
     risk: float = 0.0
-    win: bool = False
-    length_penalty: float = 0.0
     cut_penalty: float = 0.0
-    clip: float = 0.0
 
-    def __call__(
-        self, prompts: list[list[Message]], answers: list[Answer], opponents: list[str] | None = None
-    ) -> torch.Tensor:
-        """Rewards [answers], float32; opponents: the start's answers to the same prompts, where `win`."""
-        sides = [[answer.text for answer in answers], *([opponents] if self.win else [])]
-        outputs = self.model.read(prompts, list(zip(*sides, strict=True)))
-        reading = self.model.reading
-        if self.win:
-            rewards = reading.win(outputs[:, 0], outputs[:, 1])
-        else:
-            rewards = reading.rewards(outputs[:, 0])
-            if self.risk:
-                rewards = rewards - self.risk * reading.spread(outputs[:, 0])
-        rewards = rewards.clamp(-self.clip, self.clip) if self.clip else rewards
-        lengths = torch.tensor([len(answer.ids) for answer in answers], dtype=torch.float32)
+    def __call__(self, prompts: list[list[Message]], answers: list[Answer]) -> torch.Tensor:
+        """Return the rewards of the answers [answers], float32."""
+        outputs = self.model.read(prompts, [(answer.text,) for answer in answers])
+        rewards = self.model.reading.rewards(outputs[:, 0])
+        if self.risk:
+            rewards = rewards - self.risk * self.model.reading.spread(outputs[:, 0])
         cut = torch.tensor([not answer.ended for answer in answers], dtype=torch.float32)
-        return rewards - self.length_penalty * lengths / 100 - self.cut_penalty * cut
+        return rewards - self.cut_penalty * cut
 
 
 @dataclass
@@ -163,29 +137,29 @@ class Baseline:
     seen: int = 0
     used: float = 0.0  # what was taken off in the last step, on average
 
-    def advantages(self, rewards: torch.Tensor, kept: torch.Tensor, answers_per_prompt: int = 1) -> torch.Tensor:
-        """rewards [answers] minus the baseline, 0 where not `kept` [answers] (bool); those to one prompt lie together.
+    def advantages(self, rewards: torch.Tensor, answers_per_prompt: int = 1) -> torch.Tensor:
+        """Return rewards [answers] minus the baseline; the answers to one prompt are neighbours.
 
-        A moving baseline begins at the mean of the first step and moves after it was used: from the second step on,
-        no answer has its own reward in its baseline. What is not kept is in no baseline either.
+        A moving baseline starts at the mean of the first step and is updated after use: from the second step on, no
+        answer has its own reward in its baseline.
         """
-        weights, count = kept.float(), int(kept.sum())
+        count = len(rewards)
         self.used = 0.0
-        if self.kind == "none" or not count:
-            return rewards * weights
+        if self.kind == "none":
+            return rewards
         if self.kind == "leave_one_out":
-            group, there = rewards.view(-1, answers_per_prompt), weights.view(-1, answers_per_prompt)
-            total, others = (group * there).sum(1, keepdim=True), there.sum(1, keepdim=True) - there
-            found = (group - (total - group * there) / others.clamp(min=1)) * there
+            assert answers_per_prompt > 1, "an answer alone has no others to compare with"
+            group = rewards.view(-1, answers_per_prompt)
+            total = group.sum(1, keepdim=True)
             self.used = total.sum().item() / count  # each reward is in the baselines of the others
-            return torch.where(others > 0, found, 0.0).flatten()  # an answer alone has nothing to be compared with
-        mean = (rewards * weights).sum().item() / count
-        if not math.isfinite(mean):  # an alarm will end the run, and its state is to be of use
+            return (group - (total - group) / (answers_per_prompt - 1)).flatten()
+        mean = rewards.sum().item() / count
+        if not math.isfinite(mean):  # an alarm will stop the run; keep its state usable
             return rewards - self.value
         if not self.seen:
             self.value = mean
         self.used = self.value
-        found = (rewards - self.value) * weights
+        found = rewards - self.value
         if self.kind == "moving_average":
             self.value = self.decay * self.value + (1 - self.decay) * mean
         else:
@@ -194,15 +168,15 @@ class Baseline:
         return found
 
 
-def normalised(advantages: torch.Tensor, kept: torch.Tensor, norm: str) -> torch.Tensor:
-    """advantages [answers], divided by their size over the kept ones where norm = std: the root of their mean square.
+def normalised(advantages: torch.Tensor, norm: str) -> torch.Tensor:
+    """Return the advantages [answers], divided by their root mean square if norm = std.
 
-    A baseline of earlier steps leaves a mean that is not 0. Divided by the deviation from that mean, answers that
-    score alike would be pushed without limit.
+    A baseline of earlier steps leaves a mean that is not 0. Divided by the deviation from that mean, answers with
+    nearly equal rewards would be pushed without limit.
     """
-    if norm == "none" or kept.sum() < 2:
+    if norm == "none" or len(advantages) < 2:
         return advantages
-    return advantages / (advantages[kept].square().mean().sqrt() + 1e-4)
+    return advantages / (advantages.square().mean().sqrt() + 1e-4)
 
 
 def figures_of(
@@ -239,17 +213,17 @@ def line_of(sample: Sample, step: int, advantage: float) -> dict[str, object]:
     return said | numbers | {"tokens": len(sample.answer.ids), "ended": sample.answer.ended}
 
 
-def alarm(figures: dict[str, float], kl_limit: float, least_length: float, least_entropy: float) -> str:
-    """Why a run should not go on after a step with these figures of metrics.jsonl, "" where it may."""
+def alarm(figures: dict[str, float], kl_limit: float) -> str:
+    """Return why a run should stop after a step with these figures of metrics.jsonl, "" if it may continue."""
     bad = [name for name in ("loss", "grad_norm", "reward", "kl") if not np.isfinite(figures[name])]
     if bad:
         return f"{' and '.join(bad)} of this step is not finite: lower LEARNING_RATE"
     if kl_limit and figures["kl"] > kl_limit:
         return f"KL {figures['kl']:.1f} is over KL_LIMIT = {kl_limit}: raise KL_BETA or lower LEARNING_RATE"
-    if figures["completions/mean_length"] < least_length:
+    if figures["completions/mean_length"] < MIN_MEAN_LENGTH:
         length = figures["completions/mean_length"]
-        return f"answers have collapsed to {length:.1f} tokens, LEAST_LENGTH = {least_length}: raise KL_BETA"
-    if figures["entropy"] < least_entropy:
+        return f"answers have collapsed to {length:.1f} tokens, the minimum is {MIN_MEAN_LENGTH}: raise KL_BETA"
+    if figures["entropy"] < MIN_ENTROPY:
         entropy = figures["entropy"]
-        return f"entropy has collapsed to {entropy:.3f} nats a token, LEAST_ENTROPY = {least_entropy}: raise KL_BETA"
+        return f"entropy has collapsed to {entropy:.3f} nats a token, the minimum is {MIN_ENTROPY}: raise KL_BETA"
     return ""

@@ -38,6 +38,19 @@ class ResumesAnywhere:
             super()._load_scaler(checkpoint)
 
 
+class StopsAtBadLoss(ResumesAnywhere):
+    """Mixin to put before a Trainer: stop the run at a loss that is not finite, where Trainer would continue."""
+
+    def training_step(self, *arguments: object, **named: object) -> torch.Tensor:
+        loss = super().training_step(*arguments, **named)
+        if not torch.isfinite(loss):
+            sys.exit(
+                f"the loss is not finite at step {self.state.global_step + 1}: lower LEARNING_RATE or look at the "
+                "rows; the last checkpoint is kept"
+            )
+        return loss
+
+
 class PairTrainer(ResumesAnywhere, Trainer):
     """Trains a module that takes batches of PairCollator with any loss over its outputs.
 

@@ -87,8 +87,8 @@ def more(models: dict[str, dict | None]) -> list[str]:
     lines = [
         "Its spread and entropy say how sure the model is of an answer by itself: a policy can be rewarded with the "
         "expected grade minus RISK times the spread, and a judge can abstain. Two distributions give P(a beats b), "
-        "ties included, which WIN_REWARD uses against the start's own answer. A number has no spread, and its "
-        "P(a beats b) is a function of the difference of two rewards alone."
+        "ties included. A number has no spread, and its P(a beats b) is a function of the difference of two rewards "
+        "alone."
     ]
     if not models["distribution"]:
         return [

@@ -17,12 +17,11 @@ from utils.evaluation import change
 from utils.files import write_json, write_text
 from utils.pairs import LengthSampler
 from utils.runs import Run, stop
-from utils.trl_engine import StopsAtBadLoss
 
 PACKING_ERROR = 1e-3  # by which a logit may differ between a document in a pack and the same one alone
 
 
-class AnswerTrainer(StopsAtBadLoss, SFTTrainer):
+class AnswerTrainer(training.StopsAtBadLoss, SFTTrainer):
     """trl.SFTTrainer over rows of like length, which stops at a loss that is not finite.
 
     figures: () -> metrics on validation, exact; called every EVAL_EVERY_STEPS on all processes.

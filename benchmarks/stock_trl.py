@@ -1,17 +1,14 @@
-"""Stock TRL on the rows of a processed folder: the other engine, and the oracle of the tests."""
+"""Stock TRL on the rows of a processed folder: the other side of the benchmark, and the oracle of the tests."""
 
 import copy
-import sys
 from collections.abc import Callable
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from utils import training
-from utils.models import with_rates
-from utils.pairs import prompt_of, whole_rows
+from utils.pairs import prompt_of
 from utils.runs import Run
 
 DPO_LOSSES = {  # LOSS: loss_type and loss_weights of trl.DPOConfig
@@ -22,39 +19,14 @@ DPO_LOSSES = {  # LOSS: loss_type and loss_weights of trl.DPOConfig
 }
 
 
-class StopsAtBadLoss(training.ResumesAnywhere):
-    """Before a Trainer among the bases: a loss that is not finite ends the run, which Trainer would go on with."""
-
-    def training_step(self, *arguments: object, **named: object) -> torch.Tensor:
-        loss = super().training_step(*arguments, **named)
-        if not torch.isfinite(loss):
-            sys.exit(
-                f"the loss is not finite at step {self.state.global_step + 1}: lower LEARNING_RATE or look at the "
-                "rows; the last checkpoint is kept"
-            )
-        return loss
-
-
 def reward_trainer(
-    model: nn.Module,
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    run: Run,
-    arguments: Callable,
-    rates: dict[str, float],
+    model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run: Run, arguments: Callable
 ) -> Trainer:
-    """trl.RewardTrainer; its max_length would filter out long pairs, so it gets ids that fit already.
-
-    rates: see models.with_rates.
-    """
+    """Return a trl.RewardTrainer; its max_length would drop long pairs, so its rows fit the window already."""
     from trl import RewardConfig, RewardTrainer
 
-    class Stopping(StopsAtBadLoss, RewardTrainer):
-        def create_optimizer(self, *arguments: object) -> torch.optim.Optimizer:
-            return with_rates(super().create_optimizer(*arguments), self.model, rates)
-
     args = arguments(RewardConfig, max_length=None, disable_dropout=False, gradient_checkpointing=False)
-    trainer = Stopping(model=model, args=args, train_dataset=whole_rows(rows), processing_class=tokenizer)
+    trainer = RewardTrainer(model=model, args=args, train_dataset=whole_rows(rows), processing_class=tokenizer)
     training.attach(trainer, run)
     return trainer
 
@@ -68,11 +40,8 @@ def dpo_trainer(
     loss: str,
     beta: float,
 ) -> Trainer:
-    """trl.DPOTrainer; the reference is a copy of the model as it is, where TRL would read one from the disk."""
+    """Return a trl.DPOTrainer; the reference is a copy of the model in memory, where TRL would load one from disk."""
     from trl import DPOConfig, DPOTrainer
-
-    class Stopping(StopsAtBadLoss, DPOTrainer):
-        pass
 
     kinds, weights = DPO_LOSSES[loss]
     args = arguments(
@@ -80,7 +49,7 @@ def dpo_trainer(
         disable_dropout=False,
     )  # fmt: skip
     adapted = hasattr(model, "disable_adapter")
-    trainer = Stopping(
+    trainer = DPOTrainer(
         model=model,
         ref_model=None if adapted else copy.deepcopy(model),
         args=args,
@@ -92,8 +61,18 @@ def dpo_trainer(
     return trainer
 
 
+def whole_rows(rows: Dataset) -> Dataset:
+    """Return the rows as trl.RewardTrainer expects them: chosen_ids and rejected_ids, each with the prompt in front."""
+
+    def whole(row: dict) -> dict:
+        prompt = prompt_of(row)
+        return {"chosen_ids": prompt + row["chosen_ids"], "rejected_ids": prompt + row["rejected_ids"]}
+
+    return rows.map(whole, remove_columns=rows.column_names, desc="rows for TRL")
+
+
 def prompt_rows(rows: Dataset) -> Dataset:
-    """The rows as TRL's DPO collator takes them: prompt_ids, chosen_ids, rejected_ids."""
+    """Return the rows as trl.DPOTrainer's collator expects them: prompt_ids, chosen_ids, rejected_ids."""
 
     def only(row: dict) -> dict:
         return {"prompt_ids": prompt_of(row)}
