@@ -142,7 +142,7 @@ def test_a_finished_run_is_moved_aside_and_nothing_is_lost(model_folder, sample_
     run_script(train_reward_model, **options)
     first = (tmp_path / "run/run.json").read_text()
     run_script(train_reward_model, **options)
-    (aside,) = [path for path in tmp_path.iterdir() if path.name != "run"]
+    (aside,) = tmp_path.glob("run-*")
     assert (aside / "run.json").read_text() == first and f"moved aside to {aside}" in capsys.readouterr().out
 
 
