@@ -229,7 +229,7 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model
     other.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=r"another chat template than that of MODEL = ") as end:
         run_script(train_reward_model, DATA_DIR=sample_folder, MODEL=tmp_path)
-    mended = f"--dataset {SAMPLE} --max_rows 160 --tokenizer {tmp_path} --max_length 128 --output_dir {sample_folder}"
+    mended = f"--dataset {SAMPLE} --tokenizer {tmp_path} --max_length 128 --output_dir {sample_folder} --max_rows 160"
     assert end.value.code.endswith(f"run `python load_helpsteer_dataset.py {mended}` first"), "the same rows again"
     with pytest.raises(SystemExit, match=r"nowhere is not there yet: run `python load_helpsteer_dataset.py` first"):
         run_script(train_reward_model, DATA_DIR="nowhere", MODEL=model_folder)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from utils.files import read_json, write_json
 from utils.machine import processes
-from utils.processed import as_option
 from utils.runs import same_work, say, stop
 
 
@@ -38,6 +37,11 @@ def run_seeds(settings: dict, seeds: tuple, output_dir: str, figures: tuple[str,
     write_json(folder / "seeds.json", summary)
     say(f"written: {folder}/seeds.json")
     return summary
+
+
+def as_option(value: object) -> str:
+    """Return a setting as the command line has it."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def checked(seeds: tuple) -> list[int]:
