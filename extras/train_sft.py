@@ -34,10 +34,9 @@ LORA_DROPOUT = 0.05  # on the input of the adapters
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers that get one
 GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long windows in little memory
 # training
-PACKING = False  # fill windows with whole rows, each read as if alone (proved before the first step), else refused
 EPOCHS = 1  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
-BATCH_SIZE = 4  # rows in memory at once; with PACKING windows
+BATCH_SIZE = 4  # rows in memory at once
 ACCUMULATION = 1  # batches per optimizer step; the loss is the mean over all answer tokens of a step
 LEARNING_RATE = 2e-5  # learning rate at its highest, after the warm-up
 SCHEDULE = "cosine"  # cosine | linear | constant
@@ -94,8 +93,6 @@ def main(settings: dict) -> None:
     model = models.load_causal(MODEL)
     policies.check_architecture(model, rows)
     facts["start"] = references.weights_digest(model)
-    if PACKING:
-        sft.check_packing(model, rows)
     if USE_LORA:
         model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     if GRADIENT_CHECKPOINTING:
@@ -134,7 +131,7 @@ def main(settings: dict) -> None:
     def figures() -> dict[str, float]:
         return {"loss": sft.mean_nll(scored("scoring validation"))}
 
-    trainer = sft.answer_trainer(model, rows, tokenizer, run, arguments, facts["max_length"], PACKING, figures)
+    trainer = sft.answer_trainer(model, rows, tokenizer, run, arguments, figures)
     module.to(trainer.accelerator.device)
     before = scored("perplexity before")
     # 4. train
