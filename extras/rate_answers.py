@@ -1,10 +1,10 @@
-"""A person rates answers, blind, in the terminal or on one offline page; read back, the ratings say who wins.
+"""Let a person rate answers, blind, on one offline page; read back, the ratings show which answers are better.
 
 Reads  : samples.jsonl of a run, or random prompts of processed rows, which POLICY answers; ratings of --import
 Writes : outputs/ratings/ (items.jsonl, rate.html, ratings.jsonl, ratings.json, settings.json)
 
 python -m extras.rate_answers --samples outputs/quickstart/dpo/samples.jsonl    # then open outputs/ratings/rate.html
-python -m extras.rate_answers --policy outputs/sft --system_prompt "You are a patient teacher." --mode terminal
+python -m extras.rate_answers --policy outputs/sft --system_prompt "You are a patient teacher."
 python -m extras.rate_answers --import ratings-Ann-2026-03-01.json,ratings-Ben-2026-03-02.json --to_rows rated.jsonl
 """
 
@@ -14,11 +14,10 @@ import base64
 import hashlib
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
-from extras.rating import items, ratings, terminal
+from extras.rating import items, ratings
 from extras.rating.labels import LABELS as WORDS
 from utils.config import override_constants
 from utils.files import read_json, write_json, write_lines, write_text
@@ -40,11 +39,10 @@ TEMPERATURE = 0.7  # of the answers, 0 = the likeliest token each time
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # how it is rated
-MODE = "page"  # page = an HTML file for any browser | terminal = here and now
 LAYOUT = ""  # pairs = two answers side by side | single = one at a time, "" = pairs where there are two conditions
 HUMAN = "show"  # the answer in the data: show (seen beside the others) | rate (as one of them) | hide (left out)
-LABELS = "en"  # language of page and terminal: en | ru
-RATER = ""  # name of the person, "" = asked for
+LABELS = "en"  # language of the page: en | ru
+RATER = ""  # name of the person, "" = the page asks for it
 SEED = 42  # of the prompts, the answers and both orders
 # what is read back
 IMPORT = ()  # downloads of the page, or a ratings.jsonl, made for the items of OUTPUT_DIR
@@ -177,24 +175,6 @@ def page(asked: list[dict], language: str, rater: str) -> str:
     return environment.get_template("page.html.jinja").render(data=data)
 
 
-def rate_in_terminal(folder: Path, asked: list[dict], rater: str, words: dict[str, str]) -> list[dict]:
-    """Ask for what is still open; the ratings after it. Ctrl-C ends the script, with all that was answered kept."""
-    file, own = folder / ratings.RATINGS_FILE, {item["id"]: item for item in asked}
-    known = ratings.read_own(file, own)
-    try:
-        rater = rater or input(f"{words['anonymous']}: ").strip() or "anonymous"
-        terminal.rate(asked, known, rater, items.fingerprint(asked), words, file)
-    except KeyboardInterrupt:
-        print("\nstopped: all answers so far are kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    except EOFError:
-        stop("RATER is not given, and there is no terminal to ask for it: set RATER")
-    known = ratings.read_own(file, own)
-    mine = [rating for rating in known if rating["rater"] == rater]
-    say(f"\n{sum(map(ratings.is_complete, mine))} of {len(asked)} rated by {items.shown(rater)}: {file}")
-    return known
-
-
 def read_back(folder: Path, asked: list[dict], files: tuple[str, ...]) -> list[dict]:
     """All ratings of the folder after those of `files` were taken in: all of them, or where one is unusable none."""
     own, file = {item["id"]: item for item in asked}, folder / ratings.RATINGS_FILE
@@ -223,7 +203,7 @@ def report(folder: Path, asked: list[dict], known: list[dict], to_rows: str) -> 
 
     own, conditions = {item["id"]: item for item in asked}, read_json(folder / "settings.json")["conditions"]
     if not known:
-        stop(f"{folder} has no ratings yet: rate {folder / 'rate.html'} and --import its download, or --mode terminal")
+        stop(f"{folder} has no ratings yet: rate {folder / 'rate.html'} and --import its download")
     found = agreement.summary(own, known, conditions)
     write_json(folder / "ratings.json", found)
     say(agreement.told(found))
@@ -241,8 +221,7 @@ def report(folder: Path, asked: list[dict], known: list[dict], to_rows: str) -> 
 @script
 def main(settings: dict) -> None:
     # 1. check
-    terminal_mode = pick({"page": False, "terminal": True}, "MODE", MODE)
-    words = pick(WORDS, "LABELS", LABELS)
+    pick(WORDS, "LABELS", LABELS)
     pick(dict.fromkeys(items.HUMANS), "HUMAN", HUMAN)
     pick({"": 0, **items.LAYOUTS}, "LAYOUT", LAYOUT)
     at_least(1, PROMPTS=PROMPTS, MAX_LENGTH=MAX_LENGTH, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
@@ -276,12 +255,7 @@ def main(settings: dict) -> None:
         save_items(folder, made, [*names, items.HUMAN], chosen)
         say(f"{len(prompts)} prompts, {len(made)} items ({layout}) in {folder}, answered by: {', '.join(names)}")
     asked = items.read_items(folder)
-    # 4. rate
-    if terminal_mode:
-        known = rate_in_terminal(folder, asked, RATER, words)
-        if known:
-            report(folder, with_rewards(asked, REWARD_MODEL, DEVICE) if REWARD_MODEL else asked, known, "")
-        return
+    # 4. make the page
     write_text(folder / "rate.html", page(asked, LABELS, RATER))
     # 5. say where it is
     say(f"written: {folder / 'rate.html'}: open it in a browser, or send it to a person; it needs nothing else")

@@ -1,12 +1,14 @@
-"""Ratings by persons: what one looks like, checked, merged without loss, turned into preference rows."""
+"""Ratings by persons: checked, merged without loss, turned into preference rows.
+
+A rating has item, rater, grades ({criterion: 1 to 5} of each answer in the order shown), preference (a | tie | b),
+at (time of the last change, UTC) and file (fingerprint of the items).
+"""
 
 import json
-import os
 from pathlib import Path
 
-from utils.files import write_text
 from utils.rows import is_unicode, prompt_turns
-from utils.runs import say, stop
+from utils.runs import stop
 from utils.sources import Record, read_json_lines
 
 CRITERIA = ("relevance", "clarity", "completeness", "originality", "style")
@@ -14,15 +16,6 @@ GRADES = (1, 2, 3, 4, 5)
 PREFERENCES = {"a": 0.0, "tie": 0.5, "b": 1.0}  # how much the second answer shown is preferred
 RATINGS_FILE = "ratings.jsonl"
 PAGE_KIND = "ratings of answers"  # what a download of the page says that it is
-
-
-def new_rating(item: dict, rater: str, file: str) -> dict:
-    """An empty rating: `grades` has {criterion: 1 to 5} for each answer in the order shown, preference is a | tie | b.
-
-    file: fingerprint of the items. `at` is the time of the last change, in UTC.
-    """
-    grades = [{} for _ in item["answers"]]
-    return {"item": item["id"], "rater": rater, "grades": grades, "preference": None, "at": "", "file": file}
 
 
 def is_complete(rating: dict) -> bool:
@@ -54,17 +47,8 @@ def problem(rating: object, items: dict[str, dict]) -> str:
 
 
 def read_own(path: Path, items: dict[str, dict]) -> list[dict]:
-    """The ratings of ratings.jsonl, the last word on each item by each rater; [] where there is no file.
-
-    A last line without its end was cut off by a kill: it is taken off the file, the one before it has what it had.
-    """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if text and not text.endswith("\n"):
-        say(f"{path}: the last line was cut off when it was written, and is left out")
-        write_text(path, text[: text.rfind("\n") + 1])
-    return merged([], read_checked(path, list(read_json_lines(path)), items))[0]
+    """Return the ratings of ratings.jsonl, the latest of each rater on each item; [] where there is no file."""
+    return merged([], read_checked(path, list(read_json_lines(path)), items))[0] if path.exists() else []
 
 
 def read_checked(path: Path, ratings: list, items: dict[str, dict]) -> list[dict]:
@@ -115,14 +99,6 @@ def merged(before: list[dict], new: list[dict]) -> tuple[list[dict], int, int]:
         added, replaced = added + (old is None), replaced + (old is not None)
         found[key] = rating
     return list(found.values()), added, replaced
-
-
-def append(path: Path, rating: dict) -> None:
-    """Add a line to ratings.jsonl and see it onto the disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(rating, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def preference_rows(duels: list[dict]) -> tuple[list[Record], dict[str, int]]:
