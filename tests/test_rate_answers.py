@@ -59,17 +59,13 @@ def test_other_items_move_the_old_ones_and_their_ratings_aside(folder, capsys):
         run_script(rate_answers, SAMPLES=folder.parent / "samples.jsonl", OUTPUT_DIR=folder.parent / "mine")
 
 
-def test_a_policy_that_was_trained_again_is_asked_again(tmp_path):
-    settings = dict.fromkeys(("SAMPLES", "DATA_DIR", "SPLIT", "POLICY_AGAINST", "SYSTEM_PROMPT", "LAYOUT", "HUMAN"), "")
-    settings |= dict.fromkeys(("PROMPTS", "MAX_LENGTH", "MAX_NEW_TOKENS", "TEMPERATURE", "SEED"), 1)
-    settings["POLICY"] = str(tmp_path)
+def test_a_policy_that_was_trained_again_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(rate_answers, "POLICY", str(tmp_path))
     found = []
     for finished in ("2026-01-01", "2026-01-01", "2026-01-02"):
         write_json(tmp_path / "run.json", {"finished": finished})
-        found.append(rate_answers.recipe(settings))
+        found.append(rate_answers.recipe(vars(rate_answers)))
     assert found[0] == found[1] != found[2]
-    with pytest.raises(SystemExit, match=r"is a folder: name the samples.jsonl in it"):
-        rate_answers.recipe(settings | {"SAMPLES": str(tmp_path)})
 
 
 def test_single_answers_and_the_human_as_one_of_them(folder):

@@ -111,14 +111,11 @@ def test_ratings_of_other_items_and_broken_files_are_refused_whole(folder, tmp_p
     refused({"file": "0" * 16}, "ratings of other items")
     refused({"kind": "cake"}, "is not what a rating page lets you download")
     refused({"ratings": None}, "is not what a rating page lets you download")
-    refused({}, "is not the JSON", "<html>")
-    refused(with_entry(item="nothing"), "'nothing' is not among the items")
-    refused(with_entry(grades=[{}]), "another number of answers")
-    refused(with_entry(grades=[{"relevance": 6}, {}]), "not 1 to 5")
-    refused(with_entry(grades=[{"relevance": True}, {}]), "not 1 to 5")
-    refused(with_entry(grades=[{"beauty": 1}, {}]), "unknown criteria")
-    refused(with_entry(preference=["a"]), "the preference")
-    refused(with_entry(rater=None), "no rater")
+    refused({}, "is not what a rating page lets you download", "<html>")
+    unfit = [{"item": "nothing"}, {"grades": [{}]}, {"preference": ["a"]}, {"rater": None}]
+    unfit += [{"grades": [given, {}]} for given in ({"relevance": 6}, {"relevance": True}, {"beauty": 1})]
+    for change in unfit:
+        refused(with_entry(**change), "bad.json: rating 1 does not fit the items of OUTPUT_DIR")
     with pytest.raises(SystemExit, match="nothing.json' is not there"):
         read_back(folder, tmp_path / "nothing.json")
     with pytest.raises(SystemExit, match="has no ratings yet"):

@@ -24,26 +24,19 @@ def is_complete(rating: dict) -> bool:
     return compared and all(len(grades) == len(CRITERIA) for grades in rating["grades"])
 
 
-def problem(rating: object, items: dict[str, dict]) -> str:
-    """What is wrong with a rating, "" where it can be used. items: by id."""
-    if not isinstance(rating, dict) or not isinstance(rating.get("item"), str):
-        return "an entry is no rating"
-    item, grades = items.get(rating["item"]), rating.get("grades")
-    if item is None:
-        return f"item {rating['item'][:20]!r} is not among the items"
-    if not all(isinstance(rating.get(name), str) and is_unicode(rating[name]) for name in ("rater", "at")):
-        return f"item {item['id']} has no rater or no time"
-    if not isinstance(grades, list) or len(grades) != len(item["answers"]):
-        return f"item {item['id']} has grades of another number of answers"
-    for given in grades:
-        if not isinstance(given, dict) or not set(given) <= set(CRITERIA):
-            return f"item {item['id']} has grades of unknown criteria"
-        if not all(type(grade) is int and grade in GRADES for grade in given.values()):
-            return f"item {item['id']} has a grade that is not 1 to 5"
-    preference = rating.get("preference")
-    if preference is not None and (len(grades) == 1 or preference not in list(PREFERENCES)):
-        return f"item {item['id']} has the preference {str(preference)[:20]!r}"
-    return ""
+def fits(rating: object, items: dict[str, dict]) -> bool:
+    """Return whether a rating is of one of the items and complete in itself. items: by id."""
+    texts = [rating.get(name) for name in ("item", "rater", "at")] if isinstance(rating, dict) else [None]
+    if not all(isinstance(text, str) and is_unicode(text) for text in texts):
+        return False
+    item, grades, preference = items.get(rating["item"]), rating.get("grades"), rating.get("preference")
+    if item is None or not isinstance(grades, list) or len(grades) != len(item["answers"]):
+        return False
+    if not all(isinstance(given, dict) and set(given) <= set(CRITERIA) for given in grades):
+        return False
+    if not all(type(grade) is int and grade in GRADES for given in grades for grade in given.values()):
+        return False
+    return preference is None or (len(grades) == 2 and preference in list(PREFERENCES))
 
 
 def read_own(path: Path, items: dict[str, dict]) -> list[dict]:
@@ -52,34 +45,27 @@ def read_own(path: Path, items: dict[str, dict]) -> list[dict]:
 
 
 def read_checked(path: Path, ratings: list, items: dict[str, dict]) -> list[dict]:
-    for rating in ratings:
-        wrong = problem(rating, items)
-        if wrong:
-            stop(f"{path}: {wrong}: nothing of it was taken; name the OUTPUT_DIR whose items it rates")
+    for number, rating in enumerate(ratings, start=1):
+        if not fits(rating, items):
+            stop(f"{path}: rating {number} does not fit the items of OUTPUT_DIR; nothing of it was taken")
     return ratings
 
 
 def read_ratings(path: Path, items: dict[str, dict], file: str) -> list[dict]:
-    """The ratings of a page's download or of a ratings.jsonl; one line where they are of other items or broken."""
+    """Return the ratings of a page's download or of a ratings.jsonl; end the script where they are of other items."""
     if not path.is_file():
         stop(f"IMPORT = '{path}' is not there")
     if path.suffix == ".jsonl":
         ratings = list(read_json_lines(path))
-        files = {rating.get("file") for rating in ratings}
     else:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            stop(f"{path} is not the JSON that a rating page lets you download ({str(error)[:100]})")
-        if (
-            not isinstance(content, dict)
-            or content.get("kind") != PAGE_KIND
-            or not isinstance(content.get("ratings"), list)
-        ):
+            kind, ratings = content["kind"], [it | {"file": content["file"]} for it in content["ratings"]]
+        except (ValueError, KeyError, TypeError):
+            kind = ""
+        if kind != PAGE_KIND:
             stop(f"{path} is not what a rating page lets you download")
-        ratings, files = content["ratings"], {content.get("file")}
-        ratings = [rating | {"file": file} if isinstance(rating, dict) else rating for rating in ratings]
-    if ratings and files != {file}:
+    if any(rating.get("file") != file for rating in ratings):
         stop(f"{path} holds ratings of other items than OUTPUT_DIR does: name the folder that its page was made in")
     return read_checked(path, ratings, items)
 
