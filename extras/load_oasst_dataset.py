@@ -28,7 +28,7 @@ from utils.processed import (
     write_rows,
 )
 from utils.rows import Ledger, finished_row
-from utils.runs import at_least, pick, say, script, stop
+from utils.runs import at_least, pick, script, stop
 from utils.sources import TREE_LAYOUTS, Source, first_of, open_source
 from utils.split import near_duplicate_groups, split_indices
 
@@ -64,19 +64,19 @@ def open_trees(dataset: str) -> Source:
     return source
 
 
-def read_trees(source: Source, language: str, max_rows: int) -> dict[str, list[Node]]:
+def read_trees(source: Source) -> dict[str, list[Node]]:
     """The messages of each split of the source; ends the script where none is in the language."""
     from tqdm import tqdm
 
     trees = {}
     for name, open_records in source.splits.items():
-        records = tqdm(first_of(open_records(), max_rows), f"reading {source.split_used[name]}", unit=" records")
-        trees[name] = read_nodes(records, source.layouts[name], language)
-    check_language(trees.values(), source.name, language)
+        records = tqdm(first_of(open_records(), MAX_ROWS), f"reading {source.split_used[name]}", unit=" records")
+        trees[name] = read_nodes(records, source.layouts[name], LANGUAGE)
+    check_language(trees.values(), source.name, LANGUAGE)
     return trees
 
 
-def divide(rows: dict[str, list[dict]], share: float, seed: int) -> dict[str, list[dict]]:
+def divide(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """{"train", "validation"}: rows, whole trees on one side, and like top-level prompts too.
 
     The source's own validation rows stay as they are, and training rows like them are left out. Where it has none,
@@ -89,9 +89,7 @@ def divide(rows: dict[str, list[dict]], share: float, seed: int) -> dict[str, li
     of_text = near_duplicate_groups(tqdm(numbers, "comparing prompts"))
     groups = [int(of_text[numbers[row["root"]]]) for row in [*train, *validation]]
     if not validation:
-        if "validation" in rows:
-            say("the validation split of the source gives no row: train is split instead")
-        chosen = split_indices(groups, share, seed)
+        chosen = split_indices(groups, VALIDATION_SHARE, SEED)
         return {name: [train[i] for i in some] for name, some in zip(("train", "validation"), chosen, strict=True)}
     held_out = set(groups[len(train) :])
     kept = []
@@ -119,9 +117,9 @@ def main(settings: dict) -> None:
     tokenizer = load_tokenizer(TOKENIZER, CHAT_TEMPLATE)
     check_window(tokenizer, MAX_LENGTH, SYSTEM_PROMPT)
     # 2. read the trees, make rows of them, split
-    trees = read_trees(source, LANGUAGE, MAX_ROWS)
+    trees = read_trees(source)
     made = {name: make_rows(nodes, all_turns) for name, nodes in trees.items()}
-    rows = divide(made, VALIDATION_SHARE, SEED)
+    rows = divide(made)
     enter(trees, rows.values(), ledger)
     if not rows["train"]:
         stop(f"no row is left for training of {ledger.totals()['rows_read']} messages, left out: {ledger.counts()}")

@@ -66,13 +66,9 @@ def test_versions_in_and_out_of_their_bounds(requirements, capsys):
     assert "NO" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("text, message", [(None, "is not there"), ("torch >>> 2", "requirements.txt: ")])
-def test_requirements_that_cannot_be_read(tmp_path, text, message):
-    file = tmp_path / "requirements.txt"
-    if text:
-        file.write_text(text)
-    with pytest.raises(SystemExit, match=message):
-        read_requirements(file)
+def test_requirements_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(SystemExit, match="is not there"):
+        read_requirements(tmp_path / "requirements.txt")
 
 
 def test_old_python_is_named(requirements, monkeypatch):
@@ -170,7 +166,7 @@ def test_a_full_device_is_not_said_to_compute_wrongly(requirements, monkeypatch,
 
     monkeypatch.setattr(setup_check, place, full)
     with pytest.raises(
-        SystemExit, match="cpu in .* cannot be used: CUDA out of memory.*, or end what else uses it"
+        SystemExit, match="cpu in .* cannot be used: CUDA out of memory.*; free its memory, or try"
     ) as end:
         run_script(setup_check, REQUIREMENTS=requirements, DEVICE="cpu")
     assert "\n" not in end.value.code
