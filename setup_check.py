@@ -271,10 +271,10 @@ def main(settings: dict) -> None:
         # 4. proof
         faults = prove(tiny_model(SEED), device, precision, SEED)
     except RuntimeError as error:  # a driver that does not fit torch, an operation that the device does not have
-        reason = str(error).splitlines()[0][:200]
-        stop(
-            f"{device.type} in {precision} cannot be used: {reason}; free its memory, or try another DEVICE or PRECISION"
-        )
+        cure = "try another DEVICE or PRECISION"
+        if "out of memory" in str(error):
+            cure += ", or end what else uses it"
+        stop(f"{device.type} in {precision} cannot be used: {str(error).splitlines()[0][:200]}; {cure}")
     if faults:
         stop(f"{device.type} in {precision} computes wrongly: {faults[0]}; try another DEVICE or PRECISION")
     # 5. say what to run next

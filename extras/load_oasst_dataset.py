@@ -14,6 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from extras.parts.answers import divide
 from extras.parts.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
 from utils.config import override_constants
 from utils.files import write_json
@@ -30,7 +31,6 @@ from utils.processed import (
 from utils.rows import Ledger, finished_row
 from utils.runs import at_least, pick, script, stop
 from utils.sources import TREE_LAYOUTS, Source, first_of, open_source
-from utils.split import near_duplicate_groups, split_indices
 
 # data
 DATASET = "OpenAssistant/oasst1"  # hub name owner/name[/file], or a local file or folder of flat or nested messages
@@ -76,31 +76,6 @@ def read_trees(source: Source) -> dict[str, list[Node]]:
     return trees
 
 
-def divide(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """{"train", "validation"}: rows, whole trees on one side, and like top-level prompts too.
-
-    The source's own validation rows stay as they are, and training rows like them are left out. Where it has none,
-    the share is taken from the training rows, which keep at least one.
-    """
-    from tqdm import tqdm
-
-    train, validation = rows["train"], rows.get("validation", [])
-    numbers = {text: i for i, text in enumerate(dict.fromkeys(row["root"] for row in [*train, *validation]))}
-    of_text = near_duplicate_groups(tqdm(numbers, "comparing prompts"))
-    groups = [int(of_text[numbers[row["root"]]]) for row in [*train, *validation]]
-    if not validation:
-        chosen = split_indices(groups, VALIDATION_SHARE, SEED)
-        return {name: [train[i] for i in some] for name, some in zip(("train", "validation"), chosen, strict=True)}
-    held_out = set(groups[len(train) :])
-    kept = []
-    for row, group in zip(train, groups[: len(train)], strict=True):
-        if group in held_out:
-            mark(row["nodes"], "like_validation")
-        else:
-            kept.append(row)
-    return {"train": kept, "validation": validation}
-
-
 @script
 def main(settings: dict) -> None:
     # 1. check
@@ -119,7 +94,10 @@ def main(settings: dict) -> None:
     # 2. read the trees, make rows of them, split
     trees = read_trees(source)
     made = {name: make_rows(nodes, all_turns) for name, nodes in trees.items()}
-    rows = divide(made)
+    held_out = made.get("validation", [])
+    rows = divide(
+        made["train"], held_out, "root", VALIDATION_SHARE, SEED, lambda row: mark(row["nodes"], "like_validation")
+    )
     enter(trees, rows.values(), ledger)
     if not rows["train"]:
         stop(f"no row is left for training of {ledger.totals()['rows_read']} messages, left out: {ledger.counts()}")
@@ -134,7 +112,7 @@ def main(settings: dict) -> None:
         save_parts(parts, whole)
         metadata = describe(parts, source, ledger, tokenizer, settings) | {"rows": ROWS}
         metadata["made_by"] = "-m extras.load_oasst_dataset"
-        metadata["split_ratio"] = None if made.get("validation") else VALIDATION_SHARE
+        metadata["split_ratio"] = None if held_out else VALIDATION_SHARE
         write_json(whole / "metadata.json", metadata)
         ledger.write(whole / "dropped.jsonl")
         del parts, plain  # closes their files: Windows deletes none that is open

@@ -166,7 +166,7 @@ def test_a_full_device_is_not_said_to_compute_wrongly(requirements, monkeypatch,
 
     monkeypatch.setattr(setup_check, place, full)
     with pytest.raises(
-        SystemExit, match="cpu in .* cannot be used: CUDA out of memory.*; free its memory, or try"
+        SystemExit, match="cpu in .* cannot be used: CUDA out of memory.*, or end what else uses it"
     ) as end:
         run_script(setup_check, REQUIREMENTS=requirements, DEVICE="cpu")
     assert "\n" not in end.value.code
