@@ -1,4 +1,4 @@
-"""Say what is in the processed pairs: sizes, lengths, cuts, rating gaps, shortcuts and leaks, in a table and figures.
+"""Summarise the processed pairs: sizes, lengths, cuts, rating gaps, shortcuts and leaks, in a table and figures.
 
 Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py) and the tokenizer named in it
 Writes : outputs/summary/ (summary.json, summary.md and the figures as PNG), afresh each time
@@ -52,7 +52,7 @@ BATCH_OF_ROWS = {"measure": 256, "prompts": 1000}  # rows held in memory at once
 
 
 def load_data(folder: Path) -> tuple[dict, dict[str, Dataset]]:
-    """(metadata, the splits that have rows) of a folder that load_helpsteer_dataset.py wrote, or one line."""
+    """Return (metadata, the splits that have rows) of a processed folder; end the script where it is damaged."""
     from datasets import load_from_disk
 
     again = "run `python load_helpsteer_dataset.py` again"
@@ -241,7 +241,7 @@ def draw(m: dict[str, np.ndarray], section: dict, window: int, folder: Path) -> 
 
 
 def markdown(text: str, figures: list[str], examples: list[dict]) -> str:
-    """The summary as a page: the table, the figures that lie beside it, the examples."""
+    """Return the summary as a page: the table, links to the figures, the examples."""
     parts = ["# What is in the pairs", f"```\n{text}\n```", *(f"![{name}]({name})" for name in figures)]
     parts += ["## Examples", *(f"```\n{example_text(example)}\n```" for example in examples)]
     return "\n\n".join(parts) + "\n"
@@ -276,7 +276,7 @@ def main(settings: dict) -> None:
     figures = draw(everything, summary["all"], metadata["max_length"], output)
     write_json(output / "summary.json", summary)
     write_text(output / "summary.md", markdown(text, figures, summary["examples"]))
-    # 5. say what is in it, where it is and what to run next
+    # 5. print it, where it is and what to run next
     say("\n\n".join(["", text, *(example_text(example) for example in summary["examples"]), ""]))
     say(f"written: {output}/summary.json, summary.md, {', '.join(figures)}")
     say(f"next: {reading('python train_reward_model.py', DATA_DIR, TOKENIZER or metadata['tokenizer'])}")

@@ -277,7 +277,7 @@ def main(settings: dict) -> None:
         stop(f"{device.type} in {precision} cannot be used: {str(error).splitlines()[0][:200]}; {cure}")
     if faults:
         stop(f"{device.type} in {precision} computes wrongly: {faults[0]}; try another DEVICE or PRECISION")
-    # 5. say what to run next
+    # 5. print what to run next
     say(f"next: {next_command(had, names, OFFLINE_MODEL)}")
 
 

@@ -43,15 +43,15 @@ ANSWERS_PER_PROMPT = 4  # N of ranked; self_align takes one answer
 TEMPERATURE = 0.7  # of the answers, 0 = greedy
 TOP_P = 0.9  # the likeliest tokens that make up this share of the probability, 1 = all
 TOP_K = 60  # so many of the likeliest tokens, 0 = all
-MAX_NEW_TOKENS = 150  # of an answer; a longer one is cut, and its pair says so
+MAX_NEW_TOKENS = 150  # of an answer; a longer one is cut and marked in its pair
 BATCH_SIZE = 16  # answers in memory at once
-SEED = 42  # of the samples: each answer has luck of its own, whatever its batch
+SEED = 42  # of the samples; each answer has its own random numbers, whatever its batch
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # output
 OUTPUT_DIR = "processed_generated"  # written beside its name and renamed when whole
-ANSWERS_DIR = "outputs/generated_answers"  # the run folder, in which an unfinished run goes on
-RESUME = True  # go on with an unfinished run of the same settings, model and data
+ANSWERS_DIR = "outputs/generated_answers"  # the run folder; an unfinished run resumes there
+RESUME = True  # resume an unfinished run of the same settings, model and data
 
 
 def check() -> None:
@@ -93,8 +93,8 @@ def answer(
     answers = generate(model, tokenizer, ids, **sampling)
     texts, ended = [whole_letters(a.text, a.ended) for a in answers], [a.ended for a in answers]
     turns = [one.turns for one in batch for _ in range(count)]
-    said = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(turns, texts, strict=True)]
-    rewards = judge.score(said).tolist() if judge else []
+    talks = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(turns, texts, strict=True)]
+    rewards = judge.score(talks).tolist() if judge else []
     own = [slice(i * count, (i + 1) * count) for i in range(len(batch))]
     return [Written(one.number, texts[s], ended[s], rewards[s]) for one, s in zip(batch, own, strict=True)]
 
@@ -199,7 +199,7 @@ def main(settings: dict) -> None:
     found = write_pairs(made, ledger, tokenizer, metadata, settings, figures)
     write_json(run.folder / "eval.json", found["generated"])
     run.finish()
-    # 5. say where it is
+    # 5. print where it is
     processed.report(found, Path(OUTPUT_DIR), f"python train_dpo.py --data_dir {OUTPUT_DIR} --model {MODEL}")
     say(f"      {figures['cut_share']:.0%} of {figures['answers']} answers were cut at MAX_NEW_TOKENS")
 

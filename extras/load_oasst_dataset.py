@@ -14,7 +14,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from extras.parts.answers import divide
 from extras.parts.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
 from utils.config import override_constants
 from utils.files import write_json
@@ -84,6 +83,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, SEED=SEED)
     if not 0 <= VALIDATION_SHARE < 1:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
+    from extras.parts.answers import divide
     from utils.tokens import check_window, load_tokenizer, tokenised
 
     folder = Path(OUTPUT_DIR).expanduser().resolve()  # of a link the folder that it names is replaced, not the link
@@ -117,7 +117,7 @@ def main(settings: dict) -> None:
         ledger.write(whole / "dropped.jsonl")
         del parts, plain  # closes their files: Windows deletes none that is open
         replace_folder(folder, whole)
-    # 5. say where it is
+    # 5. print where it is
     report(metadata, Path(OUTPUT_DIR), reading(NEXT[ROWS], OUTPUT_DIR))
 
 

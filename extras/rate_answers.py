@@ -119,8 +119,8 @@ def answer_prompts(prompts: list[dict]) -> None:
         context = getattr(model.config, "max_position_embeddings", MAX_LENGTH + MAX_NEW_TOKENS)
         if context < MAX_LENGTH + MAX_NEW_TOKENS:
             stop(f"MAX_LENGTH + MAX_NEW_TOKENS = {MAX_LENGTH + MAX_NEW_TOKENS}: {policy} has a context of {context}")
-        said = [with_persona(entry["turns"], persona) for entry in prompts]
-        ids = sampling.prompt_ids_of(tokenizer, said, MAX_LENGTH, guidance.Guidance())
+        talks = [with_persona(entry["turns"], persona) for entry in prompts]
+        ids = sampling.prompt_ids_of(tokenizer, talks, MAX_LENGTH, guidance.Guidance())
         how = {"precision": precision, "progress": f"answers of {name}"}
         answers = sampling.generate(model, tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
         for entry, answer in zip(prompts, answers, strict=True):
@@ -183,8 +183,8 @@ def with_rewards(asked: list[dict]) -> list[dict]:
     from utils.rewards import RewardModel
 
     judge = RewardModel.load(REWARD_MODEL, DEVICE)
-    said = [[*item["turns"], {"role": "assistant", "content": text}] for item in asked for text in item["answers"]]
-    rewards = iter(judge.score(said).tolist())
+    talks = [[*item["turns"], {"role": "assistant", "content": text}] for item in asked for text in item["answers"]]
+    rewards = iter(judge.score(talks).tolist())
     return [item | {"rewards": [next(rewards) for _ in item["answers"]]} for item in asked]
 
 
@@ -197,7 +197,7 @@ def report(folder: Path, asked: list[dict], known: list[dict]) -> None:
         stop(f"{folder} has no ratings yet: rate {folder / 'rate.html'} and --import its download")
     found = agreement.summary(own, known, conditions)
     write_json(folder / "ratings.json", found)
-    say(agreement.told(found))
+    say(agreement.format_summary(found))
     say(f"written: {folder / 'ratings.json'}")
     if TO_ROWS:
         duels = agreement.over_raters(agreement.duels_of(own, known, conditions))
@@ -231,7 +231,7 @@ def main(settings: dict) -> None:
     else:
         make_items(folder, chosen)
     write_text(folder / "rate.html", page(items.read_items(folder)))
-    # 4. say where it is
+    # 4. print where it is
     say(f"written: {folder / 'rate.html'}: open it in a browser, or send it to a person; it needs nothing else")
     say(f"next: python -m extras.rate_answers --output_dir {OUTPUT_DIR} --import FILE, the download of the page")
 

@@ -59,8 +59,8 @@ PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 OUTPUT_DIR = "outputs/sft"  # the run folder
 LOG_EVERY_STEPS = 10  # a line of metrics.jsonl
 EVAL_EVERY_STEPS = 0  # perplexity on validation while training, 0 = before and after only
-SAVE_EVERY_STEPS = 200  # a checkpoint to go on from, 0 = none
-RESUME = True  # go on with an unfinished run of the same settings
+SAVE_EVERY_STEPS = 200  # a checkpoint to resume from, 0 = none
+RESUME = True  # resume an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 
@@ -180,8 +180,8 @@ def main(settings: dict) -> None:
         policy_report.save(model, tokenizer, run.folder, rows, collator)
         sft.write_results(run.folder, result, run.record)
     training.close(run, trainer.accelerator)
-    # 7. say where it is
-    say(sft.told(result))
+    # 7. print where it is
+    say(sft.format_result(result))
     of_pairs = not DATASET and read_json(f"{DATA_DIR}/metadata.json").get("rows") != "sft"
     names = DATA_DIR if of_pairs else processed.READ_BY_DEFAULT, str(run.folder)
     say(f"written: {run.folder}\nnext: {processed.reading('python train_dpo.py', *names)}")

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from utils.processed import row_features
 from utils.rows import (
     Ledger,
@@ -220,6 +218,8 @@ def divide(
     Held-out rows of the source stay as they are, and training rows like them go to leave_out(row). Where there are
     none, `share` of the training rows becomes validation.
     """
+    from tqdm import tqdm
+
     texts = [row[key] for row in [*train, *held_out]]
     numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     of_text = near_duplicate_groups(tqdm(numbers, "comparing prompts"))

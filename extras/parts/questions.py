@@ -15,7 +15,7 @@ READING = (
     "grades, not their distances, so equal steps are our convention and a 7 is not a person's 7."
 )
 RLOO = "Its baseline is the mean of the other answers to a prompt; the assignment asks for a moving average over steps."
-TOLD = (
+COMPARED = (
     "{mean_reward_before:.3f} before, {mean_reward_after:.3f} after, {difference:+.3f} [{difference_low:+.3f}, "
     "{difference_high:+.3f}], p = {p_value:.2g}, wins on {win_rate:.2f} of {prompts} prompts: {verdict}"
 )
@@ -53,8 +53,10 @@ def grew(trained: list[dict]) -> list[str]:
     lines = [f"It grew in {count} of {len(trained)} runs (p < 0.05)." if trained else MISSING.format("scalar")]
     for run in trained:
         result, judge = run["result"], run["result"].get("judge")
-        lines.append(f"{run['name']} (seed {run['record']['seed']}): {TOLD.format(**result)}; KL {result['kl']:.2f}.")
-        lines += [f"By a judge that it was not trained against: {TOLD.format(**judge)}."] if judge else []
+        lines.append(
+            f"{run['name']} (seed {run['record']['seed']}): {COMPARED.format(**result)}; KL {result['kl']:.2f}."
+        )
+        lines += [f"By a judge that it was not trained against: {COMPARED.format(**judge)}."] if judge else []
     return lines
 
 

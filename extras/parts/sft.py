@@ -110,8 +110,8 @@ def perplexity_figures(before: dict[str, np.ndarray], after: dict[str, np.ndarra
     }
 
 
-def told(result: dict) -> str:
-    """The result in two lines."""
+def format_result(result: dict) -> str:
+    """Return the result in two lines."""
     perplexity = f"{result['perplexity_before']:.3f} before, {result['perplexity_after']:.3f} after"
     interval = f"[{result['difference_low']:+.4f}, {result['difference_high']:+.4f}]"
     return (
@@ -133,4 +133,4 @@ def write_results(folder: Path, result: dict, record: dict) -> None:
         f"`{record['dataset_name']}` (loss on the answers only, learning rate {settings['LEARNING_RATE']}, window "
         f"{record['max_length']} tokens)."
     )
-    write_text(folder / "README.md", f"{head}\n\n{told(result)}\n")
+    write_text(folder / "README.md", f"{head}\n\n{format_result(result)}\n")

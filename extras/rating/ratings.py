@@ -15,7 +15,7 @@ CRITERIA = ("relevance", "clarity", "completeness", "originality", "style")
 GRADES = (1, 2, 3, 4, 5)
 PREFERENCES = {"a": 0.0, "tie": 0.5, "b": 1.0}  # how much the second answer shown is preferred
 RATINGS_FILE = "ratings.jsonl"
-PAGE_KIND = "ratings of answers"  # what a download of the page says that it is
+PAGE_KIND = "ratings of answers"  # kind of a download of the page
 
 
 def is_complete(rating: dict) -> bool:
@@ -91,8 +91,8 @@ def preference_rows(duels: list[dict]) -> tuple[list[Record], dict[str, int]]:
     """(rows: prompt, chosen, rejected, chosen_rating, rejected_rating; how many pairs are left out, by reason).
 
     duels: one each pair of answers, over all raters (agreement.over_raters). The ratings are means of all grades
-    where each pair has all of them and they tell its answers apart, else the shares of the raters. A pair that grades
-    and preference rank in different ways is left out: a row can say one thing only.
+    where each pair has all of them and they differ within each pair, else the shares of the raters. A pair that grades
+    and preference rank in different ways is left out.
     """
     decided = [duel for duel in duels if duel["outcome"] != 0.5 and len(set(duel["answers"])) > 1]
     graded = all(None not in duel["grades"] and len(set(duel["grades"])) > 1 for duel in decided)
