@@ -1,4 +1,4 @@
-"""Say what is in the processed pairs: sizes, lengths, cuts, rating gaps, shortcuts and leaks, in a table and figures.
+"""Summarise the processed pairs: sizes, lengths, cuts, rating gaps, shortcuts and leaks, in a table and figures.
 
 Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py) and the tokenizer named in it
 Writes : outputs/summary/ (summary.json, summary.md and the figures as PNG), afresh each time
@@ -52,7 +52,7 @@ BATCH_OF_ROWS = {"measure": 256, "prompts": 1000}  # rows held in memory at once
 
 
 def load_data(folder: Path) -> tuple[dict, dict[str, Dataset]]:
-    """(metadata, the splits that have rows) of a folder that load_helpsteer_dataset.py wrote, or one line."""
+    """Return (metadata, the splits that have rows) of a processed folder; end the script where it is damaged."""
     from datasets import load_from_disk
 
     again = "run `python load_helpsteer_dataset.py` again"
@@ -65,9 +65,6 @@ def load_data(folder: Path) -> tuple[dict, dict[str, Dataset]]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         stop(f"{folder} is damaged ({type(error).__name__}: {str(error)[:120]}): {again}")
     refuse_sft_rows(folder, metadata)
-    for name, part in parts.items():
-        if len(part) != sizes[name] or part.column_names != metadata.get("columns"):
-            stop(f"{folder / name} does not fit its metadata.json (rows or columns differ): {again}")
     if not parts:
         stop(f"{folder} holds no pairs: {again}")
     return metadata, parts
@@ -121,7 +118,7 @@ def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     return found
 
 
-def describe(m: dict[str, np.ndarray], window: int, windows: tuple, gaps: tuple) -> dict:
+def describe(m: dict[str, np.ndarray], window: int) -> dict:
     """The content of summary.json for one split or for all. m: the measures of `measure`; shares are 0 to 1."""
     lengths = m | {"prompt_raw_cut": np.minimum(m["prompt_raw"], window)}
     cut = {side: share(m[f"{side}_cut"]) for side in ("prompt", "chosen", "rejected")}
@@ -129,10 +126,10 @@ def describe(m: dict[str, np.ndarray], window: int, windows: tuple, gaps: tuple)
         "pairs": len(m["prompt"]),
         "multi_turn_share": share(m["multi_turn"]),
         "tokens": {name: describe_lengths(lengths[name]) for name in LENGTHS},
-        "fit_whole_share": {str(size): share(m["pair"] <= size) for size in windows},
+        "fit_whole_share": {str(size): share(m["pair"] <= size) for size in WINDOWS},
         "cut_share": cut | {"both_answers": share(m["chosen_cut"] & m["rejected_cut"])},
         "equal_after_cut": int(m["equal_after_cut"].sum()),
-        "rating_gap": describe_gaps(m["gap"], gaps),
+        "rating_gap": describe_gaps(m["gap"]),
         "shortcuts": {name: describe_shortcut(m, name) for name in SHORTCUT_NAMES},
     }
 
@@ -155,7 +152,7 @@ def describe_lengths(lengths: np.ndarray) -> dict:
     }
 
 
-def describe_gaps(gap: np.ndarray, limits: tuple) -> dict | None:
+def describe_gaps(gap: np.ndarray) -> dict | None:
     """Mean, median, bands and what MIN_RATING_GAP would keep, of the pairs with ratings; None where there are none.
 
     gap: hundredths, NaN for a pair without ratings.
@@ -163,7 +160,7 @@ def describe_gaps(gap: np.ndarray, limits: tuple) -> dict | None:
     gap = gap[~np.isnan(gap)]
     if not len(gap):
         return None
-    kept = {str(limit): int((gap >= hundredths(limit)).sum()) for limit in limits}
+    kept = {str(limit): int((gap >= hundredths(limit)).sum()) for limit in GAPS}
     bands = {name: {"pairs": int(mask.sum()), "share": share(mask)} for name, mask in bands_of(gap).items()}
     mean, median = round(float(gap.mean()) / 100, 4), float(np.median(gap)) / 100
     return {"mean": mean, "median": median, "bands": bands, "pairs_kept_by_min_rating_gap": kept}
@@ -199,18 +196,18 @@ def near_duplicates(parts: dict[str, Dataset]) -> dict[str, np.ndarray]:
     return dict(zip(parts, np.split(groups, ends), strict=True))
 
 
-def find_repeats(parts: dict[str, Dataset], measures: dict, groups: dict[str, np.ndarray], shown: int) -> dict:
-    """Duplicates and leaks (see utils.leaks), and the first `shown` prompts that leak into training with their rows."""
-    found = [first_rows(groups, group) for group in leaking_groups(groups)[:shown]]
+def find_repeats(parts: dict[str, Dataset], measures: dict, groups: dict[str, np.ndarray]) -> dict:
+    """Return duplicates and leaks (see utils.leaks), and EXAMPLES prompts that leak into training, with their rows."""
+    found = [first_rows(groups, group) for group in leaking_groups(groups)[:EXAMPLES]]
     leaked = [{"rows": rows, "prompt": parts["train"][rows["train"]]["prompt"][:200]} for rows in found]
     return repeats(measures, groups) | {"leaked_prompts": leaked}
 
 
-def examples_of(parts: dict[str, Dataset], count: int, seed: int) -> list[dict]:
-    """`count` pairs at random from all splits; texts of more than 600 characters are cut there."""
+def examples_of(parts: dict[str, Dataset]) -> list[dict]:
+    """Return EXAMPLES pairs at random from all splits; texts of more than 600 characters are cut there."""
     rows = [(name, row) for name, part in parts.items() for row in range(len(part))]
     found = []
-    for name, row in random.Random(seed).sample(rows, min(count, len(rows))):
+    for name, row in random.Random(SEED).sample(rows, min(EXAMPLES, len(rows))):
         pair = parts[name][row]
         ratings = {f"{side}_rating": pair[f"{side}_rating"] for side in ("chosen", "rejected")}
         gap = None
@@ -244,7 +241,7 @@ def draw(m: dict[str, np.ndarray], section: dict, window: int, folder: Path) -> 
 
 
 def markdown(text: str, figures: list[str], examples: list[dict]) -> str:
-    """The summary as a page: the table, the figures that lie beside it, the examples."""
+    """Return the summary as a page: the table, links to the figures, the examples."""
     parts = ["# What is in the pairs", f"```\n{text}\n```", *(f"![{name}]({name})" for name in figures)]
     parts += ["## Examples", *(f"```\n{example_text(example)}\n```" for example in examples)]
     return "\n\n".join(parts) + "\n"
@@ -271,15 +268,15 @@ def main(settings: dict) -> None:
     about = ("dataset_name", "revision", "split_used", "rating", "tokenizer", "max_length", "fingerprint")
     summary = {"data": {name: metadata[name] for name in about}, "settings": settings}
     for name, m in {"all": everything, **measures}.items():
-        summary[name] = describe(m, metadata["max_length"], WINDOWS, GAPS)
-    summary["repeats"] = find_repeats(parts, measures, near_duplicates(parts), EXAMPLES)
-    summary["examples"] = examples_of(parts, EXAMPLES, SEED)
+        summary[name] = describe(m, metadata["max_length"])
+    summary["repeats"] = find_repeats(parts, measures, near_duplicates(parts))
+    summary["examples"] = examples_of(parts)
     # 4. save
     text = summary_text(summary, list(parts))
     figures = draw(everything, summary["all"], metadata["max_length"], output)
     write_json(output / "summary.json", summary)
     write_text(output / "summary.md", markdown(text, figures, summary["examples"]))
-    # 5. say what is in it, where it is and what to run next
+    # 5. print it, where it is and what to run next
     say("\n\n".join(["", text, *(example_text(example) for example in summary["examples"]), ""]))
     say(f"written: {output}/summary.json, summary.md, {', '.join(figures)}")
     say(f"next: {reading('python train_reward_model.py', DATA_DIR, TOKENIZER or metadata['tokenizer'])}")

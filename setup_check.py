@@ -67,16 +67,13 @@ def row(name: str, *cells: str) -> None:
 def read_requirements(file: Path) -> list[Requirement]:
     """The packages that a requirements file names for this platform; ends the script where it cannot be read."""
     try:
-        from packaging.requirements import InvalidRequirement, Requirement
+        from packaging.requirements import Requirement
     except ImportError:
         stop(f"nothing is installed in this Python yet: activate .venv, or run `python -m pip install -r {file.name}`")
     if not file.is_file():
         stop(f"REQUIREMENTS = '{file}' is not there: it belongs beside setup_check.py")
     lines = [line.split(" #")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    try:
-        wanted = [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]
-    except InvalidRequirement as error:
-        stop(f"{file}: {str(error).splitlines()[0]}")
+    wanted = [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]
     return [package for package in wanted if package.marker is None or package.marker.evaluate()]
 
 
@@ -95,6 +92,17 @@ def check_versions(wanted: list[Requirement]) -> list[str]:
         row(package.name, found, str(package.specifier), "ok" if fits else "NO")
         faults += [] if fits else [f"{package.name} is {found} (needed: {package.specifier or 'any version'})"]
     return faults
+
+
+def check_torchao() -> None:
+    """Print a warning where PEFT refuses the torchao that is installed, as it does the old one of Colab."""
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError:
+        cure = "run `python -m pip uninstall -y torchao`"
+        row(f"torchao {importlib.metadata.version('torchao')}", f"WARNING: USE_LORA stops with it: {cure}")
 
 
 def memory_gb(device: torch.device) -> tuple[float, float]:
@@ -134,18 +142,18 @@ def check_machine(device: torch.device, precision: str, reason: str) -> None:
         row("settings", ", ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name.startswith("PYTORCH")))
 
 
-def check_sources(names: dict[str, str], offline_model: str, timeout: float) -> dict[str, bool]:
-    """Print where model and dataset can come from; returns {"model", "dataset", "offline": whether it can be had}."""
+def check_sources(names: dict[str, str]) -> dict[str, bool]:
+    """Print where model and dataset can come from; return {"model", "dataset", "offline": whether it can be had}."""
     say("model and data")
     here = {kind: "on this disk" if Path(name).exists() else "in the cache" for kind, name in names.items()}
     missing = {kind: name for kind, name in names.items() if not Path(name).exists() and not in_cache(name, kind)}
-    reasons = ask_hub(missing, timeout) if missing else {}
+    reasons = ask_hub(missing, TIMEOUT_SECONDS) if missing else {}
     for kind, name in names.items():
         where = "not in the cache; " + (reasons[kind] or "the hub has it") if kind in missing else here[kind]
         row(kind, f"{name}: {where}")
     had = {kind: not reasons.get(kind) for kind in names}
-    had["offline"] = (Path(offline_model) / "model.safetensors").is_file()
-    row("offline copy", f"{offline_model}: {'here' if had['offline'] else 'not here'}")
+    had["offline"] = (Path(OFFLINE_MODEL) / "model.safetensors").is_file()
+    row("offline copy", f"{OFFLINE_MODEL}: {'here' if had['offline'] else 'not here'}")
     return had
 
 
@@ -246,12 +254,10 @@ def main(settings: dict) -> None:
     faults = check_versions(read_requirements(Path(__file__).parent / REQUIREMENTS))
     if faults:
         stop(f"{'; '.join(faults)}: run `python -m pip install -r {REQUIREMENTS}`")
-    from utils.machine import old_torchao
     from utils.models import choose_device, choose_precision
     from utils.pairs import TOKENS_AT_ONCE
 
-    if torchao := old_torchao():
-        row(torchao, "WARNING: USE_LORA stops with it: run `python -m pip uninstall -y torchao`")
+    check_torchao()
     # 2. machine
     device = choose_device(DEVICE)
     precision, reason = choose_precision(PRECISION, device)
@@ -261,7 +267,7 @@ def main(settings: dict) -> None:
         at_once = max(TOKENS_AT_ONCE[device.type], 2 * MAX_LENGTH)  # a batch is computed in parts of so many tokens
         what_fits(memory_gb(device)[0], precision, min(2 * BATCH_SIZE * MAX_LENGTH, at_once))
         # 3. model and data
-        had = check_sources(names, OFFLINE_MODEL, TIMEOUT_SECONDS)
+        had = check_sources(names)
         # 4. proof
         faults = prove(tiny_model(SEED), device, precision, SEED)
     except RuntimeError as error:  # a driver that does not fit torch, an operation that the device does not have
@@ -271,7 +277,7 @@ def main(settings: dict) -> None:
         stop(f"{device.type} in {precision} cannot be used: {str(error).splitlines()[0][:200]}; {cure}")
     if faults:
         stop(f"{device.type} in {precision} computes wrongly: {faults[0]}; try another DEVICE or PRECISION")
-    # 5. say what to run next
+    # 5. print what to run next
     say(f"next: {next_command(had, names, OFFLINE_MODEL)}")
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from extras.parts.generated import Asked, Written
     from utils.rewards import RewardModel
+    from utils.rows import Ledger
 
 # data
 DATA_DIR = "processed_helpsteer"  # its prompts and, for self_align, its answers: of pairs the chosen ones
@@ -42,28 +43,31 @@ ANSWERS_PER_PROMPT = 4  # N of ranked; self_align takes one answer
 TEMPERATURE = 0.7  # of the answers, 0 = greedy
 TOP_P = 0.9  # the likeliest tokens that make up this share of the probability, 1 = all
 TOP_K = 60  # so many of the likeliest tokens, 0 = all
-MAX_NEW_TOKENS = 150  # of an answer; a longer one is cut, and its pair says so
+MAX_NEW_TOKENS = 150  # of an answer; a longer one is cut and marked in its pair
 BATCH_SIZE = 16  # answers in memory at once
-SEED = 42  # of the samples: each answer has luck of its own, whatever its batch
+SEED = 42  # of the samples; each answer has its own random numbers, whatever its batch
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 # output
 OUTPUT_DIR = "processed_generated"  # written beside its name and renamed when whole
-ANSWERS_DIR = "outputs/generated_answers"  # the run folder, in which an unfinished run goes on
-RESUME = True  # go on with an unfinished run of the same settings, model and data
+ANSWERS_DIR = "outputs/generated_answers"  # the run folder; an unfinished run resumes there
+RESUME = True  # resume an unfinished run of the same settings, model and data
 
 
-def check(mode: str, splits: tuple[str, ...], count: int, temperature: float, top_p: float) -> None:
-    """End the script where constants do not go together."""
-    if "train" not in splits or set(splits) - {"train", "validation", "test"}:
-        stop(f"SPLITS = {','.join(splits)!r}: expected train, and perhaps validation and test")
-    if not 0 < top_p <= 1:
-        stop(f"TOP_P = {top_p}: expected more than 0, and 1 at most")
-    if mode == "ranked" and (count < 2 or not temperature):
+def check() -> None:
+    """End the script where constants are out of range or do not go together."""
+    at_least(1, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, MAX_NEW_TOKENS=MAX_NEW_TOKENS, BATCH_SIZE=BATCH_SIZE)
+    at_least(0, MAX_ROWS=MAX_ROWS, TEMPERATURE=TEMPERATURE, TOP_K=TOP_K)
+    if "train" not in SPLITS or set(SPLITS) - {"train", "validation", "test"}:
+        stop(f"SPLITS = {','.join(SPLITS)!r}: expected train, and perhaps validation and test")
+    if not 0 < TOP_P <= 1:
+        stop(f"TOP_P = {TOP_P}: expected more than 0, and 1 at most")
+    if MODE == "ranked" and (ANSWERS_PER_PROMPT < 2 or not TEMPERATURE):
         stop(
-            f"MODE = 'ranked' compares different answers to a prompt: ANSWERS_PER_PROMPT = {count} must be 2 or more, "
-            f"TEMPERATURE = {temperature} more than 0"
+            "MODE = 'ranked' compares different answers to a prompt: "
+            f"ANSWERS_PER_PROMPT = {ANSWERS_PER_PROMPT} must be 2 or more, TEMPERATURE = {TEMPERATURE} more than 0"
         )
+    needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
 
 
 def answer(
@@ -71,24 +75,26 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     batch: list[Asked],
     prompts: dict[int, list[int]],
-    count: int,
-    sampling: dict[str, object],
     judge: RewardModel | None,
+    precision: str,
 ) -> list[Written]:
-    """`count` answers to each prompt of the batch, with their rewards where there is a judge.
+    """Return the answers to each prompt of the batch, with their rewards where there is a judge.
 
-    prompts: {number: ids}. sampling: what `generate` takes beside them.
+    prompts: {number: ids}.
     """
     from extras.parts.generated import Written, whole_letters
     from utils.sampling import generate
 
+    count = ANSWERS_PER_PROMPT if judge else 1
     ids = [prompts[one.number] for one in batch for _ in range(count)]
     numbers = [one.number * count + i for one in batch for i in range(count)]
-    answers = generate(model, tokenizer, ids, numbers=numbers, **sampling)
+    sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P, "seed": SEED, "numbers": numbers}
+    sampling |= {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": BATCH_SIZE, "precision": precision}
+    answers = generate(model, tokenizer, ids, **sampling)
     texts, ended = [whole_letters(a.text, a.ended) for a in answers], [a.ended for a in answers]
     turns = [one.turns for one in batch for _ in range(count)]
-    said = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(turns, texts, strict=True)]
-    rewards = judge.score(said).tolist() if judge else []
+    talks = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(turns, texts, strict=True)]
+    rewards = judge.score(talks).tolist() if judge else []
     own = [slice(i * count, (i + 1) * count) for i in range(len(batch))]
     return [Written(one.number, texts[s], ended[s], rewards[s]) for one, s in zip(batch, own, strict=True)]
 
@@ -96,7 +102,7 @@ def answer(
 def answer_all(
     batches: list[list[Asked]], path: Path, answer_batch: Callable[[list[Asked]], list[Written]]
 ) -> dict[int, Written]:
-    """{number: answers} of all batches; what an earlier start has written is read, all else is written to `path`."""
+    """Return {number: answers} of all batches; read what an earlier start has written, write the rest to `path`."""
     from tqdm import tqdm
 
     from extras.parts.generated import append_written, read_written
@@ -115,26 +121,54 @@ def answer_all(
             written |= {one.number: one for one in found}
             bar.update(len(batch))
             if interrupt.asked and len(written) < total:
-                say(f"stopped after {len(written)} of {total} prompts: start the same command again to go on")
+                say(f"stopped after {len(written)} of {total} prompts: run the same command to resume")
                 sys.exit(130)
     return written
+
+
+def write_pairs(
+    made: dict, ledger: Ledger, tokenizer: PreTrainedTokenizerBase, source: dict, settings: dict, figures: dict
+) -> dict:
+    """Tokenise the pairs, save them in place of OUTPUT_DIR and return their metadata.
+
+    made: see generated.pairs_of. source: metadata of DATA_DIR. figures: see generated.figures_of.
+    """
+    from extras.parts.generated import left_open
+    from utils import processed, tokens
+    from utils.sources import Source
+
+    folder = Path(OUTPUT_DIR).expanduser().resolve()
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as work:
+        parts, whole = {}, Path(work) / "whole"
+        for name, (rows, ended) in made.items():
+            plain = processed.write_rows(rows, processed.row_features(), f"{work}/{name}.arrow")
+            parts[name] = left_open(tokens.tokenised(plain, tokenizer, source["max_length"]), ended, tokenizer)
+        processed.save_parts(parts, whole)
+        origin = Source(source["dataset_name"], source["revision"], {}, source["split_used"])
+        origin.rating = "reward" if MODE == "ranked" else ""
+        known = {"MAX_LENGTH": source["max_length"], "TOKENIZER": source["tokenizer"], "SEED": SEED}
+        known["CHAT_TEMPLATE"] = source["settings"].get("CHAT_TEMPLATE", "")
+        known["VALIDATION_SHARE"] = source["split_ratio"]
+        metadata = processed.describe(parts, origin, ledger, tokenizer, settings | known)
+        metadata |= {"rows": "pairs", "generated": figures | {"mode": MODE, "model": MODEL}}
+        metadata["made_by"] = "-m extras.generate_pairs"
+        write_json(whole / "metadata.json", metadata)
+        ledger.write(whole / "dropped.jsonl")
+        del parts, plain  # closes their files: Windows deletes none that is open
+        processed.replace_folder(folder, whole)
+    return metadata
 
 
 @script
 def main(settings: dict) -> None:
     # 1. check
-    at_least(1, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, MAX_NEW_TOKENS=MAX_NEW_TOKENS, BATCH_SIZE=BATCH_SIZE)
-    at_least(0, MAX_ROWS=MAX_ROWS, TEMPERATURE=TEMPERATURE, TOP_K=TOP_K)
-    check(MODE, SPLITS, ANSWERS_PER_PROMPT, TEMPERATURE, TOP_P)
-    needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
+    check()
     from extras.parts import generated
     from utils import models, pairs, processed, references, rewards, tokens
     from utils.rows import Ledger
-    from utils.sources import Source
 
     pick(generated.MODES, "MODE", MODE)
-    folder = Path(OUTPUT_DIR).expanduser().resolve()
-    processed.check_folder(folder, DATA_DIR, "DATA_DIR")
+    processed.check_folder(Path(OUTPUT_DIR).expanduser().resolve(), DATA_DIR, "DATA_DIR")
     device, precision = models.choose_machine(DEVICE, PRECISION)
     judge = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision)["reward"] if MODE == "ranked" else None
     # 2. load
@@ -144,52 +178,30 @@ def main(settings: dict) -> None:
     room = max(window - MAX_NEW_TOKENS, window // 2)  # of a prompt, as in a pair with such an answer
     prompts = {one.number: tokens.fitted_prompt(tokenizer, one.turns, room) for one in asked}
     model = models.load_causal(MODEL).to(device).eval()
-    count = ANSWERS_PER_PROMPT if MODE == "ranked" else 1
+    count = ANSWERS_PER_PROMPT if judge else 1
     say(f"{MODEL} answers {len(asked)} prompts of {DATA_DIR} {count} times, {MAX_NEW_TOKENS} tokens at most")
-    # 3. answer; a run goes on only with the same weights and rows
+    # 3. answer; a run resumes only with the same weights and rows
     same = {"WEIGHTS": references.weights_digest(model), "DATA": metadata["fingerprint"]}
     same |= {"JUDGE": references.weights_digest(judge.model)} if judge else {}
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
-    facts |= {"device": str(device), "precision": precision}
-    run = Run(ANSWERS_DIR, settings | same, RESUME, **facts)
-    sampling = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P}
-    sampling |= {"seed": SEED, "batch_size": BATCH_SIZE, "precision": precision}
+    run = Run(ANSWERS_DIR, settings | same, RESUME, device=str(device), precision=precision, **facts)
     batches = generated.in_batches(asked, [len(prompts[one.number]) for one in asked], max(1, BATCH_SIZE // count))
     written = answer_all(
         batches,
         run.folder / "answers.jsonl",
-        lambda batch: answer(model, tokenizer, batch, prompts, count, sampling, judge),
+        lambda batch: answer(model, tokenizer, batch, prompts, judge, precision),
     )
-    # 4. make pairs and tokenise them
+    # 4. make pairs and save them
     made = generated.pairs_of(asked, written, MODE, ledger)
     if not made.get("train", ([],))[0]:
         stop(f"no pair is left for training of {len(asked)} prompts, left out: {ledger.counts()}")
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as work:
-        parts = {}
-        for name, (rows, ended) in made.items():
-            plain = processed.write_rows(rows, processed.row_features(), f"{work}/{name}.arrow")
-            parts[name] = generated.left_open(tokens.tokenised(plain, tokenizer, window), ended, tokenizer)
-        # 5. save beside the old folder, then take its place
-        whole = Path(work) / "whole"
-        processed.save_parts(parts, whole)
-        template = metadata["settings"].get("CHAT_TEMPLATE", "")
-        known = {"MAX_LENGTH": window, "TOKENIZER": metadata["tokenizer"], "CHAT_TEMPLATE": template}
-        source = Source(metadata["dataset_name"], metadata["revision"], {}, metadata["split_used"])
-        source.rating = "reward" if judge else ""
-        known |= {"VALIDATION_SHARE": metadata["split_ratio"], "SEED": SEED}
-        found = processed.describe(parts, source, ledger, tokenizer, settings | known)
-        found |= {"rows": "pairs", "generated": generated.figures_of(written) | {"mode": MODE, "model": MODEL}}
-        found["made_by"] = "-m extras.generate_pairs"
-        write_json(whole / "metadata.json", found)
-        ledger.write(whole / "dropped.jsonl")
-        del parts, plain  # closes their files: Windows deletes none that is open
-        processed.replace_folder(folder, whole)
+    figures = generated.figures_of(written)
+    found = write_pairs(made, ledger, tokenizer, metadata, settings, figures)
     write_json(run.folder / "eval.json", found["generated"])
     run.finish()
-    # 6. say where it is
+    # 5. print where it is
     processed.report(found, Path(OUTPUT_DIR), f"python train_dpo.py --data_dir {OUTPUT_DIR} --model {MODEL}")
-    cut = found["generated"]["cut_share"]
-    say(f"      {cut:.0%} of {found['generated']['answers']} answers were cut at MAX_NEW_TOKENS")
+    say(f"      {figures['cut_share']:.0%} of {figures['answers']} answers were cut at MAX_NEW_TOKENS")
 
 
 if __name__ == "__main__":

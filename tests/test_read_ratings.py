@@ -81,11 +81,11 @@ def test_importing_again_changes_nothing_and_a_later_rating_counts(folder, capsy
     assert sorted(kept) == ["a", *["tie"] * 5]
 
 
-def test_two_raters_and_the_terminal_file_of_another_machine(folder, tmp_path):
+def test_two_raters_and_a_ratings_file_of_another_machine(folder, tmp_path):
     ann = rated(folder, "Ann", {"before": 2, "after": 4}.get, ["after"] * 6)
     ben = rated(folder, "Ben", {"before": 3, "after": 4}.get, ["after"] * 3 + ["before"] * 3)
     file = items.fingerprint(items.read_items(folder))
-    moved = tmp_path / "terminal.jsonl"
+    moved = tmp_path / "moved.jsonl"
     write_lines(moved, [entry | {"file": file} for entry in json.loads(ben.read_text())["ratings"]])
     found = read_back(folder, ann, moved)
     (entry,) = found["agreement"]
@@ -111,14 +111,11 @@ def test_ratings_of_other_items_and_broken_files_are_refused_whole(folder, tmp_p
     refused({"file": "0" * 16}, "ratings of other items")
     refused({"kind": "cake"}, "is not what a rating page lets you download")
     refused({"ratings": None}, "is not what a rating page lets you download")
-    refused({}, "is not the JSON", "<html>")
-    refused(with_entry(item="nothing"), "'nothing' is not among the items")
-    refused(with_entry(grades=[{}]), "another number of answers")
-    refused(with_entry(grades=[{"relevance": 6}, {}]), "not 1 to 5")
-    refused(with_entry(grades=[{"relevance": True}, {}]), "not 1 to 5")
-    refused(with_entry(grades=[{"beauty": 1}, {}]), "unknown criteria")
-    refused(with_entry(preference=["a"]), "the preference")
-    refused(with_entry(rater=None), "no rater")
+    refused({}, "is not what a rating page lets you download", "<html>")
+    unfit = [{"item": "nothing"}, {"grades": [{}]}, {"preference": ["a"]}, {"rater": None}]
+    unfit += [{"grades": [given, {}]} for given in ({"relevance": 6}, {"relevance": True}, {"beauty": 1})]
+    for change in unfit:
+        refused(with_entry(**change), "bad.json: rating 1 does not fit the items of OUTPUT_DIR")
     with pytest.raises(SystemExit, match="nothing.json' is not there"):
         read_back(folder, tmp_path / "nothing.json")
     with pytest.raises(SystemExit, match="has no ratings yet"):
@@ -166,8 +163,8 @@ def test_kappa_equals_a_calculation_by_hand_and_scikit_learn():
 def test_preferences_without_grades_count_and_make_rows():
     item = {"id": "1", "prompt": "x", "turns": [{"role": "user", "content": "x"}], "answers": ["p", "q"]}
     item |= {"conditions": ["after", "before"], "rewards": [None, None]}
-    given = [ratings.new_rating(item, name, "f") | {"preference": side} for name, side in (("A", "a"), ("B", "b"))]
-    given.append(ratings.new_rating(item, "C", "f") | {"preference": "a"})
+    empty = {"item": item["id"], "grades": [{}, {}], "at": "", "file": "f"}
+    given = [empty | {"rater": name, "preference": side} for name, side in (("A", "a"), ("B", "b"), ("C", "a"))]
     duels = agreement.over_raters(agreement.duels_of({"1": item}, given, ["before", "after"]))
     assert [duel["outcome"] for duel in duels] == [pytest.approx(2 / 3)] and duels[0]["answers"] == ("q", "p")
     rows, left_out = ratings.preference_rows(duels)

@@ -127,7 +127,7 @@ def test_a_finished_run_is_moved_aside_and_nothing_is_lost(model_folder, sample_
     run_script(train_reward_model, **options)
     first = (tmp_path / "run/run.json").read_text()
     run_script(train_reward_model, **options)
-    (aside,) = [path for path in tmp_path.iterdir() if path.name != "run"]
+    (aside,) = tmp_path.glob("run-*")
     assert (aside / "run.json").read_text() == first and f"moved aside to {aside}" in capsys.readouterr().out
 
 
@@ -211,7 +211,7 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model
     other.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=r"another chat template than that of MODEL = ") as end:
         run_script(train_reward_model, DATA_DIR=sample_folder, MODEL=tmp_path)
-    mended = f"--dataset {SAMPLE} --max_rows 160 --tokenizer {tmp_path} --max_length 128 --output_dir {sample_folder}"
+    mended = f"--dataset {SAMPLE} --tokenizer {tmp_path} --max_length 128 --output_dir {sample_folder} --max_rows 160"
     assert end.value.code.endswith(f"run `python load_helpsteer_dataset.py {mended}` first"), "the same rows again"
     with pytest.raises(SystemExit, match=r"nowhere is not there yet: run `python load_helpsteer_dataset.py` first"):
         run_script(train_reward_model, DATA_DIR="nowhere", MODEL=model_folder)

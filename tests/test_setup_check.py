@@ -66,13 +66,9 @@ def test_versions_in_and_out_of_their_bounds(requirements, capsys):
     assert "NO" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("text, message", [(None, "is not there"), ("torch >>> 2", "requirements.txt: ")])
-def test_requirements_that_cannot_be_read(tmp_path, text, message):
-    file = tmp_path / "requirements.txt"
-    if text:
-        file.write_text(text)
-    with pytest.raises(SystemExit, match=message):
-        read_requirements(file)
+def test_requirements_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(SystemExit, match="is not there"):
+        read_requirements(tmp_path / "requirements.txt")
 
 
 def test_old_python_is_named(requirements, monkeypatch):
@@ -233,13 +229,9 @@ def old_torchao(tmp_path, monkeypatch):
     is_torchao_available.cache_clear()
 
 
-def test_an_old_torchao_is_named_before_and_where_it_stops_adapters(old_torchao, requirements, model_folder, capsys):
-    from utils.models import add_lora, load_causal
-
+def test_an_old_torchao_is_named(old_torchao, requirements, capsys):
     run_script(setup_check, REQUIREMENTS=requirements, DEVICE="cpu", OFFLINE_MODEL="no/such")
     assert "  torchao 0.10.0   WARNING: USE_LORA stops with it" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="^torchao 0.10.0 is too old for PEFT: run `python -m pip uninstall"):
-        add_lora(load_causal(model_folder), "CAUSAL_LM", 4, 8, 0.0, ("q_proj",))
 
 
 def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch, capsys):

@@ -34,7 +34,7 @@ def test_the_shell_script_shows_what_it_starts(sample_folder, tmp_path):
     assert "accelerate launch --config_file configs/deepspeed_zero2.yaml --num_processes 2 train_dpo.py" in done.stdout
     assert "--precision fp32" in done.stdout
     first = (
-        f"--max_rows 160 --tokenizer Qwen/Qwen2.5-1.5B-Instruct --max_length 128 --output_dir {sample_folder}` first"
+        f"--tokenizer Qwen/Qwen2.5-1.5B-Instruct --max_length 128 --output_dir {sample_folder} --max_rows 160` first"
     )
     assert (
         "if Qwen/Qwen2.5-1.5B-Instruct has others, run `python load_helpsteer" in done.stderr and first in done.stderr

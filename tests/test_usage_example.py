@@ -1,6 +1,4 @@
-"""The example runs on what the steps leave behind, and talks as long as something is said."""
-
-import builtins
+"""The example runs on what the steps leave behind."""
 
 import pytest
 
@@ -8,22 +6,20 @@ from extras import usage_example
 from tests.conftest import run_script
 
 
-def test_the_example_filters_scores_and_talks(sample_folder, model_folder, judges, capsys, monkeypatch):
-    lines = iter(["And of Spain?", ""])
-    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
-    run_script(
-        usage_example,
-        DATA_DIR=sample_folder,
-        POLICY=model_folder,
-        REWARD_MODEL=judges["scalar"],
-        MAX_NEW_TOKENS=4,
-        CHAT="true",
-        DEVICE="cpu",
-    )
-    said = capsys.readouterr().out
-    assert "pairs of" in said and "a batch: prompts (4, 128)" in said and said.count("policy: ") == 1
-    scores = [line.split()[0] for line in said.splitlines() if line.endswith(")") and "   (" in line]
-    assert len(scores) == 3 and len({float(score) for score in scores}) == 3
+def test_the_example_filters_rows_scores_answers_and_names_the_best(sample_folder, model_folder, judges, capsys):
+    where = {"DATA_DIR": sample_folder, "POLICY": model_folder, "REWARD_MODEL": judges["scalar"]}
+    run_script(usage_example, **where, MAX_NEW_TOKENS=4, DEVICE="cpu")
+    printed = capsys.readouterr().out
+    assert "pairs of" in printed and "a batch: prompts (4, 128)" in printed
+    scored = [line for line in printed.splitlines() if line.endswith(")") and "   (" in line]
+    rewards = {float(line.split()[0]): line[10:].rpartition("   (")[0] for line in scored}
+    assert len(rewards) == 3 and scored[-1].endswith(f"({model_folder})")
+    assert printed.rstrip().endswith(f"by {judges['scalar']}: {rewards[max(rewards)]}")
+
+
+def test_pairs_that_are_all_too_close_end_with_one_message(sample_folder):
+    with pytest.raises(SystemExit, match="lower MIN_RATING_GAP"):
+        run_script(usage_example, DATA_DIR=sample_folder, MIN_RATING_GAP=9.0)
 
 
 def test_a_missing_folder_is_named(judges):

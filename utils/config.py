@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -105,26 +105,15 @@ def top_constants(source: str) -> dict[str, str]:
     """The UPPER_CASE names set before the first function of a source text, each with the comment on its line."""
     lines = source.splitlines()
     constants = {}
-    for name, node in constant_nodes(source):
-        rest_of_line = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-        constants[name] = rest_of_line.strip().lstrip("# ")
-    return constants
-
-
-def defaults_of(script: Path) -> dict:
-    """The constants of a script as its file has them, without running it."""
-    nodes = constant_nodes(script.read_text(encoding="utf-8-sig"))
-    return {name: ast.literal_eval(node.value) for name, node in nodes}
-
-
-def constant_nodes(source: str) -> Iterator[tuple[str, ast.Assign]]:
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            return
+            break
         if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Dict):  # a table is no option
             name = getattr(node.targets[0], "id", "")
             if name.isupper():
-                yield name, node
+                rest_of_line = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+                constants[name] = rest_of_line.strip().lstrip("# ")
+    return constants
 
 
 def reader(name: str, default: object) -> Callable[[str], object]:

@@ -1,7 +1,6 @@
 """What a process runs on: the commit of this code, versions of packages, the most memory that it held."""
 
 import os
-import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -34,36 +33,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def old_torchao() -> str:
-    """The torchao that PEFT would refuse in every adapter, such as `torchao 0.10.0`; "" if it refuses none."""
-    from peft.import_utils import is_torchao_available
-
-    try:
-        is_torchao_available()
-    except ImportError:
-        return f"torchao {version('torchao')}"
-    return ""
-
-
-def this_process() -> dict[str, object]:
-    """Host, number and start of this process, by which another one finds out whether it still runs."""
-    import psutil
-
-    return {"host": platform.node(), "pid": os.getpid(), "since": psutil.Process().create_time()}
-
-
-def is_another(process: dict[str, object]) -> bool:
-    """Whether the process of such a record still runs here, and is not this one."""
-    import psutil
-
-    if not process or process["host"] != platform.node() or process["pid"] == os.getpid():
-        return False
-    try:
-        return abs(psutil.Process(process["pid"]).create_time() - process["since"]) < 2
-    except psutil.Error:
-        return False
 
 
 def peak_memory_gb() -> float:

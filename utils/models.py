@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import nn
@@ -15,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging
 
 from utils.files import read_json
-from utils.machine import old_torchao
 from utils.runs import explain_missing, pick, say, stop
 
 logging.disable_progress_bar()  # of loading and writing weights, which take a second; downloads keep theirs
@@ -137,8 +135,6 @@ def load(kind: type, constant: str, name: str, **options: object) -> nn.Module:
         return kind.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa", **options)
     except OSError as error:
         explain_missing(constant, name, error)
-    except ImportError as error:
-        stop_for_torchao(error)
     except ValueError as error:  # transformers: a model class that this architecture does not have
         if "Unrecognized" not in str(error):
             raise
@@ -197,17 +193,7 @@ def add_lora(
         target_modules=list(targets),
         modules_to_save=[head] if head else None,
     )
-    try:
-        return get_peft_model(model, config)
-    except ImportError as error:
-        stop_for_torchao(error)
-
-
-def stop_for_torchao(error: ImportError) -> NoReturn:
-    """End the script where PEFT refuses the torchao that is installed (Colab has an old one); else raise the error."""
-    if "torchao" not in str(error):
-        raise error
-    stop(f"{old_torchao()} is too old for PEFT: run `python -m pip uninstall -y torchao`, nothing here needs it")
+    return get_peft_model(model, config)
 
 
 def with_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> torch.optim.Optimizer:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from utils.config import defaults_of
 from utils.machine import versions
 from utils.rows import Ledger
 from utils.runs import say, stop
@@ -30,6 +29,18 @@ HASHED = (  # what the fingerprint is of, as far as rows have it
 OURS = {"train", "validation", "test", "metadata.json", "dropped.jsonl"}  # what a processed folder holds
 CLUTTER = {".DS_Store", ".ipynb_checkpoints", "Thumbs.db", "desktop.ini"}  # what others put into every folder
 READ_BY_DEFAULT = "processed_helpsteer"  # DATA_DIR of the scripts
+MAKE_AGAIN = (
+    "DATASET",
+    "TOKENIZER",
+    "MAX_LENGTH",
+    "LANGUAGE",
+    "ROWS",
+    "TURNS",
+)  # options of the loaders
+LEFT_OUT = {  # more of them, left out where they have this value
+    **{"RATING": "average", "SYSTEM_PROMPT": "", "MIN_RATING_GAP": 0.0, "MAX_ROWS": 0, "CHAT_TEMPLATE": ""},
+    **{"VALIDATION_SHARE": 0.2, "SEED": 42},
+}
 STARTED_FROM = "HuggingFaceTB/SmolLM2-135M-Instruct"  # MODEL of the scripts
 
 
@@ -181,22 +192,15 @@ def reading(command: str, folder: str, *models: str) -> str:
 
 
 def made_again(metadata: dict, folder: str, name: str) -> str:
-    """The command that makes the folder again with the tokenizer of `name`, from the same source in the same way."""
-    made_by = metadata.get("made_by", "load_helpsteer_dataset.py")
-    if "generated" in metadata:  # folders of older versions name the loader of their source
-        made_by = "-m extras.generate_pairs"
-    script = made_by.removeprefix("-m ").removesuffix(".py").replace(".", "/")
-    defaults = defaults_of(Path(__file__).parent.parent / f"{script}.py")
-    named = "TOKENIZER" if "TOKENIZER" in defaults else "MODEL"
-    settings = defaults | metadata["settings"] | {"OUTPUT_DIR": str(folder), named: name}
-    texts = {key: (as_option(settings[key]), as_option(value)) for key, value in defaults.items()}
-    options = (f" --{key.lower()} {shlex.quote(now)}" for key, (now, default) in texts.items() if now != default)
-    return f"python {made_by}{''.join(options)}"
-
-
-def as_option(value: object) -> str:
-    """A setting as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    """Return the command that makes a processed folder again with the tokenizer of `name`."""
+    script = metadata.get("made_by", "load_helpsteer_dataset.py")
+    settings = metadata["settings"] | {"TOKENIZER": name, "MODEL": name, "OUTPUT_DIR": str(folder)}
+    named = (*MAKE_AGAIN, "OUTPUT_DIR")
+    if "generated" in metadata:
+        script, named = "-m extras.generate_pairs", ("DATA_DIR", "MODEL", "MODE", "REWARD_MODEL", "OUTPUT_DIR")
+    given = {key: settings[key] for key in named if key in settings}
+    given |= {key: settings[key] for key, default in LEFT_OUT.items() if settings.get(key, default) != default}
+    return f"python {script}" + "".join(f" --{key.lower()} {shlex.quote(str(value))}" for key, value in given.items())
 
 
 def report(metadata: dict, folder: Path, next_step: str = "python dataset_summary.py") -> None:

@@ -14,11 +14,14 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from utils.config import missing_package
 from utils.files import read_json, read_lines, write_json, write_lines
-from utils.machine import commit, is_another, peak_memory_gb, processes, this_process, versions
+from utils.machine import commit, peak_memory_gb, processes, versions
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
 INPUTS = (*MODELS, "DATA_DIR", "DATASET")  # constants that name what a run reads
@@ -26,6 +29,7 @@ READ = ("data_fingerprint", "reward_weights", "start", "rows_per_step")  # facts
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # a GPU's words, a CPU's, Windows'
 SAVE_MEMORY = ("GRADIENT_CHECKPOINTING", "USE_LORA")
 TAKE_MEMORY = ("GENERATION_BATCH", "MAX_NEW_TOKENS", "MAX_LENGTH", "BATCH_SIZE")  # see TOKENS_AT_ONCE in utils/pairs.py
+LOCKS: dict[Path, "FileLock"] = {}  # run folders that this process holds
 ENVIRONMENT = {  # set before torch is imported; what the user has set wins
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # operations that Apple's GPU lacks run on the CPU
     "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",  # an error instead of a machine that swaps to death
@@ -121,6 +125,9 @@ def script(main: Callable) -> Callable:
             if not line:
                 raise
             stop(line)
+        finally:
+            for folder in list(LOCKS):  # of a run that did not finish
+                release(folder)
 
     return guarded
 
@@ -192,7 +199,6 @@ class Run:
             "commit": commit(),
             "versions": versions(),
             "processes": processes(),
-            "process": this_process(),
             "started": time.strftime("%F %T", time.localtime(time.time() - time.monotonic() + self.began)),
             "finished": "",
             **facts,
@@ -202,9 +208,8 @@ class Run:
 
     def take_folder(self, settings: dict, resume: bool) -> None:
         check_run_folder(self.folder, settings)
+        lock_folder(self.folder)
         before = read_json(self.folder / "run.json")
-        if before and not before["finished"] and is_another(before.get("process", {})):
-            stop(f"{self.folder}: process {before['process']['pid']} is at work there, wait or choose another name")
         same = before and all(before.get(name, self.record.get(name)) == self.record.get(name) for name in READ)
         if same and not before["finished"] and resume and same_work(before["settings"], settings):
             say(f"{self.folder} holds an unfinished run with the same settings: going on from its last checkpoint")
@@ -242,8 +247,34 @@ class Run:
 
     def finish(self, **facts: object) -> None:
         """Close the run: a later start with the same folder moves it aside instead of going on."""
-        self.record.pop("process", None)  # of use while it runs, and nobody else's business than this machine's
         self.note(**facts, finished=time.strftime("%F %T"))
+        release(self.folder)
+
+
+def lock_folder(folder: Path) -> None:
+    """Lock a run folder for this process; end the script where another process holds it.
+
+    The system frees the lock of a killed process. A second run of the same process shares the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder.resolve()
+    if path in LOCKS:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        stop(f"{folder}: another process is writing there; wait for it or choose another OUTPUT_DIR")
+    LOCKS[path] = lock
+
+
+def release(folder: Path) -> None:
+    """Unlock a run folder, if this process has locked it."""
+    lock = LOCKS.pop(folder.resolve(), None)
+    if lock:
+        lock.release()
 
 
 def check_run_folder(folder: str | Path, settings: dict) -> None:

@@ -147,7 +147,12 @@ def answers_of_source(
         role: list(checked_answers(read, source.layouts[role], role, ledger, fits))
         for role, read in source.splits.items()
     }
-    parts = divided(rows["train"], rows.get("test", []), share, seed, ledger)
+
+    def leave_out(row: dict) -> None:
+        ledger.drop("like_validation", "train", [row["number"]], row["prompt"])
+        ledger.rows_used -= 1
+
+    parts = divide(rows["train"], rows.get("test", []), "prompt", share, seed, leave_out)
     if not all(parts.values()):
         left_out = ledger.counts() or "nothing"
         counts = ", ".join(f"{len(some)} for {name}" for name, some in parts.items())
@@ -205,17 +210,26 @@ def check_answer(turns: list[Message], answer: str) -> str:
     return "" if all(turn["role"] in ROLES for turn in turns) else "bad_turn"
 
 
-def divided(train: list[dict], held_out: list[dict], share: float, seed: int, ledger: Ledger) -> dict[str, list[dict]]:
-    """{"train", "validation"}: rows, with like prompts on one side."""
-    groups = near_duplicate_groups(row["prompt"] for row in [*train, *held_out]).tolist()
+def divide(
+    train: list[dict], held_out: list[dict], key: str, share: float, seed: int, leave_out: Callable[[dict], None]
+) -> dict[str, list[dict]]:
+    """Return {"train", "validation"}: rows, with like texts row[key] on one side.
+
+    Held-out rows of the source stay as they are, and training rows like them go to leave_out(row). Where there are
+    none, `share` of the training rows becomes validation.
+    """
+    from tqdm import tqdm
+
+    texts = [row[key] for row in [*train, *held_out]]
+    numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    of_text = near_duplicate_groups(tqdm(numbers, "comparing prompts"))
+    groups = [int(of_text[numbers[text]]) for text in texts]
     if not held_out:
         chosen = split_indices(groups, share, seed)
         return {name: [train[i] for i in some] for name, some in zip(("train", "validation"), chosen, strict=True)}
-    kept, known = [], set(groups[len(train) :])
-    for row, group in zip(train, groups[: len(train)], strict=True):
+    known = set(groups[len(train) :])
+    kept = [row for row, group in zip(train, groups, strict=False) if group not in known]
+    for row, group in zip(train, groups, strict=False):
         if group in known:
-            ledger.drop("like_validation", "train", [row["number"]], row["prompt"])
-            ledger.rows_used -= 1
-        else:
-            kept.append(row)
+            leave_out(row)
     return {"train": kept, "validation": held_out}

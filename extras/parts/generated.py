@@ -24,7 +24,7 @@ CUT_LETTER = "\ufffd"  # what the bytes of half a letter are decoded to
 class Asked:
     """A prompt that the policy is to answer, and where it comes from."""
 
-    number: int  # among all that are asked: decides the answer's luck
+    number: int  # among all that are asked: decides the answer's random numbers
     split: str
     row: int  # in its split
     prompt: str
@@ -67,7 +67,7 @@ def asked_of(data_dir: str, splits: tuple[str, ...], max_rows: int, ledger: Ledg
 def in_batches(asked: list[Asked], lengths: list[int], size: int) -> list[list[Asked]]:
     """The prompts in batches of like length, the longest first: what does not fit in memory shows at once.
 
-    A function of the prompts alone: a run that goes on makes the same batches, and batches decide the last digits.
+    Depends on the prompts alone, so a resumed run makes the same batches; batches decide the last digits.
     """
     return [[asked[i] for i in batch] for batch in like_length(lengths, math.inf, size)]
 
@@ -157,7 +157,7 @@ def pairs_of(
 
 
 def left_open(rows: Dataset, ended: list[tuple[bool, bool]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Tokenised pairs in which answers that were cut while they were generated have no end of turn, and say so.
+    """Return tokenised pairs whose answers have no end of turn, and are marked, where generation cut them.
 
     The chat template gives one to every text, and to learn it there is to learn to stop in mid-sentence.
     """

@@ -126,7 +126,7 @@ def is_false(value: object) -> bool:
 
 
 def descend(tops: list[Node]) -> None:
-    """Give each message its depth; what hangs below one that cannot be used has lost its context."""
+    """Set the depth of each message; replies to an unusable message get the reason lost_context."""
     waiting = list(tops)
     while waiting:
         node = waiting.pop()
@@ -150,7 +150,7 @@ def pair_rows(nodes: list[Node], all_turns: bool) -> list[dict]:
     """One pair for each prompt with ranked answers: the best against the worst, ratings are -rank.
 
     A row is a dict of prompt, turns (before the answer), answers and ratings (chosen first), nodes (all messages in
-    it) and root (the text of the top-level prompt). all_turns: later prompts too, with what was said before.
+    it) and root (the text of the top-level prompt). all_turns: later prompts too, with the turns before them.
     """
     rows, seen = [], set()
     for node in prompts_of(nodes, all_turns):
@@ -192,7 +192,7 @@ def answer_rows(nodes: list[Node], all_turns: bool) -> list[dict]:
 
 
 def prompts_of(nodes: list[Node], all_turns: bool) -> Iterator[Node]:
-    """The prompts that rows are made of, in the source's order; what lies deeper is marked as a later turn."""
+    """The prompts that rows are made of, in the source's order; mark deeper messages as later turns."""
     for node in nodes:
         if not all_turns and node.depth > 1:
             node.unused = "later_turn"

@@ -4,21 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from utils import training
 from utils.curves import training_curves
 from utils.evaluation import change
 from utils.files import write_json, write_text
 from utils.pairs import LengthSampler
-from utils.runs import Run, stop
-
-PACKING_ERROR = 1e-3  # by which a logit may differ between a document in a pack and the same one alone
+from utils.runs import Run
 
 
 class AnswerTrainer(training.StopsAtBadLoss, SFTTrainer):
@@ -54,17 +50,13 @@ def answer_trainer(
     tokenizer: PreTrainedTokenizerBase,
     run: Run,
     arguments: Callable,
-    window: int,
-    packing: bool,
     figures: Callable[[], dict[str, float]],
 ) -> AnswerTrainer:
-    """The trainer of answers (see extras.parts.answers). packing: several rows in one of `window` tokens."""
+    """Return the trainer for rows of extras.parts.answers."""
     args = arguments(
         SFTConfig,
         completion_only_loss=True,  # without it TRL learns the prompts of rows that are tokenised already
-        max_length=window if packing else None,  # the rows fit
-        packing=packing,
-        eval_packing=False,
+        max_length=None,  # the rows fit
         gradient_checkpointing=False,  # where it is wanted, the model has it
     )
     trainer = AnswerTrainer(
@@ -87,32 +79,6 @@ def trl_rows(rows: Dataset) -> Dataset:
         return {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)}
 
     return rows.map(whole, remove_columns=rows.column_names, keep_in_memory=True, desc="rows for TRL")
-
-
-@torch.no_grad()
-def check_packing(model: nn.Module, rows: Dataset) -> None:
-    """End the script where the model does not read a row in a pack as it reads it alone.
-
-    TRL packs whole rows (best fit) and lets positions start again with each; transformers makes of these a mask that
-    keeps the rows apart, for sdpa and eager attention on every device. A model without positions, such as one with
-    a state, lets the rows see each other, and no message would say so.
-    """
-    texts = [row["input_ids"] + row["chosen_ids"] for row in rows.select(range(min(2, len(rows))))]
-    texts = texts if len(texts) > 1 else texts * 2
-    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    pack = {"input_ids": sum(texts, []), "seq_lengths": [len(ids) for ids in texts]}
-    batch = collator([{**pack, "labels": pack["input_ids"]}])
-    was = model.training
-    model.eval()
-    packed = model(**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits[0]
-    alone = torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in texts])
-    model.train(was)
-    difference = (packed - alone).abs().max().item()
-    if not difference <= PACKING_ERROR:
-        stop(
-            f"PACKING = True: in this model packed rows see each other (logits differ by {difference:.2g}): set it to "
-            "False"
-        )
 
 
 def mean_nll(outputs: dict[str, np.ndarray]) -> float:
@@ -143,8 +109,8 @@ def perplexity_figures(before: dict[str, np.ndarray], after: dict[str, np.ndarra
     }
 
 
-def told(result: dict) -> str:
-    """The result in two lines."""
+def format_result(result: dict) -> str:
+    """Return the result in two lines."""
     perplexity = f"{result['perplexity_before']:.3f} before, {result['perplexity_after']:.3f} after"
     interval = f"[{result['difference_low']:+.4f}, {result['difference_high']:+.4f}]"
     return (
@@ -166,4 +132,4 @@ def write_results(folder: Path, result: dict, record: dict) -> None:
         f"`{record['dataset_name']}` (loss on the answers only, learning rate {settings['LEARNING_RATE']}, window "
         f"{record['max_length']} tokens)."
     )
-    write_text(folder / "README.md", f"{head}\n\n{told(result)}\n")
+    write_text(folder / "README.md", f"{head}\n\n{format_result(result)}\n")

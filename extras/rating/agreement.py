@@ -1,7 +1,6 @@
-"""What ratings say: means with intervals, who wins, whether raters agree, and whether a reward model agrees with them.
+"""Statistics of ratings: means with intervals, win rates, agreement of raters and of a reward model with them.
 
-The unit is the prompt: what several raters or several pairs say about one is averaged first, so that intervals and
-p-values are about other prompts.
+The unit is the prompt: ratings of one prompt are averaged first, so that intervals and p-values cover other prompts.
 """
 
 from collections.abc import Callable, Iterable
@@ -46,7 +45,7 @@ def duels_of(items: dict[str, dict], ratings: list[dict], conditions: list[str])
 
 
 def outcome_of(first: dict, second: dict) -> float | None:
-    """1 where the second side is preferred, 0.5 at a tie, None where nothing says so."""
+    """1 where the second side is preferred, 0.5 at a tie, None where neither is rated."""
     if second["share"] is not None:
         return second["share"]
     if first["grade"] is None or second["grade"] is None:
@@ -184,8 +183,8 @@ def one_line(name: str) -> str:
     return " ".join(shown(name).split())
 
 
-def told(found: dict) -> str:
-    """The summary in a few lines."""
+def format_summary(found: dict) -> str:
+    """Return the summary in a few lines."""
     who = ", ".join(map(one_line, found["raters"]))
     lines = [f"{found['items_rated']} of {found['items']} items rated by {who}"]
     if found["incomplete"]:

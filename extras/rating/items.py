@@ -30,7 +30,7 @@ def clean(text: str) -> str:
 
 
 def read_samples(path: Path) -> tuple[list[dict], list[str]]:
-    """(what make_items() takes, names of the conditions) of a samples.jsonl; one line where a line of it is unusable.
+    """Return (what make_items() takes, names of the conditions) of a samples.jsonl; end the script at an unusable line.
 
     A line has prompt, before and after (or one of them), perhaps human, reward_before and reward_after.
     """
@@ -79,12 +79,12 @@ def short_hash(content: object) -> str:
 
 
 def fingerprint(items: list[dict]) -> str:
-    """A hash of the items and of the orders in them: ratings say by it what they are ratings of."""
+    """Return a hash of the items and of the orders in them; ratings carry it."""
     return short_hash([item["id"] for item in items])
 
 
 def complete_layout(layout: str, conditions: list[str], human: str, has_human: bool) -> str:
-    """The layout, or the one that fits where it is ""; one line where there is nothing to pair."""
+    """Return the layout, or the one that fits where it is ""; end the script where there is nothing to pair."""
     count = len(conditions) + (human == "rate" and has_human)
     if layout == "pairs" and count < 2:
         stop(

@@ -1,4 +1,4 @@
-"""All words of the rating page and of rating in the terminal, by language."""
+"""All words of the rating page, by language."""
 
 LABELS = {
     "en": {
@@ -34,11 +34,6 @@ LABELS = {
         "keys": "Keys: 1 to 5 grade; up and down: criterion; left and right: item",
         "keys_pairs": "Keys: 1 to 5 grade; A, B or = the better answer; up and down: criterion; left and right: item",
         "criteria": "What the criteria mean",
-        "how_grade": "1 to 5",
-        "how_preference": "a, b or = for equal",
-        "how_stop": "u: one back, q: stop",
-        "wrong": "That is none of them",
-        "anonymous": "your name, or Enter for none",
     },
     "ru": {
         "title": "Оцените ответы",
@@ -73,10 +68,5 @@ LABELS = {
         "keys": "Клавиши: 1–5 оценка; вверх и вниз: критерий; влево и вправо: вопрос",
         "keys_pairs": "Клавиши: 1–5 оценка; A, B или = лучший ответ; вверх и вниз: критерий; влево и вправо: вопрос",
         "criteria": "Что значат критерии",
-        "how_grade": "от 1 до 5",
-        "how_preference": "a, b или = если равны",
-        "how_stop": "u: на шаг назад, q: остановиться",
-        "wrong": "Такого варианта нет",
-        "anonymous": "ваше имя или Enter, чтобы не называть",
     },
 }

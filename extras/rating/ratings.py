@@ -1,28 +1,21 @@
-"""Ratings by persons: what one looks like, checked, merged without loss, turned into preference rows."""
+"""Ratings by persons: checked, merged without loss, turned into preference rows.
+
+A rating has item, rater, grades ({criterion: 1 to 5} of each answer in the order shown), preference (a | tie | b),
+at (time of the last change, UTC) and file (fingerprint of the items).
+"""
 
 import json
-import os
 from pathlib import Path
 
-from utils.files import write_text
 from utils.rows import is_unicode, prompt_turns
-from utils.runs import say, stop
+from utils.runs import stop
 from utils.sources import Record, read_json_lines
 
 CRITERIA = ("relevance", "clarity", "completeness", "originality", "style")
 GRADES = (1, 2, 3, 4, 5)
 PREFERENCES = {"a": 0.0, "tie": 0.5, "b": 1.0}  # how much the second answer shown is preferred
 RATINGS_FILE = "ratings.jsonl"
-PAGE_KIND = "ratings of answers"  # what a download of the page says that it is
-
-
-def new_rating(item: dict, rater: str, file: str) -> dict:
-    """An empty rating: `grades` has {criterion: 1 to 5} for each answer in the order shown, preference is a | tie | b.
-
-    file: fingerprint of the items. `at` is the time of the last change, in UTC.
-    """
-    grades = [{} for _ in item["answers"]]
-    return {"item": item["id"], "rater": rater, "grades": grades, "preference": None, "at": "", "file": file}
+PAGE_KIND = "ratings of answers"  # kind of a download of the page
 
 
 def is_complete(rating: dict) -> bool:
@@ -31,71 +24,48 @@ def is_complete(rating: dict) -> bool:
     return compared and all(len(grades) == len(CRITERIA) for grades in rating["grades"])
 
 
-def problem(rating: object, items: dict[str, dict]) -> str:
-    """What is wrong with a rating, "" where it can be used. items: by id."""
-    if not isinstance(rating, dict) or not isinstance(rating.get("item"), str):
-        return "an entry is no rating"
-    item, grades = items.get(rating["item"]), rating.get("grades")
-    if item is None:
-        return f"item {rating['item'][:20]!r} is not among the items"
-    if not all(isinstance(rating.get(name), str) and is_unicode(rating[name]) for name in ("rater", "at")):
-        return f"item {item['id']} has no rater or no time"
-    if not isinstance(grades, list) or len(grades) != len(item["answers"]):
-        return f"item {item['id']} has grades of another number of answers"
-    for given in grades:
-        if not isinstance(given, dict) or not set(given) <= set(CRITERIA):
-            return f"item {item['id']} has grades of unknown criteria"
-        if not all(type(grade) is int and grade in GRADES for grade in given.values()):
-            return f"item {item['id']} has a grade that is not 1 to 5"
-    preference = rating.get("preference")
-    if preference is not None and (len(grades) == 1 or preference not in list(PREFERENCES)):
-        return f"item {item['id']} has the preference {str(preference)[:20]!r}"
-    return ""
+def fits(rating: object, items: dict[str, dict]) -> bool:
+    """Return whether a rating is of one of the items and complete in itself. items: by id."""
+    texts = [rating.get(name) for name in ("item", "rater", "at")] if isinstance(rating, dict) else [None]
+    if not all(isinstance(text, str) and is_unicode(text) for text in texts):
+        return False
+    item, grades, preference = items.get(rating["item"]), rating.get("grades"), rating.get("preference")
+    if item is None or not isinstance(grades, list) or len(grades) != len(item["answers"]):
+        return False
+    if not all(isinstance(given, dict) and set(given) <= set(CRITERIA) for given in grades):
+        return False
+    if not all(type(grade) is int and grade in GRADES for given in grades for grade in given.values()):
+        return False
+    return preference is None or (len(grades) == 2 and preference in list(PREFERENCES))
 
 
 def read_own(path: Path, items: dict[str, dict]) -> list[dict]:
-    """The ratings of ratings.jsonl, the last word on each item by each rater; [] where there is no file.
-
-    A last line without its end was cut off by a kill: it is taken off the file, the one before it has what it had.
-    """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if text and not text.endswith("\n"):
-        say(f"{path}: the last line was cut off when it was written, and is left out")
-        write_text(path, text[: text.rfind("\n") + 1])
-    return merged([], read_checked(path, list(read_json_lines(path)), items))[0]
+    """Return the ratings of ratings.jsonl, the latest of each rater on each item; [] where there is no file."""
+    return merged([], read_checked(path, list(read_json_lines(path)), items))[0] if path.exists() else []
 
 
 def read_checked(path: Path, ratings: list, items: dict[str, dict]) -> list[dict]:
-    for rating in ratings:
-        wrong = problem(rating, items)
-        if wrong:
-            stop(f"{path}: {wrong}: nothing of it was taken; name the OUTPUT_DIR whose items it rates")
+    for number, rating in enumerate(ratings, start=1):
+        if not fits(rating, items):
+            stop(f"{path}: rating {number} does not fit the items of OUTPUT_DIR; nothing of it was taken")
     return ratings
 
 
 def read_ratings(path: Path, items: dict[str, dict], file: str) -> list[dict]:
-    """The ratings of a page's download or of a ratings.jsonl; one line where they are of other items or broken."""
+    """Return the ratings of a page's download or of a ratings.jsonl; end the script where they are of other items."""
     if not path.is_file():
         stop(f"IMPORT = '{path}' is not there")
     if path.suffix == ".jsonl":
         ratings = list(read_json_lines(path))
-        files = {rating.get("file") for rating in ratings}
     else:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            stop(f"{path} is not the JSON that a rating page lets you download ({str(error)[:100]})")
-        if (
-            not isinstance(content, dict)
-            or content.get("kind") != PAGE_KIND
-            or not isinstance(content.get("ratings"), list)
-        ):
+            kind, ratings = content["kind"], [it | {"file": content["file"]} for it in content["ratings"]]
+        except (ValueError, KeyError, TypeError):
+            kind = ""
+        if kind != PAGE_KIND:
             stop(f"{path} is not what a rating page lets you download")
-        ratings, files = content["ratings"], {content.get("file")}
-        ratings = [rating | {"file": file} if isinstance(rating, dict) else rating for rating in ratings]
-    if ratings and files != {file}:
+    if any(rating.get("file") != file for rating in ratings):
         stop(f"{path} holds ratings of other items than OUTPUT_DIR does: name the folder that its page was made in")
     return read_checked(path, ratings, items)
 
@@ -117,20 +87,12 @@ def merged(before: list[dict], new: list[dict]) -> tuple[list[dict], int, int]:
     return list(found.values()), added, replaced
 
 
-def append(path: Path, rating: dict) -> None:
-    """Add a line to ratings.jsonl and see it onto the disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(rating, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def preference_rows(duels: list[dict]) -> tuple[list[Record], dict[str, int]]:
     """(rows: prompt, chosen, rejected, chosen_rating, rejected_rating; how many pairs are left out, by reason).
 
     duels: one each pair of answers, over all raters (agreement.over_raters). The ratings are means of all grades
-    where each pair has all of them and they tell its answers apart, else the shares of the raters. A pair that grades
-    and preference rank in different ways is left out: a row can say one thing only.
+    where each pair has all of them and they differ within each pair, else the shares of the raters. A pair that grades
+    and preference rank in different ways is left out.
     """
     decided = [duel for duel in duels if duel["outcome"] != 0.5 and len(set(duel["answers"])) > 1]
     graded = all(None not in duel["grades"] and len(set(duel["grades"])) > 1 for duel in decided)
