@@ -125,7 +125,11 @@ def read_command(name: str, checkouts: list[Path]) -> tuple[str, str, dict[str, 
         key, has_value, value = word.removeprefix("--").upper().partition("=")
         options[key] = value if has_value else next(given)
     file = words[0].removesuffix(".py").replace(".", "/") + ".py"
-    constants = [set(top_constants((checkout / file).read_text(encoding="utf-8"))) for checkout in checkouts if (checkout / file).exists()]
+    constants = [
+        set(top_constants((checkout / file).read_text(encoding="utf-8")))
+        for checkout in checkouts
+        if (checkout / file).exists()
+    ]
     known = set.intersection(*constants) if constants else set()
     lacking = [key for key in options if key not in known and f"--{key.lower()}" in " ".join(words)]
     return how, words[0], {key: value for key, value in options.items() if key in known}, lacking
