@@ -22,11 +22,11 @@ from utils.config import override_constants  # first: it says what to do where a
 import numpy as np
 
 from utils.evaluation import interval, wins
-from utils.files import write_json, write_text
 from utils.leaks import first_rows, leaking_groups, repeats
 from utils.processed import reading, refuse_sft_rows
 from utils.rows import hundredths
-from utils.runs import at_least, needs, say, script, stop
+from utils.runs import write_json, write_text
+from utils.script import at_least, needs, say, script, stop
 from utils.shortcuts import SHORTCUTS, bands_of
 from utils.split import near_duplicate_groups
 from utils.tables import LENGTHS, SHORTCUT_NAMES, example_text, summary_text

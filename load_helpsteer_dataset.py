@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.files import write_json
 from utils.pairing import checked_pairs, rating_columns
 from utils.processed import (
     check_folder,
@@ -31,7 +30,8 @@ from utils.processed import (
     write_rows,
 )
 from utils.rows import RATINGS, Ledger, Message, finished_row, with_persona
-from utils.runs import at_least, pick, script, stop
+from utils.runs import write_json
+from utils.script import at_least, pick, script, stop
 from utils.sources import Source, first_of, head_of, open_source
 from utils.split import near_duplicate_groups, split_indices
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from utils.config import override_constants
 from utils.hub import ask_hub, in_cache
-from utils.runs import ENVIRONMENT, say, script, stop
+from utils.script import ENVIRONMENT, say, script, stop
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.machine import processes
-from utils.runs import Run, at_least, first_process, needs, pick, say, script, shares, stop
+from utils.runs import Run
+from utils.script import at_least, first_process, needs, pick, processes, say, script, shares, stop
 
 if TYPE_CHECKING:
     import torch
@@ -129,17 +129,17 @@ def main(settings: dict) -> None:
         guidance,
         hidden,
         models,
-        names,
         pairs,
         policies,
         policy_report,
         references,
         rewards,
+        runs,
         training,
     )
     from utils.losses import POLICY_LOSSES, Knobs
 
-    loss, mode = pick(POLICY_LOSSES, "LOSS", LOSS), pick(names.MODES, "GUIDANCE", GUIDANCE)
+    loss, mode = pick(POLICY_LOSSES, "LOSS", LOSS), pick(runs.MODES, "GUIDANCE", GUIDANCE)
     check_loss(LOSS, GUIDANCE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, LABEL_SMOOTHING)
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
@@ -170,8 +170,8 @@ def main(settings: dict) -> None:
     # 3. build
     beta = BETA or loss.beta
     say(f"LOSS = {LOSS!r}, BETA = {beta}: {loss.beta_is}")
-    project, name = names.run_names(
-        metadata["dataset_name"], mode, MODEL_SHORT_NAME or names.short_model(MODEL), LOSS, beta, ALPHA
+    project, name = runs.run_names(
+        metadata["dataset_name"], mode, MODEL_SHORT_NAME or runs.short_model(MODEL), LOSS, beta, ALPHA
     )
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"], "beta": beta}
     facts |= {"max_length": window, "train_pairs": len(rows), "project": project, "run_name": name}

@@ -15,8 +15,8 @@ import time
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.machine import processes
-from utils.runs import Interrupt, Run, at_least, bar_off, first_process, needs, pick, say, script, shares, stop
+from utils.runs import Run
+from utils.script import Interrupt, at_least, bar_off, first_process, needs, pick, processes, say, script, shares, stop
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from utils.config import override_constants, top_constants
-from utils.runs import pick, say, script, stop
+from utils.script import pick, say, script, stop
 
 BASE = "HEAD~1"  # git commit to compare the present files with
 CASES = ()  # names in COMMANDS; cases that these read from run as well; () = all

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.files import write_json
-from utils.machine import peak_memory_gb, versions
-from utils.runs import needs, pick, say, script, stop
+from utils.runs import peak_memory_gb, versions, write_json
+from utils.script import needs, pick, say, script, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,9 +16,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.files import read_json
 from utils.processed import splits_of
-from utils.runs import Run, at_least, check_run_folder, needs, pick, say, script, stop
+from utils.runs import Run, check_run_folder, read_json
+from utils.script import at_least, needs, pick, say, script, stop
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.files import write_json
-from utils.runs import Interrupt, Run, at_least, bar_off, needs, pick, say, script, stop
+from utils.runs import Run, write_json
+from utils.script import Interrupt, at_least, bar_off, needs, pick, say, script, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.files import read_json, write_json, write_text
-from utils.machine import versions
-from utils.runs import say, script, stop
+from utils.runs import read_json, versions, write_json, write_text
+from utils.script import say, script, stop
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from extras.parts.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
 from utils.config import override_constants
-from utils.files import write_json
 from utils.processed import (
     check_folder,
     describe,
@@ -28,7 +27,8 @@ from utils.processed import (
     write_rows,
 )
 from utils.rows import Ledger, finished_row
-from utils.runs import at_least, pick, script, stop
+from utils.runs import write_json
+from utils.script import at_least, pick, script, stop
 from utils.sources import TREE_LAYOUTS, Source, first_of, open_source
 
 # data

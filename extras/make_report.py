@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from utils.config import override_constants
-from utils.files import read_json, read_lines, write_text
-from utils.runs import needs, say, script, stop
+from utils.runs import read_json, read_lines, write_text
+from utils.script import needs, say, script, stop
 
 RUNS = ()  # run folders such as outputs/reward_model, () = all that lie under LOOK_IN
 LOOK_IN = ("outputs", "model_output")  # where run folders are looked for

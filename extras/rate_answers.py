@@ -20,10 +20,10 @@ from pathlib import Path
 from extras.rating import items, ratings
 from extras.rating.labels import LABELS as WORDS
 from utils.config import override_constants
-from utils.files import read_json, write_json, write_lines, write_text
 from utils.processed import refuse_sft_rows, splits_of
 from utils.rows import prompt_text, with_persona
-from utils.runs import at_least, free_name, needs, pick, say, script, stop
+from utils.runs import free_name, read_json, write_json, write_lines, write_text
+from utils.script import at_least, needs, pick, say, script, stop
 
 # what is rated
 SAMPLES = ""  # samples.jsonl of a run (prompt, before, after, perhaps human), "" = POLICY answers prompts of DATA_DIR

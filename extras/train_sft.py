@@ -15,9 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.files import read_json
-from utils.machine import processes
-from utils.runs import Run, at_least, first_process, needs, pick, say, script, shares, stop
+from utils.runs import Run, read_json
+from utils.script import at_least, first_process, needs, pick, processes, say, script, shares, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,10 +10,10 @@ python -m extras.usage_example --question "How do I boil an egg?" --answers "In 
 from __future__ import annotations
 
 from utils.config import override_constants
-from utils.files import read_json
 from utils.processed import refuse_sft_rows
 from utils.rows import with_persona
-from utils.runs import at_least, needs, say, script, stop
+from utils.runs import read_json
+from utils.script import at_least, needs, say, script, stop
 
 DATA_DIR = "outputs/quickstart/data"  # rows made by load_helpsteer_dataset.py
 MIN_RATING_GAP = 1.0  # leave out pairs whose ratings differ by less

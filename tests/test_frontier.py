@@ -13,7 +13,7 @@ from extras.parts.frontier import names_of, over_seeds, p_over_seeds, recipes, s
 from extras.parts.questions import questions
 from tests.browser import Browser
 from tests.conftest import run_script
-from utils.files import write_json
+from utils.runs import write_json
 
 SMALL = {"PROMPTS": 6, "MAX_NEW_TOKENS": 6, "DEVICE": "cpu", "PRECISION": "fp32", "BEST_OF_N": 3}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from extras.make_report import find_runs
 from extras.parts.questions import improved, reward_model_of, why
-from utils.files import write_json
+from utils.runs import write_json
 
 
 def test_a_reward_model_with_equal_rewards_has_no_correlation_to_quote():

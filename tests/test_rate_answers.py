@@ -10,7 +10,7 @@ from extras.rating.labels import LABELS
 from tests.conftest import run_script
 from tests.rating_toys import TOPICS, made, rated, read_back, six_pairs
 from utils import sampling
-from utils.files import write_json
+from utils.runs import write_json
 
 
 @pytest.fixture

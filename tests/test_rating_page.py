@@ -9,7 +9,7 @@ from extras import rate_answers
 from extras.rating import items, ratings
 from tests.browser import Browser, chromium
 from tests.conftest import ROOT, run_script
-from utils.files import write_lines
+from utils.runs import write_lines
 
 EVIL = (
     "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>&\u2028\x1b[2J\x00"

@@ -13,11 +13,11 @@ import train_reward_model
 from extras import evaluate, make_report
 from tests.conftest import run_script
 from utils.controls import closed_answers
-from utils.files import write_json
 from utils.heads import HEADS, PairLoss, Reading, reading_of
 from utils.judging import trained_on
 from utils.pairs import PairCollator, load_pairs, ratings_of
 from utils.rewards import RewardModel, RewardPairs, start_model
+from utils.runs import write_json
 from utils.templates import render
 
 MEANS = [3.0, 3.0, 3.5, 2.0, 2.0]  # of the attributes

@@ -16,7 +16,7 @@ import train_reinforce
 from extras.parts.frontier import check_judge
 from tests.conftest import ROOT, run_script
 from utils import reinforce
-from utils.files import write_json
+from utils.runs import write_json
 
 SMALL = {"MAX_STEPS": 4, "BATCH_SIZE": 2, "MAX_NEW_TOKENS": 8, "EVAL_PROMPTS": 6, "PRECISION": "fp32", "DEVICE": "cpu"}
 SMALL |= {"LEARNING_RATE": 1e-3, "SAMPLE_EVERY_STEPS": 2, "SAVE_EVERY_STEPS": 2}

@@ -33,7 +33,7 @@ def name_the_missing(kind: type[BaseException], error: BaseException, trace: Tra
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = name_the_missing  # imports stand above main(), where utils.runs.script cannot catch them
+sys.excepthook = name_the_missing  # imports stand above main(), where utils.script.script cannot catch them
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -4,7 +4,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.runs import stop
+from utils.script import stop
 from utils.templates import end_of_turn, prompt_ids
 from utils.tokens import closed
 

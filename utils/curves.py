@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils.files import read_lines
 from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
+from utils.runs import read_lines
 
 ON_VALIDATION = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}  # the same under another name there
 WINDOW = 10  # logged lines that the smooth line averages

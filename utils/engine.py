@@ -19,8 +19,9 @@ from transformers import get_scheduler
 from utils.models import release_memory, trained_state
 from utils.pairs import TOKENS_AT_ONCE, row_multiple
 from utils.reinforce import Baseline, Policy
-from utils.runs import Run, first_process, say, stop
+from utils.runs import Run
 from utils.sampling import Answer, batch_of, parts_of
+from utils.script import first_process, say, stop
 from utils.training import COMPLETE, KEPT, last_checkpoint
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names for PRECISION

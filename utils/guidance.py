@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils.rows import Message
-from utils.runs import say, stop
+from utils.script import say, stop
 from utils.templates import ids_of, prompt_ids
 from utils.tokens import encode_answers
 

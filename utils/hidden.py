@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from utils.models import plain
-from utils.runs import stop
+from utils.script import stop
 
 PADDING, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3  # what a position of a shared row belongs to
 

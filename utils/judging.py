@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.controls import half, same_prompt, shuffled_prompts, without_prompts
 from utils.evaluation import wins
-from utils.files import read_json
 from utils.heads import Reading
 from utils.pairs import answer_tokens, load_pairs
-from utils.runs import say
+from utils.runs import read_json
+from utils.script import say
 from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
 
 SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters kept in predictions.jsonl

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from utils.files import read_json
-from utils.runs import explain_missing, pick, say, stop
+from utils.runs import read_json
+from utils.script import explain_missing, pick, say, stop
 
 logging.disable_progress_bar()  # of loading and writing weights, which take a second; downloads keep theirs
 

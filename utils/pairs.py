@@ -18,10 +18,10 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.files import read_json
 from utils.hidden import CHOSEN, PADDING, PROMPT, REJECTED
 from utils.processed import made_again, refuse_sft_rows
-from utils.runs import bar_off, needs, say, stop
+from utils.runs import read_json
+from utils.script import bar_off, needs, say, stop
 from utils.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
 
 disable_caching()  # else each change of rows leaves a file in the processed folder, which is not ours to write in

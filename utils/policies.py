@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from utils.logps import answer_logps, check_head
 from utils.losses import Knobs, LogProbs, PolicyLoss
-from utils.runs import stop
+from utils.script import stop
 
 SHARED = ("input_ids", "segments", "position_ids")  # tensors of a batch that have a length
 PULL_SCALE = 2.0**12  # of a gradient on its way through fp16 activations, in which it would be rounded to 0

@@ -12,12 +12,12 @@ from utils.comparing import Sampler, compared, rewards_of
 from utils.controls import same_prompt
 from utils.curves import training_curves
 from utils.evaluation import mean_kl, share_right, wins
-from utils.files import write_json, write_lines, write_text
 from utils.guidance import Guidance
 from utils.models import PROOF_ROWS, load_causal, save_with_proof
 from utils.pairs import PairCollator
 from utils.policies import PolicyPairLoss, PolicyPairs
 from utils.rewards import RewardModel
+from utils.runs import write_json, write_lines, write_text
 
 SHOWN = 2  # samples in the model card
 

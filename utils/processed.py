@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from utils.machine import versions
 from utils.rows import Ledger
-from utils.runs import say, stop
+from utils.runs import versions
+from utils.script import say, stop
 from utils.sources import Record, Source
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 
 from utils.curves import training_curves
 from utils.evaluation import share_right
-from utils.files import write_json, write_lines, write_text
 from utils.plots import BLUE, MUTED, ORANGE, in_style, new_figure, save, told
 from utils.quality import ITSELF, NAMES, pair_of, prompts_of
+from utils.runs import write_json, write_lines, write_text
 
 
 @in_style

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from utils.pairs import PairCollator, forward_pairs
-from utils.runs import first_process, say
+from utils.script import first_process, say
 
 COLUMNS = {"logps": "reference", "guided_logps": "guided_reference"}  # output of PolicyPairs: column of the rows
 IDS = ("input_ids", "attention_mask", "chosen_ids", "rejected_ids", "guided_ids", "vectors_at", "guided_at")

@@ -17,8 +17,8 @@ from utils.heads import Reading
 from utils.logps import answer_logps
 from utils.rewards import RewardModel
 from utils.rows import Message
-from utils.runs import stop
 from utils.sampling import Answer, prompt_ids_of
+from utils.script import stop
 
 BASELINES = {  # what BASELINE may name
     "moving_average": "exponential mean of earlier steps",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.files import write_lines
+from utils.runs import write_lines
 from utils.sources import Record
 
 Message = dict  # {"role": "system" | "user" | "assistant", "content": str}

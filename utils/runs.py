@@ -1,183 +1,30 @@
-"""How a script ends, and what its run leaves behind: run.json once, a line of metrics.jsonl per step.
+"""The run folder: run.json, metrics.jsonl, whole-file writes, versions, and the names of runs."""
 
-Reports read these files only.
-"""
-
-import errno
-import functools
 import json
 import math
 import os
-import signal
+import re
+import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
-from utils.config import missing_package
-from utils.files import read_json, read_lines, write_json, write_lines
-from utils.machine import commit, peak_memory_gb, processes, versions
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from utils.processed import made_again
+from utils.script import first_process, lock_folder, processes, release, say, stop
 
 MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
+
 INPUTS = (*MODELS, "DATA_DIR", "DATASET")  # constants that name what a run reads
+
 READ = ("data_fingerprint", "reward_weights", "start", "rows_per_step")  # facts: whether the same was read under these
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # a GPU's words, a CPU's, Windows'
-SAVE_MEMORY = ("GRADIENT_CHECKPOINTING", "USE_LORA")
-TAKE_MEMORY = ("GENERATION_BATCH", "MAX_NEW_TOKENS", "MAX_LENGTH", "BATCH_SIZE")  # see TOKENS_AT_ONCE in utils/pairs.py
-LOCKS: dict[Path, "FileLock"] = {}  # run folders that this process holds
-ENVIRONMENT = {  # set before torch is imported; what the user has set wins
-    "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # operations that Apple's GPU lacks run on the CPU
-    "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",  # an error instead of a machine that swaps to death
-    "PYTORCH_MPS_LOW_WATERMARK_RATIO": "0.9",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # no warning when a data loader forks
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-}
 
+PACKAGES = ("torch", "transformers", "datasets", "trl", "peft", "accelerate")
 
-def first_process() -> bool:
-    """True on the process that prints and writes (launchers set RANK; without one there is a single process)."""
-    return os.environ.get("RANK", "0") == "0"
+DATASETS = (("helpsteer", "HelpSteer"), ("ultrafeedback", "UFB"), ("oasst", "OASST"))  # in a dataset's name: short
 
-
-def say(message: str) -> None:
-    """Print a line, once per run and not once per process."""
-    if first_process():
-        print(message, flush=True)
-
-
-def bar_off(shown: bool = True) -> bool | None:
-    """tqdm's `disable`: None shows a bar on terminals only; tqdm looks at TQDM_DISABLE only where none is given."""
-    return True if not (shown and first_process()) or os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
-
-
-def stop(message: str) -> NoReturn:
-    """End the script with one line on stderr and exit code 1: for mistakes that a user can mend."""
-    raise SystemExit(message if first_process() else 1)
-
-
-def needs(path: str | Path, made_by: str) -> Path:
-    """The path, or an end to the script that says which earlier step makes it."""
-    if not Path(path).exists():
-        stop(f"{path} is not there yet: run `python {made_by}` first")
-    return Path(path)
-
-
-def explain_missing(constant: str, name: str, error: OSError) -> NoReturn:
-    """End the script with the reason why a model or tokenizer of that name cannot be had."""
-    if Path(name).is_dir():
-        stop(f"{constant} = {name!r}: this folder holds no complete model ({str(error).splitlines()[0][:160]})")
-    stop(
-        f"{constant} = {name!r} cannot be had: no such folder here, not in the cache, and the hub did not give it; "
-        "without a hub, `python -m extras.get_offline_model` makes models/SmolLM2-135M-Instruct"
-    )
-
-
-def pick(options: dict, name: str, value: str):
-    """options[value], or an end to the script that lists what the constant may be."""
-    if value not in options:
-        stop(f"{name} = {value!r} is not known, choose one of: {', '.join(map(str, options))}")
-    return options[value]
-
-
-def at_least(least: float, **constants: float) -> None:
-    """End the script where a constant is smaller than it can be."""
-    for name, value in constants.items():
-        if value < least:
-            stop(f"{name} = {value}: expected {least} or more")
-
-
-def shares(**constants: float) -> None:
-    """End the script where a constant is no share of a whole."""
-    for name, value in constants.items():
-        if not 0 <= value <= 1:
-            stop(f"{name} = {value}: expected a share from 0 to 1")
-
-
-def script(main: Callable) -> Callable:
-    """Decorate main(): set the environment before torch is imported, and end in one line what a user can cause.
-
-    That is Ctrl-C (exit code 130), a full disk or memory, a folder without permission. Every other exception is a
-    programmer's mistake and keeps its traceback.
-    """
-
-    @functools.wraps(main)
-    def guarded(settings: dict) -> None:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # question marks where it cannot write Cyrillic
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")  # of their own calls
-        try:
-            main(settings)
-        except KeyboardInterrupt:
-            again = "; the same command goes on from the last checkpoint" if settings.get("RESUME") else ""
-            print(f"stopped by Ctrl-C: nothing half-written is left in place of older results{again}", file=sys.stderr)
-            sys.exit(130)
-        except Exception as error:
-            line = user_line(error, settings)
-            if not line:
-                raise
-            stop(line)
-        finally:
-            for folder in list(LOCKS):  # of a run that did not finish
-                release(folder)
-
-    return guarded
-
-
-def user_line(error: Exception, settings: dict) -> str:
-    """The line for an error of the machine that a user can mend, "" for every other error. settings: the constants."""
-    text = str(error)
-    if missing_package(error):
-        return missing_package(error)
-    if isinstance(error, MemoryError) or any(said in text for said in NO_MEMORY):
-        return out_of_memory(settings)
-    # arrow and safetensors report a full disk in words of their own
-    if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in text or "StorageFull" in text:
-        return f"the disk is full, nothing was replaced: free some space and run the command again ({text[:200]})"
-    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
-        return f"cannot write {error.filename}: {error.strerror}, choose another OUTPUT_DIR or mend its permissions"
-    if getattr(error, "errno", 0) == errno.EROFS:
-        return f"cannot write {error.filename}: the file system is read-only, choose another OUTPUT_DIR"
-    return ""
-
-
-def out_of_memory(settings: dict) -> str:
-    """The line for it, with the constants that this script has: what is off can be set, what is not small lowered."""
-    off = " or ".join(name for name in SAVE_MEMORY if settings.get(name) is False)
-    lower = " or ".join(name for name in TAKE_MEMORY if settings.get(name, 0) > 1)
-    cures = [f"set {off} to true"] * bool(off) + [f"lower {lower}"] * bool(lower) + ["take a smaller model"]
-    loaded = "MAX_LENGTH" not in settings and "DATA_DIR" in settings
-    cures += ["load the data with a smaller MAX_LENGTH"] * loaded
-    return f"out of memory: {', or '.join(cures)}"
-
-
-class Interrupt:
-    """Remembers the first Ctrl-C (or SIGTERM) so that a loop can finish its step and save; the second one ends it."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self) -> "Interrupt":
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("\nstopping after this step and saving it; once more stops at once")
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+MODES = {"none": "Plain", "text": "Text", "embedding": "Emb"}  # what GUIDANCE may name: what runs are called by it
 
 
 class Run:
@@ -251,32 +98,6 @@ class Run:
         release(self.folder)
 
 
-def lock_folder(folder: Path) -> None:
-    """Lock a run folder for this process; end the script where another process holds it.
-
-    The system frees the lock of a killed process. A second run of the same process shares the lock.
-    """
-    from filelock import FileLock, Timeout
-
-    path = folder.resolve()
-    if path in LOCKS:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        stop(f"{folder}: another process is writing there; wait for it or choose another OUTPUT_DIR")
-    LOCKS[path] = lock
-
-
-def release(folder: Path) -> None:
-    """Unlock a run folder, if this process has locked it."""
-    lock = LOCKS.pop(folder.resolve(), None)
-    if lock:
-        lock.release()
-
-
 def check_run_folder(folder: str | Path, settings: dict) -> None:
     """End the script where OUTPUT_DIR is what the run reads, or holds files of no run: nobody's to move aside."""
     folder = Path(folder)
@@ -305,3 +126,110 @@ def same_work(before: dict, now: dict) -> bool:
     how = {"RESUME", "DEVICE"}
     now = json.loads(json.dumps(now))  # tuples are lists in the record
     return {k: v for k, v in before.items() if k not in how} == {k: v for k, v in now.items() if k not in how}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its name and rename it when whole, so that a kill leaves the old one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    write_text(Path(path), json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_lines(path: str | Path, lines: Iterable[dict]) -> None:
+    """A .jsonl file: an object a line."""
+    write_text(Path(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_json(path: str | Path) -> dict:
+    """The content of a JSON file, {} where there is none."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """The objects of a .jsonl file of ours; a last line that a kill has cut off is left out."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]  # splitlines() would also cut a text at U+2028
+    return [json.loads(line) for line in lines]
+
+
+def commit() -> str:
+    """The git commit that this code stands at, with -dirty where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    except FileNotFoundError:
+        return "no git"
+    return done.stdout.strip() or "no git"
+
+
+def versions() -> dict[str, str]:
+    """{"python" or a package: its version}, without importing any."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process held so far: of the GPU where one is used, else of the process (GB)."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    if sys.platform == "win32":
+        import psutil
+
+        return round(psutil.Process().memory_info().peak_wset / 1e9, 3)
+    import resource  # not there on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kilobytes on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def short_dataset(name: str) -> str:
+    """HelpSteer, UFB, OASST or Custom, by the dataset_name of the metadata."""
+    name = Path(name).name if Path(name).exists() else name  # of a local file not the folders above it
+    return next((short for part, short in DATASETS if part in name.lower()), "Custom")
+
+
+def short_model(name: str) -> str:
+    """A model's name without owner and -Instruct; DeepSeek-R1-Distill-Qwen-1.5B becomes DeepSeek-R1-Qwen1.5B."""
+    short = Path(name.rstrip("/")).name
+    short = re.sub(r"-[Ii]nstruct\b", "", short)
+    return re.sub(r"-Distill-([A-Za-z]+)-(\d)", r"-\1\2", short)
+
+
+def run_names(dataset: str, mode: str, model: str, loss: str, beta: float, alpha: float) -> tuple[str, str]:
+    """(project, run): HelpSteer_dpo_Text and HelpSteer-Text-Qwen2.5-1.5B-dpo-beta0.1-alpha0.1.
+
+    dataset: dataset_name of the metadata. mode: Plain, Text or Emb. model: as it is to be called.
+    """
+    run = f"{short_dataset(dataset)}-{mode}-{model}-{loss}-beta{beta:g}-alpha{alpha:g}"
+    return f"HelpSteer_{loss}_{mode}", run
+
+
+def main(words: list[str]) -> None:
+    """Print project and run for DATA_DIR, GUIDANCE, MODEL_SHORT_NAME, MODEL, LOSS, BETA, ALPHA: for shell scripts.
+
+    On stderr, where the rows were made for a model of another name: the command to run first if its tokenizer is
+    another one too, which only training can tell.
+    """
+    data_dir, guidance, short, model, loss, beta, alpha = words
+    metadata = read_json(Path(data_dir) / "metadata.json")
+    mode, name = MODES[guidance], short or short_model(model)
+    print(*run_names(metadata["dataset_name"], mode, name, loss, float(beta), float(alpha)))
+    if metadata["tokenizer"] != model:
+        first = made_again(metadata, data_dir, model)
+        print(
+            f"{data_dir} has the tokens of {metadata['tokenizer']}; if {model} has others, run `{first}` first",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

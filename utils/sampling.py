@@ -17,7 +17,7 @@ from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import autocast, plain
 from utils.pairs import TOKENS_AT_ONCE, PairCollator, like_length, row_multiple
 from utils.rows import Message
-from utils.runs import bar_off
+from utils.script import bar_off
 from utils.templates import end_of_turn
 from utils.tokens import fitted_prompt
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from utils.runs import say, stop
+from utils.script import say, stop
 from utils.tabular import read_arrow, read_csv, read_parquet
 
 Record = dict  # one row as the source has it

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from utils.runs import stop
+from utils.script import stop
 
 MESSAGES_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|content)['"]\s*:""")  # in a CSV cell
 NUMPYS = re.compile(r"\}\s+\{|\barray\(")  # numpy's way to write a list: no commas

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from utils.rows import Message
-from utils.runs import stop
+from utils.script import stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.rows import Message
-from utils.runs import explain_missing, stop
+from utils.script import explain_missing, stop
 from utils.templates import (
     answer_texts,
     end_of_turn,

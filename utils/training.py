@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from utils.files import read_json, write_json
 from utils.models import release_memory, trained_state, with_rates
 from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
-from utils.runs import Interrupt, Run, bar_off, first_process, pick, say, stop
+from utils.runs import Run, read_json, write_json
+from utils.script import Interrupt, bar_off, first_process, pick, say, stop
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # what SCHEDULE may name
 KEPT = 2  # checkpoints that are kept

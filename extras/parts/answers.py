@@ -20,7 +20,7 @@ from utils.rows import (
     prompt_turns,
     real_number,
 )
-from utils.runs import needs, say, stop
+from utils.script import needs, say, stop
 from utils.sources import ANSWER_LAYOUTS, Record, open_source
 from utils.split import near_duplicate_groups, split_indices
 

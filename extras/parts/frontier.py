@@ -14,11 +14,11 @@ from torch import nn
 
 from utils.comparing import Answers, Sampler, compared, rewards_of
 from utils.evaluation import interval, mean_kl, paired_difference
-from utils.files import read_json, write_json, write_lines
 from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
 from utils.rewards import RewardModel
 from utils.rows import Message, with_persona
-from utils.runs import READ, stop
+from utils.runs import READ, read_json, write_json, write_lines
+from utils.script import stop
 
 START = "start"
 NOT_THE_WORK = {

@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from extras.parts.answers import load_answers
-from utils.files import write_text
 from utils.pairs import like_length
 from utils.rows import Ledger, Message, finished_row, is_text
+from utils.runs import write_text
 from utils.sources import Record
 from utils.templates import end_of_turn
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from utils.pairing import check_pair
 from utils.rows import Ledger, Message, is_text, is_unicode, prompt_text, whole_number, with_persona
-from utils.runs import stop
+from utils.script import stop
 from utils.sources import Record
 
 ROLES = {"prompter": "user", "assistant": "assistant"}

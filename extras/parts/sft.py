@@ -12,9 +12,8 @@ from trl import SFTConfig, SFTTrainer
 from utils import training
 from utils.curves import training_curves
 from utils.evaluation import change
-from utils.files import write_json, write_text
 from utils.pairs import LengthSampler
-from utils.runs import Run
+from utils.runs import Run, write_json, write_text
 
 
 class AnswerTrainer(training.StopsAtBadLoss, SFTTrainer):

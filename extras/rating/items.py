@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from utils.rows import prompt_turns, real_number
-from utils.runs import stop
+from utils.script import stop
 from utils.sources import read_json_lines
 
 LAYOUTS = {"pairs": 2, "single": 1}  # answers in an item

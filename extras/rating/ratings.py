@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from utils.rows import is_unicode, prompt_turns
-from utils.runs import stop
+from utils.script import stop
 from utils.sources import Record, read_json_lines
 
 CRITERIA = ("relevance", "clarity", "completeness", "originality", "style")
