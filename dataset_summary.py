@@ -21,14 +21,13 @@ from utils.config import override_constants  # first: it says what to do where a
 # isort: split
 import numpy as np
 
+from utils.data.preferences import hundredths
+from utils.data.processed import next_command, refuse_sft_rows
+from utils.data.split import first_rows, leaking_groups, near_duplicate_groups, repeats
 from utils.evaluation import interval, wins
-from utils.leaks import first_rows, leaking_groups, repeats
-from utils.processed import reading, refuse_sft_rows
-from utils.rows import hundredths
 from utils.runs import write_json, write_text
 from utils.script import at_least, needs, say, script, stop
 from utils.shortcuts import SHORTCUTS, bands_of
-from utils.split import near_duplicate_groups
 from utils.tables import LENGTHS, SHORTCUT_NAMES, example_text, summary_text
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     *_key are hashes of texts, equal for equal texts within this process. Before the window an answer's length is
     that of all the template writes for it, end of turn included, as it is in the window where nothing is cut.
     """
-    from utils.templates import answer_texts, ids_of, written_ids
+    from utils.data.tokens import answer_texts, ids_of, written_ids
 
     prompts = [messages[:-1] for messages in batch["chosen"]]
     answers = {side: [messages[-1]["content"] for messages in batch[side]] for side in ("chosen", "rejected")}
@@ -251,7 +250,7 @@ def markdown(text: str, figures: list[str], examples: list[dict]) -> str:
 def main(settings: dict) -> None:
     from tqdm import tqdm
 
-    from utils.pairs import matching_tokenizer
+    from utils.data.processed import matching_tokenizer
 
     # 1. check
     folder, output = needs(DATA_DIR, made_by="load_helpsteer_dataset.py"), Path(OUTPUT_DIR)
@@ -279,7 +278,7 @@ def main(settings: dict) -> None:
     # 5. print it, where it is and what to run next
     say("\n\n".join(["", text, *(example_text(example) for example in summary["examples"]), ""]))
     say(f"written: {output}/summary.json, summary.md, {', '.join(figures)}")
-    say(f"next: {reading('python train_reward_model.py', DATA_DIR, TOKENIZER or metadata['tokenizer'])}")
+    say(f"next: {next_command('python train_reward_model.py', DATA_DIR, TOKENIZER or metadata['tokenizer'])}")
 
 
 if __name__ == "__main__":

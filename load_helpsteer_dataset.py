@@ -18,22 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.pairing import checked_pairs, rating_columns
-from utils.processed import (
+from utils.data.preferences import RATINGS, Ledger, Message, checked_pairs, finished_row, rating_columns, with_persona
+from utils.data.processed import (
     check_folder,
     describe,
-    reading,
+    next_command,
+    print_summary,
     replace_folder,
-    report,
     row_features,
     save_parts,
     write_rows,
 )
-from utils.rows import RATINGS, Ledger, Message, finished_row, with_persona
+from utils.data.sources import Source, first_of, head_of, open_source
+from utils.data.split import near_duplicate_groups, split_indices
 from utils.runs import write_json
 from utils.script import at_least, pick, script, stop
-from utils.sources import Source, first_of, head_of, open_source
-from utils.split import near_duplicate_groups, split_indices
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +57,7 @@ OUTPUT_DIR = "processed_helpsteer"  # written beside its name and renamed when w
 
 def setup_tokenizer(name: str, chat_template: str = "") -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name or folder, with a pad token and a chat template (see utils.tokens)."""
-    from utils.tokens import load_tokenizer
+    from utils.data.tokens import load_tokenizer
 
     return load_tokenizer(name, chat_template)
 
@@ -78,8 +77,8 @@ def split_dataset(dataset: Dataset, test_size: float, seed: int, never_train: tu
 
 
 def process_dataset(train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple:
-    """(train, validation) with token columns, see utils.tokens.token_columns; chosen and rejected are message lists."""
-    from utils.tokens import tokenised
+    """(train, validation) with token columns, see utils.data.tokens.token_columns; chosen and rejected are message lists."""
+    from utils.data.tokens import tokenised
 
     return tokenised(train, tokenizer, max_length), tokenised(validation, tokenizer, max_length)
 
@@ -93,7 +92,7 @@ def read_pairs(
     """
     from tqdm import tqdm
 
-    from utils.tokens import unfit
+    from utils.data.tokens import unfit
 
     def reason(turns: list[Message], answers: tuple[str, str]) -> str:
         return unfit(with_persona(turns, system), answers, **fits)
@@ -135,7 +134,7 @@ def main(settings: dict) -> None:
         stop(f"MIN_RATING_GAP = {MIN_RATING_GAP}: ratings are compared in hundredths, expected 0 or 0.01 and more")
     if not 0 <= VALIDATION_SHARE < 1:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
-    from utils.tokens import check_window
+    from utils.data.tokens import check_window
 
     folder = Path(OUTPUT_DIR).expanduser().resolve()  # of a link the folder that it names is replaced, not the link
     check_folder(folder, DATASET)
@@ -161,7 +160,7 @@ def main(settings: dict) -> None:
         parts.clear()  # closes their files: Windows deletes none that is open
         replace_folder(folder, whole)
     # 5. say where it is
-    report(metadata, Path(OUTPUT_DIR), reading("python dataset_summary.py", OUTPUT_DIR))
+    print_summary(metadata, Path(OUTPUT_DIR), next_command("python dataset_summary.py", OUTPUT_DIR))
 
 
 if __name__ == "__main__":

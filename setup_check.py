@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.hub import ask_hub, in_cache
+from utils.data.sources import ask_hub, in_cache
 from utils.script import ENVIRONMENT, say, script, stop
 
 if TYPE_CHECKING:

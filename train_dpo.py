@@ -125,7 +125,6 @@ def main(settings: dict) -> None:
 
     from utils import (
         comparing,
-        controls,
         guidance,
         hidden,
         models,
@@ -137,6 +136,7 @@ def main(settings: dict) -> None:
         runs,
         training,
     )
+    from utils.data import processed
     from utils.losses import POLICY_LOSSES, Knobs
 
     loss, mode = pick(POLICY_LOSSES, "LOSS", LOSS), pick(runs.MODES, "GUIDANCE", GUIDANCE)
@@ -146,12 +146,12 @@ def main(settings: dict) -> None:
     device, precision = models.choose_machine(DEVICE, PRECISION)
     judges = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision) if REWARD_MODEL else {}
     # 2. load
-    tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
+    tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     window, both = metadata["max_length"], LOSS == "new_pref_po"
     set_seed(SEED)
     model = models.without_dropout(models.load_causal(MODEL))
     said = start_guidance(GUIDANCE, PREFERENCE_TEXT, PROMPT_EMBEDDING_PATH, PROMPT_EMBEDDING_TOKENS, model, tokenizer)
-    rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
+    rows, validation = (processed.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
     if GUIDANCE != "none":
         rows, validation = (guidance.with_room(tokenizer, said, window, some) for some in (rows, validation))
         rows, validation = (guidance.guided_rows(some, tokenizer, window, said, both) for some in (rows, validation))
@@ -228,7 +228,7 @@ def main(settings: dict) -> None:
         if SAMPLE_PROMPTS:
             start = models.load_causal(MODEL).to(device)
             spoken = (guidance.Guidance(),) * 2 if both else (said, said.with_vectors(module.vectors))
-            few = controls.different_prompts(validation, SAMPLE_PROMPTS)
+            few = processed.unique_prompts(validation, SAMPLE_PROMPTS)
             sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)
             samples, compared = policy_report.before_and_after(start, model, few, sampler, judges, spoken)
             if judges:

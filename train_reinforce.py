@@ -21,9 +21,9 @@ from utils.script import Interrupt, at_least, bar_off, first_process, needs, pic
 if TYPE_CHECKING:
     import torch
 
+    from utils.data.preferences import Message
     from utils.engine import Engine
     from utils.reinforce import Actor, Baseline, Sample, Scoring
-    from utils.rows import Message
 
 # data
 DATA_DIR = "processed_helpsteer"  # its prompts, made by load_helpsteer_dataset.py
@@ -192,8 +192,9 @@ def main(settings: dict) -> None:
     check()
     from transformers import set_seed
 
-    from utils import comparing, controls, engine, models, pairs, policies, policy_report, references, reinforce
+    from utils import comparing, engine, models, pairs, policies, policy_report, references, reinforce
     from utils import rewards as reward_models
+    from utils.data import processed
     from utils.training import SCHEDULES, close
 
     device, precision = models.choose_machine(DEVICE, PRECISION, deepspeed=False)
@@ -201,9 +202,9 @@ def main(settings: dict) -> None:
     scorer = judges["reward"]
     reinforce.check_risk(scorer.reading, RISK, REWARD_MODEL)
     # 2. load
-    tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
-    rows = pairs.load_pairs(DATA_DIR, "train", MAX_ROWS)
-    held_out = controls.different_prompts(pairs.load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
+    tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
+    rows = processed.load_pairs(DATA_DIR, "train", MAX_ROWS)
+    held_out = processed.unique_prompts(processed.load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
     set_seed(SEED)
     model = models.without_dropout(models.load_causal(MODEL))
     policies.check_architecture(model, rows)

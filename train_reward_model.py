@@ -93,28 +93,16 @@ def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
-    from utils import (
-        controls,
-        heads,
-        hidden,
-        judging,
-        models,
-        pairs,
-        processed,
-        quality,
-        quality_plots,
-        references,
-        rewards,
-        training,
-    )
+    from utils import heads, hidden, judging, models, pairs, quality, quality_plots, references, rewards, training
+    from utils.data import processed
+    from utils.data.preferences import RATINGS
     from utils.losses import PAIR_LOSSES
-    from utils.rows import RATINGS
 
     named = pick(PAIR_LOSSES, "HEAD", HEAD)
     pair_loss = PAIR_LOSS or next(iter(named))
     pick(named, "PAIR_LOSS", pair_loss)
     if HALF:
-        pick(controls.HALVES, "HALF", HALF)
+        pick(processed.HALVES, "HALF", HALF)
     if RATING:
         pick(RATINGS, "RATING", RATING)
         if HEAD != "attributes":
@@ -123,14 +111,14 @@ def main(settings: dict) -> None:
     training.check_tracker(REPORT_TO)
     device, precision = models.choose_machine(DEVICE, PRECISION)
     # 2. load
-    tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
-    rows, validation = (pairs.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
-    rows = controls.half(rows, HALF) if HALF else rows
+    tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
+    rows, validation = (processed.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
+    rows = processed.half(rows, HALF) if HALF else rows
     judged, measured_on = validation, "validation"
     if EPOCHS > 1 and metadata["test_size"]:  # the epoch is chosen on validation, so it cannot measure too
-        judged, measured_on = pairs.load_pairs(DATA_DIR, "test", MAX_ROWS), "test"
-    rows, judged, validation = (controls.closed_answers(some, tokenizer) for some in (rows, judged, validation))
-    ratings, means = pairs.ratings_of(rows)
+        judged, measured_on = processed.load_pairs(DATA_DIR, "test", MAX_ROWS), "test"
+    rows, judged, validation = (processed.closed_answers(some, tokenizer) for some in (rows, judged, validation))
+    ratings, means = processed.ratings_of(rows)
     reading = heads.reading_of(HEAD, RATING or metadata["rating"], ratings, means)
     check_loss(
         HEAD,
@@ -213,7 +201,7 @@ def main(settings: dict) -> None:
     say(f"written: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}    # the whole report as one page")
     policy = f"python train_dpo.py --reward_model {run.folder}"
-    say(f"      {processed.reading(policy, DATA_DIR, MODEL, metadata['tokenizer'])}")
+    say(f"      {processed.next_command(policy, DATA_DIR, MODEL, metadata['tokenizer'])}")
 
 
 if __name__ == "__main__":

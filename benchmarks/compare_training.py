@@ -62,11 +62,12 @@ def build(
     from transformers import TrainingArguments, set_seed
 
     from utils import models, pairs, training
+    from utils.data import processed
     from utils.runs import Run
 
     flags, work = FLAGS[variant], Path(tempfile.mkdtemp())
-    tokenizer, _ = pairs.matching_tokenizer(data_dir, "MODEL", model)
-    rows = pairs.load_pairs(data_dir, "train", max_rows)
+    tokenizer, _ = processed.matching_tokenizer(data_dir, "MODEL", model)
+    rows = processed.load_pairs(data_dir, "train", max_rows)
     set_seed(same["seed"])
     if variant.startswith("trl"):
         return trl_trainer(method, model, rows, tokenizer, work, place, same | flags), 0.0

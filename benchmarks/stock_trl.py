@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from utils import training
-from utils.pairs import prompt_of
+from utils.data.processed import prompt_of
 from utils.runs import Run
 
 DPO_LOSSES = {  # LOSS: loss_type and loss_weights of trl.DPOConfig

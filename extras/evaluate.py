@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.processed import splits_of
+from utils.data.processed import splits_of
 from utils.runs import Run, check_run_folder, read_json
 from utils.script import at_least, needs, pick, say, script, stop
 
@@ -57,10 +57,9 @@ def pairs_of_another_origin(dataset: str, max_rows: int, model: RewardModel) -> 
 
     from datasets import Dataset
 
-    from utils.pairing import checked_pairs
-    from utils.rows import Ledger, finished_row
-    from utils.sources import open_source
-    from utils.tokens import unfit
+    from utils.data.preferences import Ledger, checked_pairs, finished_row
+    from utils.data.sources import open_source
+    from utils.data.tokens import unfit
 
     fits = partial(unfit, tokenizer=model.tokenizer, max_length=model.max_length)
     source, ledger = open_source(dataset, ""), Ledger()
@@ -79,8 +78,8 @@ def pairs_of_another_origin(dataset: str, max_rows: int, model: RewardModel) -> 
 
 def in_its_window(rows: Dataset, model: RewardModel) -> Dataset:
     """The rows as the model reads them: with its tokenizer, its template and its window; equal pairs left out."""
-    from utils.controls import closed_answers
-    from utils.tokens import token_columns, tokenised
+    from utils.data.processed import closed_answers
+    from utils.data.tokens import token_columns, tokenised
 
     known = [name for name in token_columns(rows[:1], model.tokenizer, model.max_length) if name in rows.column_names]
     rows = tokenised(rows.remove_columns(known), model.tokenizer, model.max_length)
@@ -136,13 +135,14 @@ def compare_policies(
     from dataclasses import replace
 
     from extras.parts import frontier
-    from utils import comparing, models, pairs
-    from utils.controls import different_prompts
+    from utils import comparing, models
+    from utils.data import processed
+    from utils.data.processed import unique_prompts
 
-    tokenizer, metadata = pairs.matching_tokenizer(data_dir, "MODEL", model)
+    tokenizer, metadata = processed.matching_tokenizer(data_dir, "MODEL", model)
     for folder in policies.values():  # all of them before the first one answers: the ids are read by each
-        pairs.matching_tokenizer(data_dir, "POLICIES", folder)
-    rows = different_prompts(pairs.load_pairs(data_dir, split), count)
+        processed.matching_tokenizer(data_dir, "POLICIES", folder)
+    rows = unique_prompts(processed.load_pairs(data_dir, split), count)
     prompts = [messages[:-1] for messages in rows["chosen"]]
     device = judges["reward"].model.device
 
@@ -175,7 +175,8 @@ def main(settings: dict) -> None:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
         pick(splits_of(DATA_DIR), "SPLIT", SPLIT)
     from extras.parts import frontier
-    from utils import judging, models, pairs, quality, quality_plots, rewards
+    from utils import judging, models, quality, quality_plots, rewards
+    from utils.data import processed
 
     device, precision = models.choose_machine(DEVICE, PRECISION)
     if POLICIES and DATASET:
@@ -202,7 +203,7 @@ def main(settings: dict) -> None:
         if DATASET:
             rows = pairs_of_another_origin(DATASET, MAX_ROWS, model)
         else:
-            rows = pairs.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
+            rows = processed.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
         result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
         result["pairs_trained_on"] = judging.trained_on(REWARD_MODEL, rows)

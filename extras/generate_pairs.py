@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from extras.parts.generated import Asked, Written
+    from utils.data.preferences import Ledger
     from utils.rewards import RewardModel
-    from utils.rows import Ledger
 
 # data
 DATA_DIR = "processed_helpsteer"  # its prompts and, for self_align, its answers: of pairs the chosen ones
@@ -134,8 +134,8 @@ def write_pairs(
     made: see generated.pairs_of. source: metadata of DATA_DIR. figures: see generated.figures_of.
     """
     from extras.parts.generated import left_open
-    from utils import processed, tokens
-    from utils.sources import Source
+    from utils.data import processed, tokens
+    from utils.data.sources import Source
 
     folder = Path(OUTPUT_DIR).expanduser().resolve()
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as work:
@@ -164,15 +164,16 @@ def main(settings: dict) -> None:
     # 1. check
     check()
     from extras.parts import generated
-    from utils import models, pairs, processed, references, rewards, tokens
-    from utils.rows import Ledger
+    from utils import models, references, rewards
+    from utils.data import processed, tokens
+    from utils.data.preferences import Ledger
 
     pick(generated.MODES, "MODE", MODE)
     processed.check_folder(Path(OUTPUT_DIR).expanduser().resolve(), DATA_DIR, "DATA_DIR")
     device, precision = models.choose_machine(DEVICE, PRECISION)
     judge = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision)["reward"] if MODE == "ranked" else None
     # 2. load
-    tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
+    tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     window, ledger = metadata["max_length"], Ledger()
     asked = generated.asked_of(DATA_DIR, SPLITS, MAX_ROWS, ledger)
     room = max(window - MAX_NEW_TOKENS, window // 2)  # of a prompt, as in a pair with such an answer
@@ -200,7 +201,7 @@ def main(settings: dict) -> None:
     write_json(run.folder / "eval.json", found["generated"])
     run.finish()
     # 5. print where it is
-    processed.report(found, Path(OUTPUT_DIR), f"python train_dpo.py --data_dir {OUTPUT_DIR} --model {MODEL}")
+    processed.print_summary(found, Path(OUTPUT_DIR), f"python train_dpo.py --data_dir {OUTPUT_DIR} --model {MODEL}")
     say(f"      {figures['cut_share']:.0%} of {figures['answers']} answers were cut at MAX_NEW_TOKENS")
 
 

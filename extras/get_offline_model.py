@@ -68,8 +68,8 @@ def from_hub(folder: Path) -> torch.Tensor | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from utils.data.tokens import load_tokenizer
     from utils.models import load_causal
-    from utils.tokens import load_tokenizer
 
     try:
         published = snapshot_download(

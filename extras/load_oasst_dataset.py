@@ -16,20 +16,20 @@ from pathlib import Path
 
 from extras.parts.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
 from utils.config import override_constants
-from utils.processed import (
+from utils.data.preferences import Ledger, finished_row
+from utils.data.processed import (
     check_folder,
     describe,
-    reading,
+    next_command,
+    print_summary,
     replace_folder,
-    report,
     row_features,
     save_parts,
     write_rows,
 )
-from utils.rows import Ledger, finished_row
+from utils.data.sources import TREE_LAYOUTS, Source, first_of, open_source
 from utils.runs import write_json
 from utils.script import at_least, pick, script, stop
-from utils.sources import TREE_LAYOUTS, Source, first_of, open_source
 
 # data
 DATASET = "OpenAssistant/oasst1"  # hub name owner/name[/file], or a local file or folder of flat or nested messages
@@ -84,7 +84,7 @@ def main(settings: dict) -> None:
     if not 0 <= VALIDATION_SHARE < 1:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
     from extras.parts.answers import divide
-    from utils.tokens import check_window, load_tokenizer, tokenised
+    from utils.data.tokens import check_window, load_tokenizer, tokenised
 
     folder = Path(OUTPUT_DIR).expanduser().resolve()  # of a link the folder that it names is replaced, not the link
     check_folder(folder, DATASET)
@@ -118,7 +118,7 @@ def main(settings: dict) -> None:
         del parts, plain  # closes their files: Windows deletes none that is open
         replace_folder(folder, whole)
     # 5. print where it is
-    report(metadata, Path(OUTPUT_DIR), reading(NEXT[ROWS], OUTPUT_DIR))
+    print_summary(metadata, Path(OUTPUT_DIR), next_command(NEXT[ROWS], OUTPUT_DIR))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pathlib import Path
 from extras.rating import items, ratings
 from extras.rating.labels import LABELS as WORDS
 from utils.config import override_constants
-from utils.processed import refuse_sft_rows, splits_of
-from utils.rows import prompt_text, with_persona
+from utils.data.preferences import prompt_text, with_persona
+from utils.data.processed import refuse_sft_rows, splits_of
 from utils.runs import free_name, read_json, write_json, write_lines, write_text
 from utils.script import at_least, needs, pick, say, script, stop
 
@@ -109,7 +109,7 @@ def conditions() -> dict[str, tuple[str, str, str]]:
 def answer_prompts(prompts: list[dict]) -> None:
     """Put the answers of each condition into the prompts, all with the same random numbers."""
     from utils import guidance, models, sampling
-    from utils.tokens import load_tokenizer
+    from utils.data.tokens import load_tokenizer
 
     device, precision = models.choose_machine(DEVICE, PRECISION)
     template = read_json(Path(DATA_DIR) / "metadata.json").get("chat_template", "")

@@ -78,7 +78,7 @@ def check() -> None:
 def load() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset, dict]:
     """Return (tokenizer, training rows, validation rows, facts for run.json)."""
     from extras.parts import answers
-    from utils import pairs, processed, tokens
+    from utils.data import processed, tokens
 
     least = answers.least_rating(MIN_RATING)
     if DATASET:
@@ -88,7 +88,7 @@ def load() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset, dict]:
         facts = {"dataset_name": DATASET, "max_length": MAX_LENGTH, "counts": ledger.totals() | ledger.counts()}
         facts["data_fingerprint"] = processed.fingerprint(found)
     else:
-        tokenizer, metadata = pairs.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
+        tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
         found = {name: answers.load_answers(DATA_DIR, name, MAX_ROWS) for name in ("train", "validation")}
         facts = {"dataset_name": metadata["dataset_name"], "max_length": metadata["max_length"]}
         facts["data_fingerprint"] = metadata["fingerprint"]
@@ -145,7 +145,8 @@ def main(settings: dict) -> None:
     from transformers import set_seed
 
     from extras.parts import sft
-    from utils import models, pairs, policies, policy_report, processed, training
+    from utils import models, pairs, policies, policy_report, training
+    from utils.data import processed
 
     pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
@@ -183,8 +184,8 @@ def main(settings: dict) -> None:
     say(sft.format_result(result))
     of_pairs = not DATASET and read_json(f"{DATA_DIR}/metadata.json").get("rows") != "sft"
     names = DATA_DIR if of_pairs else processed.READ_BY_DEFAULT, str(run.folder)
-    say(f"written: {run.folder}\nnext: {processed.reading('python train_dpo.py', *names)}")
-    say(f"      {processed.reading('python train_reinforce.py', *names)}")
+    say(f"written: {run.folder}\nnext: {processed.next_command('python train_dpo.py', *names)}")
+    say(f"      {processed.next_command('python train_reinforce.py', *names)}")
 
 
 if __name__ == "__main__":

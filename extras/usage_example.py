@@ -10,8 +10,8 @@ python -m extras.usage_example --question "How do I boil an egg?" --answers "In 
 from __future__ import annotations
 
 from utils.config import override_constants
-from utils.processed import refuse_sft_rows
-from utils.rows import with_persona
+from utils.data.preferences import with_persona
+from utils.data.processed import refuse_sft_rows
 from utils.runs import read_json
 from utils.script import at_least, needs, say, script, stop
 
@@ -50,7 +50,8 @@ def show_rows() -> None:
 
 def answer_of_policy(conversation: list[dict]) -> str:
     """Return the policy's answer to a conversation."""
-    from utils import guidance, models, sampling, tokens
+    from utils import guidance, models, sampling
+    from utils.data import tokens
 
     tokenizer, model = tokens.load_tokenizer(POLICY, constant="POLICY"), models.load_causal(POLICY, "POLICY")
     window = model.config.max_position_embeddings - MAX_NEW_TOKENS

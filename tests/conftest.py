@@ -52,7 +52,7 @@ def tokenizer_folder(tmp_path_factory, texts):
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder):
-    from utils.tokens import load_tokenizer
+    from utils.data.tokens import load_tokenizer
 
     return load_tokenizer(tokenizer_folder)
 
@@ -118,9 +118,10 @@ def judges(tmp_path_factory, model_folder, sample_folder):
     import torch
 
     from utils import rewards
+    from utils.data.processed import load_pairs
+    from utils.data.tokens import load_tokenizer
     from utils.heads import reading_of
-    from utils.pairs import PairCollator, load_pairs
-    from utils.tokens import load_tokenizer
+    from utils.pairs import PairCollator
 
     tokenizer = load_tokenizer(model_folder)  # of its own: a reward model changes the padding
     folders, rows = {}, load_pairs(sample_folder, "train", 8)

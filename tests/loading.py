@@ -11,7 +11,7 @@ from datasets import Dataset, load_from_disk
 
 import load_helpsteer_dataset
 from tests.conftest import run_script
-from utils.sources import ATTRIBUTES
+from utils.data.sources import ATTRIBUTES
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> Path:

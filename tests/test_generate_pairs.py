@@ -19,11 +19,10 @@ from extras.parts.generated import Asked, Written, in_batches, left_open, pairs_
 from tests.conftest import run_script
 from tests.loading import tree, write_lines
 from utils import rewards, sampling
-from utils.processed import row_features
-from utils.rows import Ledger
+from utils.data.preferences import Ledger
+from utils.data.processed import row_features
+from utils.data.tokens import end_of_turn, tokenised
 from utils.sampling import Answer, Luck, draws
-from utils.templates import end_of_turn
-from utils.tokens import tokenised
 
 SMALL = {"MAX_ROWS": 12, "MAX_NEW_TOKENS": 8, "BATCH_SIZE": 4, "DEVICE": "cpu", "PRECISION": "fp32"}
 

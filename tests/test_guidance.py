@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from utils.data.processed import load_pairs
 from utils.guidance import (
     Guidance,
     guided_rows,
@@ -18,7 +19,7 @@ from utils.guidance import (
 )
 from utils.logps import answer_logps, check_head, logits_of, token_logps
 from utils.models import load_causal
-from utils.pairs import PairCollator, load_pairs
+from utils.pairs import PairCollator
 from utils.policies import PolicyPairs
 from utils.sampling import batch_of, float32_head, generate, logps_of, prompt_ids_of, stop_ids
 

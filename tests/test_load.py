@@ -11,8 +11,8 @@ import load_helpsteer_dataset
 from tests.conftest import ROOT, SAMPLE
 from tests.loading import load_rows, rows_of, write_lines
 from tests.test_tokens import STRICT
-from utils.split import near_duplicate_groups
-from utils.tokens import chat_template_sha256, tokenizer_sha256
+from utils.data.split import near_duplicate_groups
+from utils.data.tokens import chat_template_sha256, tokenizer_sha256
 
 REAL = ROOT.parent / "shared" / "data"  # rows of NVIDIA's, on the developers' machines only
 COLUMNS = [

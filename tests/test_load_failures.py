@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import SAMPLE
 from tests.loading import content_of, load_rows, rows_of, write_lines, write_rows
-from utils.tokens import load_tokenizer
+from utils.data.tokens import load_tokenizer
 
 
 @pytest.fixture

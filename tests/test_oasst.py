@@ -13,7 +13,7 @@ from extras import load_oasst_dataset
 from tests.conftest import ROOT, run_script
 from tests.loading import load_rows, message, nested, tree, write_lines, write_rows
 from tests.test_load import COLUMNS, METADATA, check_books
-from utils.pairs import load_pairs
+from utils.data.processed import load_pairs
 
 SAMPLE = ROOT / "sample_data" / "oasst_sample.jsonl"
 

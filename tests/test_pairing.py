@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from utils.pairing import checked_pairs
-from utils.rows import Ledger, real_number, whole_number
-from utils.sources import ATTRIBUTES
+from utils.data.preferences import Ledger, checked_pairs, real_number, whole_number
+from utils.data.sources import ATTRIBUTES
 
 
 def answer(prompt, response, grades=(3, 3, 3, 3, 3), **cells):

@@ -6,17 +6,10 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification
 
+from utils.data.processed import load_pairs
 from utils.heads import Reading
 from utils.hidden import CHOSEN, REJECTED, check_shared_rows
-from utils.pairs import (
-    LengthSampler,
-    PairCollator,
-    forward_pairs,
-    like_length,
-    load_pairs,
-    pair_lengths,
-    split_batch,
-)
+from utils.pairs import LengthSampler, PairCollator, forward_pairs, like_length, pair_lengths, split_batch
 from utils.rewards import RewardPairs, prepare
 
 
@@ -148,7 +141,7 @@ def test_using_rows_leaves_nothing_in_their_folder(sample_folder, tokenizer):
     from pathlib import Path
 
     from benchmarks.stock_trl import whole_rows
-    from utils.controls import closed_answers
+    from utils.data.processed import closed_answers
 
     before = sorted(Path(sample_folder).rglob("*"))
     rows = closed_answers(load_pairs(sample_folder, "train", 20).select([3, 1, 2]), tokenizer)
@@ -162,7 +155,7 @@ def test_lengths_count_real_tokens(sample_folder):
 
 
 def test_pad_token_differs_from_the_end_of_turn(model_folder, tokenizer_folder):
-    from utils.tokens import load_tokenizer
+    from utils.data.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id

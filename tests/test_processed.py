@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.loading import content_of, load_rows, rows_of, write_lines
-from utils.processed import made_again, reading
+from utils.data.processed import next_command, reload_command
 
 
 @pytest.fixture
@@ -116,17 +116,17 @@ def test_a_killed_run_leaves_the_old_rows(load, tmp_path, tokenizer_folder, caps
 def test_the_command_that_makes_a_folder_again_names_its_source_and_what_was_set():
     settings = {"DATASET": "my rows", "RATING": "goodness", "MAX_ROWS": 0, "MAX_LENGTH": 512, "OUTPUT_DIR": "moved"}
     metadata = {"settings": settings | {"TOKENIZER": "old", "SEED": 42}}
-    assert made_again(metadata, "here", "new") == (
+    assert reload_command(metadata, "here", "new") == (
         "python load_helpsteer_dataset.py --dataset 'my rows' --tokenizer new --max_length 512 --output_dir here "
         "--rating goodness"
     )
     trees = {"settings": settings | {"LANGUAGE": "", "RATING": "average"}, "made_by": "-m extras.load_oasst_dataset"}
-    assert made_again(trees, "here", "new") == (
+    assert reload_command(trees, "here", "new") == (
         "python -m extras.load_oasst_dataset --dataset 'my rows' --tokenizer new --max_length 512 --language '' "
         "--output_dir here"
     )
     made = {"settings": {"DATA_DIR": "rows", "MODE": "ranked", "REWARD_MODEL": "judge"}, "generated": {}}
-    assert made_again(made | {"made_by": "load_helpsteer_dataset.py"}, "here", "new") == (
+    assert reload_command(made | {"made_by": "load_helpsteer_dataset.py"}, "here", "new") == (
         "python -m extras.generate_pairs --data_dir rows --model new --mode ranked --reward_model judge "
         "--output_dir here"
     )
@@ -134,7 +134,9 @@ def test_the_command_that_makes_a_folder_again_names_its_source_and_what_was_set
 
 def test_the_next_command_names_folder_and_model_that_are_not_its_own(tmp_path):
     hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert reading("python x.py", "processed_helpsteer", hub) == "python x.py"
-    assert reading("python x.py", "my rows", "models/copy") == "python x.py --data_dir 'my rows' --model models/copy"
+    assert next_command("python x.py", "processed_helpsteer", hub) == "python x.py"
+    assert (
+        next_command("python x.py", "my rows", "models/copy") == "python x.py --data_dir 'my rows' --model models/copy"
+    )
     (tmp_path / "reward_config.json").write_text("{}")
-    assert reading("python x.py", "processed_helpsteer", str(tmp_path), "owner/y") == "python x.py --model owner/y"
+    assert next_command("python x.py", "processed_helpsteer", str(tmp_path), "owner/y") == "python x.py --model owner/y"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from utils.controls import HALVES, different_prompts, half, shuffled_prompts, without_prompts
+from utils.controls import shuffled_prompts, without_prompts
+from utils.data.processed import HALVES, half, unique_prompts
 from utils.heads import Reading
 from utils.judging import fit_win_scale, lines_of, shortcuts_right, surface_weights
 from utils.quality import NAMES, length_bands, report, told
@@ -188,7 +189,7 @@ def test_logistic_regression_equals_scikit_learn():
 
 
 def test_prompts_are_taken_away_or_exchanged_and_answers_stay(sample_folder, tokenizer):
-    from utils.pairs import load_pairs
+    from utils.data.processed import load_pairs
 
     rows = load_pairs(sample_folder, "train", 30)
     empty, shuffled = without_prompts(rows, tokenizer), shuffled_prompts(rows)
@@ -212,7 +213,7 @@ def test_pairs_of_a_prompt_stay_in_one_half_and_are_answered_once():
     rows = asked("a", "b", "a", "c", "b", "d")
     halves = [half(rows, name)["row"] for name in HALVES]
     assert [list(one) for one in halves] == [[0, 2, 3], [1, 4, 5]]
-    assert list(different_prompts(rows)["row"]) == [0, 1, 3, 5] and list(different_prompts(rows, 2)["row"]) == [0, 1]
+    assert list(unique_prompts(rows)["row"]) == [0, 1, 3, 5] and list(unique_prompts(rows, 2)["row"]) == [0, 1]
     alone = asked(*"abcdef")
     assert list(half(alone, "odd")["row"]) == [1, 3, 5], "one pair a prompt: every second pair"
     with pytest.raises(SystemExit, match="HALF = 'odd' holds no pair"):
@@ -242,9 +243,8 @@ def test_the_scale_of_attributes_is_fitted_to_the_pairs():
 
 def test_cut_answers_are_closed_for_reward_models(sample_folder, tokenizer):
     """Else the token at which an answer is read says whether it was cut, and a reward model learns just that."""
-    from utils.controls import closed_answers
-    from utils.pairs import load_pairs
-    from utils.templates import end_of_turn
+    from utils.data.processed import closed_answers, load_pairs
+    from utils.data.tokens import end_of_turn
 
     rows, closing = load_pairs(sample_folder, "train", 60), end_of_turn(tokenizer)
     closed = closed_answers(rows, tokenizer)

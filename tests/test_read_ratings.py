@@ -9,11 +9,10 @@ from extras import rate_answers
 from extras.rating import agreement, items, ratings
 from tests.conftest import run_script
 from tests.rating_toys import rated, read_back, six_pairs
-from utils.pairing import checked_pairs
+from utils.data.preferences import Ledger, checked_pairs
+from utils.data.sources import open_source
 from utils.rewards import RewardModel
-from utils.rows import Ledger
 from utils.runs import write_lines
-from utils.sources import open_source
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.config import top_constants
-from utils.sources import ANSWER_LAYOUTS, LAYOUTS, layout_of
+from utils.data.sources import ANSWER_LAYOUTS, LAYOUTS, layout_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)( \w+)?\n(.*?)^```", README, re.S | re.M)

@@ -15,12 +15,12 @@ import train_reward_model
 from benchmarks.stock_trl import reward_trainer
 from tests.conftest import SAMPLE, run_script
 from utils import quality_plots
+from utils.data.processed import load_pairs
+from utils.data.tokens import render
 from utils.heads import Reading
 from utils.models import add_lora, load_classifier, plain, save_with_proof
-from utils.pairs import load_pairs
 from utils.rewards import RewardModel
 from utils.runs import Run
-from utils.templates import render
 from utils.training import training_arguments
 
 SMALL = {

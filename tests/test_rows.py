@@ -5,9 +5,8 @@ import json
 import pytest
 
 from tests.conftest import ROOT
-from utils.pairing import checked_pairs
-from utils.rows import Ledger, chat_turns, finished_row
-from utils.sources import open_source
+from utils.data.preferences import Ledger, chat_turns, checked_pairs, finished_row
+from utils.data.sources import open_source
 
 
 def said(*texts, system=""):

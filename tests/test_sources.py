@@ -6,9 +6,8 @@ import json
 import pytest
 
 from tests.loading import write_lines, write_rows
-from utils.pairing import checked_pairs
-from utils.rows import Ledger
-from utils.sources import open_source
+from utils.data.preferences import Ledger, checked_pairs
+from utils.data.sources import open_source
 
 GRADES = {"helpfulness": 4, "correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 1}
 ROWS = [{"prompt": f"Question {i}?", "response": f'Answer\n{i}, "yes" ☕', **GRADES} for i in range(5)]
@@ -191,7 +190,7 @@ def test_wrong_columns_are_listed_with_the_known_ones(tmp_path):
 
 def test_missing_file_is_never_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.sources.download", lambda dataset: pytest.fail("asked the hub"))
+    monkeypatch.setattr("utils.data.sources.download", lambda dataset: pytest.fail("asked the hub"))
     for name in ("rows.jsonl", "data/rows.parquet", "./data/rows", "/data/rows", "~/no_rows_here", "rows", "a/b/c/d"):
         fails(name, f"DATASET = '{name}' is not there")
 

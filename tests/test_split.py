@@ -9,10 +9,9 @@ from datasets import Dataset
 from scipy.sparse.csgraph import connected_components
 
 import load_helpsteer_dataset
-from utils.pairing import checked_pairs
-from utils.rows import Ledger
-from utils.sources import ATTRIBUTES
-from utils.split import SIMILAR, near_duplicate_groups, shingles, similarity, split_indices, words_of
+from utils.data.preferences import Ledger, checked_pairs
+from utils.data.sources import ATTRIBUTES
+from utils.data.split import SIMILAR, near_duplicate_groups, shingles, similarity, split_indices, words_of
 
 LONG = "Please write a short story about a lighthouse keeper who finds a letter in a bottle on the shore one morning"
 

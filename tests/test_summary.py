@@ -12,8 +12,8 @@ from PIL import Image
 import dataset_summary
 import load_helpsteer_dataset
 from tests.conftest import ROOT, run_script
+from utils.data.preferences import hundredths
 from utils.evaluation import wins
-from utils.rows import hundredths
 from utils.shortcuts import SHORTCUTS, bands_of, list_items
 
 FIGURES = {"token_lengths.png", "rating_gaps.png", "shortcuts.png", "length_by_gap.png"}
@@ -287,9 +287,8 @@ def test_mistakes_end_in_one_line(small, tmp_path, tokenizer, tokenizer_folder):
     not REAL_ROWS.exists(), reason="needs rows of nvidia/HelpSteer2, which are not part of this project"
 )
 def test_longer_wins_on_real_rows():
-    from utils.pairing import checked_pairs
-    from utils.rows import Ledger
-    from utils.sources import open_source
+    from utils.data.preferences import Ledger, checked_pairs
+    from utils.data.sources import open_source
 
     read = open_source(str(REAL_ROWS), "average").splits["train"]
     answers = [pair["answers"] for pair in checked_pairs(read, "attributes", "average", "train", 0.0, Ledger())]

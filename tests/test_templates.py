@@ -4,8 +4,7 @@ import pytest
 
 from tests.conftest import TEMPLATE
 from tests.test_tokens import LONG, encode, said
-from utils.templates import end_of_turn, ids_of, render
-from utils.tokens import PLAIN_TEMPLATE
+from utils.data.tokens import PLAIN_TEMPLATE, end_of_turn, ids_of, render
 
 LLAMA = (  # the template of Llama 2
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] | trim }} [/INST]"
@@ -71,6 +70,6 @@ def test_answers_have_no_sign_of_a_text_that_begins(sentencepiece, template, pre
 def test_where_nothing_is_put_before_a_text_answers_are_tokenised_by_themselves(tokenizer, monkeypatch):
     """The whole conversation once more for each answer would take three times as long."""
     asked = []
-    monkeypatch.setattr("utils.templates.ids_of", lambda t, texts: asked.extend(texts) or ids_of(t, texts))
+    monkeypatch.setattr("utils.data.tokens.ids_of", lambda t, texts: asked.extend(texts) or ids_of(t, texts))
     encode(tokenizer, said(LONG), "yes", "no", 200)
     assert sum(LONG in text for text in asked) == 1

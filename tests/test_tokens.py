@@ -6,13 +6,14 @@ import shutil
 import pytest
 
 from tests.conftest import TEMPLATE
-from utils.templates import end_of_turn, render
-from utils.tokens import (
+from utils.data.tokens import (
     PLAIN_TEMPLATE,
     chat_template_sha256,
     check_window,
     encode_answers,
+    end_of_turn,
     load_tokenizer,
+    render,
     tokenizer_sha256,
 )
 

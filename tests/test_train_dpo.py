@@ -170,7 +170,7 @@ def test_a_preference_must_fit_behind_the_persona_of_the_rows(tokenizer, capsys)
     from datasets import Dataset
 
     from utils import guidance
-    from utils.templates import prompt_ids
+    from utils.data.tokens import prompt_ids
 
     said = guidance.text_guidance("Please be brief and kind.")
     system = {"role": "system", "content": "You are a teacher. " * 8}

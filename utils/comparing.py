@@ -8,10 +8,10 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.preferences import Message
 from utils.evaluation import at_equal_length, comparison
 from utils.guidance import Guidance
 from utils.rewards import RewardModel
-from utils.rows import Message
 from utils.sampling import Answer, generate, logps_of, prompt_ids_of
 
 NGRAM = 3  # repetition counts runs of so many tokens

@@ -4,22 +4,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.script import stop
-from utils.templates import end_of_turn, prompt_ids
-from utils.tokens import closed
-
-HALVES = {"even": 0, "odd": 1}  # value of HALF: its first prompt
-
-
-def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return the rows with an end of turn behind cut answers too, as reward models need (see utils.tokens.closed)."""
-    closing = end_of_turn(tokenizer)
-    for side in ("chosen", "rejected"):
-        both = zip(rows[f"{side}_ids"], rows[f"{side}_cut"], strict=True)
-        ids = [closed(answer, closing) if cut else answer for answer, cut in both]
-        kind = rows.features[f"{side}_ids"]
-        rows = rows.remove_columns(f"{side}_ids").add_column(f"{side}_ids", ids, feature=kind)
-    return rows
+from utils.data.tokens import prompt_ids
 
 
 def without_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -48,23 +33,3 @@ def with_prompts(rows: Dataset, ids: list[list[int]], masks: list[list[int]]) ->
     for name, values in columns.items():
         rows = rows.add_column(name, values, feature=kinds[name])
     return rows
-
-
-def same_prompt(rows: Dataset) -> np.ndarray:
-    """Return for each row [rows] the index of the first row with the same prompt (all turns before the answer)."""
-    first = {}
-    return np.array([first.setdefault(str(messages[:-1]), i) for i, messages in enumerate(rows["chosen"])], dtype=int)
-
-
-def different_prompts(rows: Dataset, count: int = 0) -> Dataset:
-    """Return the first row of each prompt, at most `count` rows (0 = all); rows of one prompt are not independent."""
-    return rows.select(np.unique(same_prompt(rows))[: count or None])
-
-
-def half(rows: Dataset, name: str) -> Dataset:
-    """Return the pairs of every second prompt. The two HALVES share no prompt."""
-    number = np.unique(same_prompt(rows), return_inverse=True)[1]
-    found = rows.select(np.flatnonzero(number % 2 == HALVES[name]))
-    if not len(found):
-        stop(f"HALF = {name!r} holds no pair: the {len(rows)} rows have {number.max() + 1} prompt(s)")
-    return found

@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from utils.rows import Message
+from utils.data.preferences import Message
+from utils.data.tokens import encode_answers, ids_of, prompt_ids
 from utils.script import say, stop
-from utils.templates import ids_of, prompt_ids
-from utils.tokens import encode_answers
 
 VECTORS_FILE = "prompt_embedding.safetensors"
 VECTORS_NAMES = ("prompt_embeddings", "embeddings")  # entries of a file that may hold the vectors

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 from torch.nn import functional
 
+from utils.data.preferences import RATINGS
+from utils.data.sources import ATTRIBUTES, HIGHEST_ATTRIBUTE
 from utils.losses import PAIR_LOSSES, centring, grade_cross_entropy, log_tie, log_win
-from utils.rows import RATINGS
-from utils.sources import ATTRIBUTES, HIGHEST_ATTRIBUTE
 
 GRADES = 10
 

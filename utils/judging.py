@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.controls import half, same_prompt, shuffled_prompts, without_prompts
+from utils.controls import shuffled_prompts, without_prompts
+from utils.data.processed import answer_tokens, half, load_pairs, same_prompt
 from utils.evaluation import wins
 from utils.heads import Reading
-from utils.pairs import answer_tokens, load_pairs
 from utils.runs import read_json
 from utils.script import say
 from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences

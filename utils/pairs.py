@@ -6,63 +6,23 @@ while the prompt is paid for once.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset, disable_caching, load_from_disk
+from datasets import Dataset, disable_caching
 from torch import nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
+from utils.data.processed import prompt_of
 from utils.hidden import CHOSEN, PADDING, PROMPT, REJECTED
-from utils.processed import made_again, refuse_sft_rows
-from utils.runs import read_json
-from utils.script import bar_off, needs, say, stop
-from utils.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
+from utils.script import bar_off, stop
 
 disable_caching()  # else each change of rows leaves a file in the processed folder, which is not ours to write in
 
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # positions in one pass: what keeps the device busy
-
-
-def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
-    """The rows of one split with ids that a trainer can use: at most max_rows (0 = all), numbered by `row`.
-
-    Pairs that are equal in the window teach nothing and are left out; how many is printed.
-    """
-    rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
-    refuse_sft_rows(data_dir, read_json(Path(data_dir) / "metadata.json"))
-    rows = rows.add_column("row", np.arange(len(rows)))
-    if max_rows:
-        rows = rows.select(range(min(max_rows, len(rows))))
-    different = [i for i, equal in enumerate(rows["equal_after_cut"]) if not equal]
-    if len(different) < len(rows):
-        say(f"{split}: {len(rows) - len(different)} of {len(rows)} pairs are equal in the window and are left out")
-        rows = rows.select(different)
-    if not len(rows):
-        stop(f"{data_dir}/{split} has no pair to use: run load_helpsteer_dataset.py with a larger share or more rows")
-    return rows
-
-
-def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrainedTokenizerBase, dict]:
-    """(tokenizer of `name`, metadata.json of data_dir), or an end to the script where the ids are another one's.
-
-    Compared by what tokenizer and template do, not by their names: hub, offline copy and SFT folder are the same.
-    """
-    metadata = read_json(needs(Path(data_dir) / "metadata.json", made_by="load_helpsteer_dataset.py"))
-    tokenizer = load_tokenizer(name, metadata["settings"].get("CHAT_TEMPLATE", ""), constant)
-    now = {"tokenizer": tokenizer_sha256(tokenizer), "chat_template": chat_template_sha256(tokenizer)}
-    for what, value in now.items():
-        if metadata[f"{what}_sha256"] != value:
-            stop(
-                f"{data_dir} was made with another {what.replace('_', ' ')} than that of {constant} = {name!r}: "
-                f"run `{made_again(metadata, data_dir, name)}` first"
-            )
-    return tokenizer, metadata
 
 
 def row_multiple(device: torch.device) -> int:
@@ -78,24 +38,6 @@ def pair_lengths(rows: Dataset) -> np.ndarray:
             lengths[start : start + 1000] += [len(ids) for ids in batch[column]]
         lengths[start : start + 1000] += [sum(mask) for mask in batch["attention_mask"]]
     return lengths
-
-
-def ratings_of(rows: Dataset) -> tuple[list[float], list[float] | None]:
-    """(all ratings of the answers that there are, means of the five attributes or None where no answer has any)."""
-    sides = ("chosen", "rejected")
-    ratings = [rating for side in sides for rating in rows[f"{side}_rating"] if rating is not None]
-    attributes = [given for side in sides for given in rows[f"{side}_attributes"] if given]
-    return ratings, np.mean(attributes, axis=0).tolist() if attributes else None
-
-
-def answer_tokens(rows: Dataset) -> np.ndarray:
-    """Tokens of the chosen and the rejected answer in the window [rows, 2]."""
-    return np.array([[len(ids) for ids in rows[f"{side}_ids"]] for side in ("chosen", "rejected")], dtype=float).T
-
-
-def prompt_of(row: dict) -> list[int]:
-    """The ids of a row's prompt, without its padding."""
-    return row["input_ids"][: sum(row["attention_mask"])]
 
 
 class PairCollator:

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils.comparing import Sampler, compared, rewards_of
-from utils.controls import same_prompt
 from utils.curves import training_curves
+from utils.data.processed import same_prompt
 from utils.evaluation import mean_kl, share_right, wins
 from utils.guidance import Guidance
 from utils.models import PROOF_ROWS, load_causal, save_with_proof

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from utils.data.preferences import hundredths
 from utils.evaluation import calibration, coverage, interval, paired_difference, share_right, verdict, wins
-from utils.rows import hundredths
 from utils.shortcuts import bands_of
 
 MATCHED = 0.1  # below this difference, as a share of the longer answer, two answers are of equal length

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils.comparing import repetition
+from utils.data.preferences import Message
 from utils.guidance import Guidance
 from utils.heads import Reading
 from utils.logps import answer_logps
 from utils.rewards import RewardModel
-from utils.rows import Message
 from utils.sampling import Answer, prompt_ids_of
 from utils.script import stop
 

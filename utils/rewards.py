@@ -12,14 +12,15 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from utils.data.preferences import Message
+from utils.data.processed import prompt_of
+from utils.data.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
 from utils.heads import HEADS, Reading
 from utils.hidden import hidden_states
 from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, plain, save_with_proof
-from utils.pairs import PairCollator, like_length, prompt_of, row_multiple
-from utils.rows import Message
+from utils.pairs import PairCollator, like_length, row_multiple
 from utils.runs import read_json, write_json
 from utils.script import bar_off, explain_missing, say, stop
-from utils.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
 
 CONFIG_FILE = "reward_config.json"
 REMOVED = ("LENGTH_PENALTY", "ANSWERS_ONLY")  # options of older versions: their models would score differently now

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from utils.processed import made_again
+from utils.data.processed import reload_command
 from utils.script import first_process, lock_folder, processes, release, say, stop
 
 MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
@@ -224,7 +224,7 @@ def main(words: list[str]) -> None:
     mode, name = MODES[guidance], short or short_model(model)
     print(*run_names(metadata["dataset_name"], mode, name, loss, float(beta), float(alpha)))
     if metadata["tokenizer"] != model:
-        first = made_again(metadata, data_dir, model)
+        first = reload_command(metadata, data_dir, model)
         print(
             f"{data_dir} has the tokens of {metadata['tokenizer']}; if {model} has others, run `{first}` first",
             file=sys.stderr,

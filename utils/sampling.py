@@ -11,15 +11,14 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from utils.data.preferences import Message
+from utils.data.tokens import end_of_turn, fitted_prompt
 from utils.guidance import Guidance
 from utils.hidden import with_vectors
 from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import autocast, plain
 from utils.pairs import TOKENS_AT_ONCE, PairCollator, like_length, row_multiple
-from utils.rows import Message
 from utils.script import bar_off
-from utils.templates import end_of_turn
-from utils.tokens import fitted_prompt
 
 
 @dataclass

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.processed import row_features
-from utils.rows import (
+from utils.data.preferences import (
     Ledger,
     Message,
     asks,
@@ -20,9 +19,10 @@ from utils.rows import (
     prompt_turns,
     real_number,
 )
+from utils.data.processed import row_features
+from utils.data.sources import ANSWER_LAYOUTS, Record, open_source
+from utils.data.split import near_duplicate_groups, split_indices
 from utils.script import needs, say, stop
-from utils.sources import ANSWER_LAYOUTS, Record, open_source
-from utils.split import near_duplicate_groups, split_indices
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,7 +139,7 @@ def answers_of_source(
     """
     from datasets import Dataset
 
-    from utils.tokens import tokenised, unfit
+    from utils.data.tokens import tokenised, unfit
 
     fits = partial(unfit, tokenizer=tokenizer, max_length=max_length)
     source, ledger = open_source(dataset, "", ANSWER_LAYOUTS), Ledger()

@@ -11,11 +11,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from extras.parts.answers import load_answers
+from utils.data.preferences import Ledger, Message, finished_row, is_text
+from utils.data.sources import Record
+from utils.data.tokens import end_of_turn
 from utils.pairs import like_length
-from utils.rows import Ledger, Message, finished_row, is_text
 from utils.runs import write_text
-from utils.sources import Record
-from utils.templates import end_of_turn
 
 CUT_LETTER = "\ufffd"  # what the bytes of half a letter are decoded to
 

@@ -6,10 +6,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from utils.pairing import check_pair
-from utils.rows import Ledger, Message, is_text, is_unicode, prompt_text, whole_number, with_persona
+from utils.data.preferences import (
+    Ledger,
+    Message,
+    check_pair,
+    is_text,
+    is_unicode,
+    prompt_text,
+    whole_number,
+    with_persona,
+)
+from utils.data.sources import Record
 from utils.script import stop
-from utils.sources import Record
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 BAD_TREES = ("aborted_low_grade", "halted_by_moderator")  # states of trees that the makers of the data gave up
@@ -47,7 +55,7 @@ class Node:
 def read_nodes(records: Iterable[Record], layout: str, language: str) -> list[Node]:
     """All messages of one split, in its order, with their replies; every one that cannot be used has its reason.
 
-    layout: a key of utils.sources.TREE_LAYOUTS. language: "" = all; a conversation is in one language throughout.
+    layout: a key of utils.data.sources.TREE_LAYOUTS. language: "" = all; a conversation is in one language throughout.
     """
     nodes, ids, tops, parents = [], {}, [], []
     for message, parent_id, state in messages_of(records, layout):

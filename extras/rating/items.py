@@ -7,9 +7,9 @@ import re
 from itertools import combinations
 from pathlib import Path
 
-from utils.rows import prompt_turns, real_number
+from utils.data.preferences import prompt_turns, real_number
+from utils.data.sources import read_json_lines
 from utils.script import stop
-from utils.sources import read_json_lines
 
 LAYOUTS = {"pairs": 2, "single": 1}  # answers in an item
 HUMAN = "human"  # the condition of the answer that the data has

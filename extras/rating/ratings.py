@@ -7,9 +7,9 @@ at (time of the last change, UTC) and file (fingerprint of the items).
 import json
 from pathlib import Path
 
-from utils.rows import is_unicode, prompt_turns
+from utils.data.preferences import is_unicode, prompt_turns
+from utils.data.sources import Record, read_json_lines
 from utils.script import stop
-from utils.sources import Record, read_json_lines
 
 CRITERIA = ("relevance", "clarity", "completeness", "originality", "style")
 GRADES = (1, 2, 3, 4, 5)

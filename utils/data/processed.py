@@ -1,4 +1,4 @@
-"""The processed folder: its columns and metadata, and how it takes the place of an older one."""
+"""The processed folder: write it, describe it, load its pairs and find the tokenizer that it was made with."""
 
 from __future__ import annotations
 
@@ -11,24 +11,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from datasets import Dataset, load_from_disk
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from utils.rows import Ledger
-from utils.runs import versions
-from utils.script import say, stop
-from utils.sources import Record, Source
+from utils.data.preferences import Ledger
+from utils.data.sources import Record, Source
+from utils.data.tokens import chat_template_sha256, closed, end_of_turn, load_tokenizer, tokenizer_sha256
+from utils.runs import read_json, versions
+from utils.script import needs, say, stop
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
-    from transformers import PreTrainedTokenizerBase
+    from datasets import Features
 
 HASHED = (  # what the fingerprint is of, as far as rows have it
     *("prompt", "chosen_rating", "rejected_rating", "rating"),
     *("input_ids", "completion_mask", "chosen_ids", "rejected_ids"),
 )
+
 OURS = {"train", "validation", "test", "metadata.json", "dropped.jsonl"}  # what a processed folder holds
+
 CLUTTER = {".DS_Store", ".ipynb_checkpoints", "Thumbs.db", "desktop.ini"}  # what others put into every folder
+
 READ_BY_DEFAULT = "processed_helpsteer"  # DATA_DIR of the scripts
+
 MAKE_AGAIN = (
     "DATASET",
     "TOKENIZER",
@@ -37,11 +44,15 @@ MAKE_AGAIN = (
     "ROWS",
     "TURNS",
 )  # options of the loaders
+
 LEFT_OUT = {  # more of them, left out where they have this value
     **{"RATING": "average", "SYSTEM_PROMPT": "", "MIN_RATING_GAP": 0.0, "MAX_ROWS": 0, "CHAT_TEMPLATE": ""},
     **{"VALIDATION_SHARE": 0.2, "SEED": 42},
 }
+
 STARTED_FROM = "HuggingFaceTB/SmolLM2-135M-Instruct"  # MODEL of the scripts
+
+HALVES = {"even": 0, "odd": 1}  # value of HALF: its first prompt
 
 
 def row_features(rows: str = "pairs") -> Features:
@@ -91,7 +102,7 @@ def describe(
     parts: dict[str, Dataset], source: Source, ledger: Ledger, tokenizer: PreTrainedTokenizerBase, settings: dict
 ) -> dict:
     """The content of metadata.json."""
-    from utils.tokens import chat_template_sha256, tokenizer_sha256
+    from utils.data.tokens import chat_template_sha256, tokenizer_sha256
 
     sizes = {f"{name}_size": len(parts.get(name, ())) for name in ("train", "validation", "test")}
     rows, columns = sum(sizes.values()), parts["train"].column_names
@@ -179,7 +190,7 @@ def replace_folder(folder: Path, whole: Path) -> None:
         raise
 
 
-def reading(command: str, folder: str, *models: str) -> str:
+def next_command(command: str, folder: str, *models: str) -> str:
     """The command with the folder that it is to read and the model it is to start from, where these are not its own.
 
     models: the first of them that is a language model is named; a reward model starts no policy.
@@ -191,7 +202,7 @@ def reading(command: str, folder: str, *models: str) -> str:
     return command if model == STARTED_FROM else f"{command} --model {shlex.quote(model)}"
 
 
-def made_again(metadata: dict, folder: str, name: str) -> str:
+def reload_command(metadata: dict, folder: str, name: str) -> str:
     """Return the command that makes a processed folder again with the tokenizer of `name`."""
     script = metadata.get("made_by", "load_helpsteer_dataset.py")
     settings = metadata["settings"] | {"TOKENIZER": name, "MODEL": name, "OUTPUT_DIR": str(folder)}
@@ -203,7 +214,7 @@ def made_again(metadata: dict, folder: str, name: str) -> str:
     return f"python {script}" + "".join(f" --{key.lower()} {shlex.quote(str(value))}" for key, value in given.items())
 
 
-def report(metadata: dict, folder: Path, next_step: str = "python dataset_summary.py") -> None:
+def print_summary(metadata: dict, folder: Path, next_step: str = "python dataset_summary.py") -> None:
     """Tell what was read, used and left out."""
     counts, cut = metadata["counts"], metadata["cut_share"]
     made = f"{counts['pairs']} pairs" if "pairs" in counts else f"{counts['rows']} answers"
@@ -228,3 +239,88 @@ def refuse_sft_rows(folder: str | Path, metadata: dict) -> None:
     """End the script where pairs are needed and the folder holds single answers."""
     if metadata.get("rows") == "sft":
         stop(f"{folder} holds sft rows, not pairs: `python -m extras.train_sft` reads these, or load with ROWS = pairs")
+
+
+def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
+    """The rows of one split with ids that a trainer can use: at most max_rows (0 = all), numbered by `row`.
+
+    Pairs that are equal in the window teach nothing and are left out; how many is printed.
+    """
+    rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
+    refuse_sft_rows(data_dir, read_json(Path(data_dir) / "metadata.json"))
+    rows = rows.add_column("row", np.arange(len(rows)))
+    if max_rows:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    different = [i for i, equal in enumerate(rows["equal_after_cut"]) if not equal]
+    if len(different) < len(rows):
+        say(f"{split}: {len(rows) - len(different)} of {len(rows)} pairs are equal in the window and are left out")
+        rows = rows.select(different)
+    if not len(rows):
+        stop(f"{data_dir}/{split} has no pair to use: run load_helpsteer_dataset.py with a larger share or more rows")
+    return rows
+
+
+def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrainedTokenizerBase, dict]:
+    """(tokenizer of `name`, metadata.json of data_dir), or an end to the script where the ids are another one's.
+
+    Compared by what tokenizer and template do, not by their names: hub, offline copy and SFT folder are the same.
+    """
+    metadata = read_json(needs(Path(data_dir) / "metadata.json", made_by="load_helpsteer_dataset.py"))
+    tokenizer = load_tokenizer(name, metadata["settings"].get("CHAT_TEMPLATE", ""), constant)
+    now = {"tokenizer": tokenizer_sha256(tokenizer), "chat_template": chat_template_sha256(tokenizer)}
+    for what, value in now.items():
+        if metadata[f"{what}_sha256"] != value:
+            stop(
+                f"{data_dir} was made with another {what.replace('_', ' ')} than that of {constant} = {name!r}: "
+                f"run `{reload_command(metadata, data_dir, name)}` first"
+            )
+    return tokenizer, metadata
+
+
+def ratings_of(rows: Dataset) -> tuple[list[float], list[float] | None]:
+    """(all ratings of the answers that there are, means of the five attributes or None where no answer has any)."""
+    sides = ("chosen", "rejected")
+    ratings = [rating for side in sides for rating in rows[f"{side}_rating"] if rating is not None]
+    attributes = [given for side in sides for given in rows[f"{side}_attributes"] if given]
+    return ratings, np.mean(attributes, axis=0).tolist() if attributes else None
+
+
+def answer_tokens(rows: Dataset) -> np.ndarray:
+    """Tokens of the chosen and the rejected answer in the window [rows, 2]."""
+    return np.array([[len(ids) for ids in rows[f"{side}_ids"]] for side in ("chosen", "rejected")], dtype=float).T
+
+
+def prompt_of(row: dict) -> list[int]:
+    """The ids of a row's prompt, without its padding."""
+    return row["input_ids"][: sum(row["attention_mask"])]
+
+
+def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return the rows with an end of turn behind cut answers too, as reward models need (see utils.data.tokens.closed)."""
+    closing = end_of_turn(tokenizer)
+    for side in ("chosen", "rejected"):
+        both = zip(rows[f"{side}_ids"], rows[f"{side}_cut"], strict=True)
+        ids = [closed(answer, closing) if cut else answer for answer, cut in both]
+        kind = rows.features[f"{side}_ids"]
+        rows = rows.remove_columns(f"{side}_ids").add_column(f"{side}_ids", ids, feature=kind)
+    return rows
+
+
+def same_prompt(rows: Dataset) -> np.ndarray:
+    """Return for each row [rows] the index of the first row with the same prompt (all turns before the answer)."""
+    first = {}
+    return np.array([first.setdefault(str(messages[:-1]), i) for i, messages in enumerate(rows["chosen"])], dtype=int)
+
+
+def unique_prompts(rows: Dataset, count: int = 0) -> Dataset:
+    """Return the first row of each prompt, at most `count` rows (0 = all); rows of one prompt are not independent."""
+    return rows.select(np.unique(same_prompt(rows))[: count or None])
+
+
+def half(rows: Dataset, name: str) -> Dataset:
+    """Return the pairs of every second prompt. The two HALVES share no prompt."""
+    number = np.unique(same_prompt(rows), return_inverse=True)[1]
+    found = rows.select(np.flatnonzero(number % 2 == HALVES[name]))
+    if not len(found):
+        stop(f"HALF = {name!r} holds no pair: the {len(rows)} rows have {number.max() + 1} prompt(s)")
+    return found

@@ -1,13 +1,14 @@
-"""Split by prompt: near-duplicate prompts stay together, the share is exact, nothing leaks into training."""
+"""Split by prompt: near-duplicate prompts stay on one side, the share is exact, and leaks are counted."""
 
 from __future__ import annotations
 
 import math
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence, Set
 from functools import cache
+from itertools import combinations
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from scipy.cluster.hierarchy import DisjointSet
 
 SHINGLE_WORDS = 3  # prompts are compared by their runs of three words
+
 SIMILAR = 0.8  # Jaccard similarity of these runs from which two prompts count as near duplicates
 
 # Chinese and Japanese letters are a word each: no spaces part words there
@@ -135,3 +137,52 @@ def split_indices(
         train = [row for group in free if group != smallest for row in rows_of[group]]
     random = np.random.default_rng(seed + 1)
     return random.permutation(train).astype(int).tolist(), random.permutation(validation).astype(int).tolist()
+
+
+def repeats(measures: dict[str, dict[str, np.ndarray]], groups: dict[str, np.ndarray]) -> dict:
+    """How often prompts and answers occur again, within a split and across splits.
+
+    measures: for each split prompt_key, chosen_key and rejected_key [pairs], equal for equal texts.
+    groups: for each split the near-duplicate group of each prompt [pairs], numbered across splits.
+    Returns, for equal and for near-duplicate prompts, within {split: pairs beyond the first of each} and across
+    {"train-validation": different prompts (groups) in both}; for answers, across and two counts of their own;
+    leaks_into_training: groups of prompts that stand in train and in another split too.
+    """
+    prompts = {name: m["prompt_key"] for name, m in measures.items()}
+    answers = {name: np.concatenate([m["chosen_key"], m["rejected_key"]]) for name, m in measures.items()}
+    sides = [zip(m["chosen_key"].tolist(), m["rejected_key"].tolist(), strict=True) for m in measures.values()]
+    pairs_of_answer = Counter(key for pairs in sides for pair in pairs for key in set(pair))
+    return {
+        "prompts": {"within": count_within(prompts), "across": count_across(prompts)},
+        "near_duplicate_prompts": {"within": count_within(groups), "across": count_across(groups)},
+        "answers": {
+            "across": count_across(answers),
+            "in_several_pairs": sum(count > 1 for count in pairs_of_answer.values()),
+            "chosen_equals_rejected": sum(int((m["chosen_key"] == m["rejected_key"]).sum()) for m in measures.values()),
+        },
+        "leaks_into_training": len(leaking_groups(groups)),
+    }
+
+
+def count_within(keys: dict[str, np.ndarray]) -> dict[str, int]:
+    """For each split the entries that stood in it before."""
+    return {name: len(values) - len(np.unique(values)) for name, values in keys.items()}
+
+
+def count_across(keys: dict[str, np.ndarray]) -> dict[str, int]:
+    """For each two splits how many different entries stand in both."""
+    return {f"{one}-{other}": len(np.intersect1d(keys[one], keys[other])) for one, other in combinations(keys, 2)}
+
+
+def leaking_groups(groups: dict[str, np.ndarray]) -> list[int]:
+    """The near-duplicate groups that stand in train and in another split too."""
+    held_out = [values for name, values in groups.items() if name != "train"]
+    if "train" not in groups or not held_out:
+        return []
+    return np.intersect1d(groups["train"], np.concatenate(held_out)).tolist()
+
+
+def first_rows(groups: dict[str, np.ndarray], group: int) -> dict[str, int]:
+    """{split: its first row of the group}, for the splits that have one."""
+    found = {name: np.flatnonzero(values == group) for name, values in groups.items()}
+    return {name: int(rows[0]) for name, rows in found.items() if len(rows)}

@@ -1,20 +1,30 @@
-"""Where preference rows come from: the hub, a hub mirror folder, or one local file; records are read one by one."""
+"""Where preference rows come from: the hub, a folder or one local file; records are read one by one."""
 
+import ast
+import csv
 import gzip
 import json
 import re
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from utils.script import say, stop
-from utils.tabular import read_arrow, read_csv, read_parquet
+
+MESSAGES_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|content)['"]\s*:""")  # in a CSV cell
+
+NUMPYS = re.compile(r"\}\s+\{|\barray\(")  # numpy's way to write a list: no commas
 
 Record = dict  # one row as the source has it
+
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer
+
 HIGHEST_ATTRIBUTE = 4  # people gave whole numbers from 0 to this
 
 LAYOUTS = {  # name: sets of columns, each enough to recognise the layout
@@ -25,17 +35,67 @@ LAYOUTS = {  # name: sets of columns, each enough to recognise the layout
         {"context", "response1", "response2", "overall_preference"},  # HelpSteer3
     ],
 }
+
 TREE_LAYOUTS = {  # messages of OpenAssistant: a record is a tree of them, or one
     "trees": [{"message_tree_id", "prompt"}, {"role", "text", "replies"}],
     "messages": [{"message_id", "parent_id", "role", "text"}],
 }
+
 ANSWER_LAYOUTS = {"messages": [{"messages"}], "completion": [{"prompt", "completion"}]}  # single answers, for SFT
+
 EXPORTS = ("*.messages.jsonl.gz", "*.trees.jsonl.gz")  # beside the tables of oasst1 and oasst2: the same rows again
+
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # names of a split that is not for training
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+
 SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002, older ones with a hash after it
+
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json")
+
 HEAD = 100  # the first so many records show what columns there are: a single one may lack some
+
+REASONS = {  # errors of the hub's library in a user's words
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+    "HFValidationError": "neither a folder here nor a hub name",
+    "RepositoryNotFoundError": "the hub has no such name (or it is private: set HF_TOKEN)",
+}
+
+
+def read_csv(path: Path) -> Iterator[dict]:
+    csv.field_size_limit(2**31 - 1)  # the largest that fits a C long everywhere; the default is 131,072 letters
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        for record in reader:
+            if None in record:
+                stop(f"{path}: line {reader.line_num} has more cells than the header")
+            for name, cell in record.items():
+                if cell and MESSAGES_AS_TEXT.match(cell):
+                    record[name] = messages_in_cell(cell, f"{path}: line {reader.line_num}: {name}")
+            yield record
+
+
+def messages_in_cell(cell: str, place: str) -> list | str:
+    """The message list that a cell holds as JSON or, as pandas writes it, as Python; a text that only begins so."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return parse(cell)
+    if NUMPYS.search(cell):
+        stop(f"{place} holds messages that are neither JSON nor Python (numpy's?): write .parquet or .jsonl instead")
+    return cell
+
+
+def read_parquet(path: Path) -> Iterator[dict]:
+    from pyarrow import parquet
+
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
+        yield from batch.to_pylist()
+
+
+def read_arrow(path: Path) -> Iterator[dict]:
+    from datasets import Dataset
+
+    yield from Dataset.from_file(str(path))
 
 
 @dataclass
@@ -279,3 +339,36 @@ def layout_of(head: list[Record], layouts: dict) -> str:
     columns = set().union(*head)
     fits = (name for name, alternatives in layouts.items() if any(needed <= columns for needed in alternatives))
     return next(fits, "")
+
+
+def in_cache(name: str, kind: str) -> bool:
+    """Whether the hub's cache on this disk holds weights (kind "model") or rows ("dataset") of that name."""
+    from huggingface_hub import constants
+
+    repository = "--".join([f"{kind}s", *name.split("/")[:2]])  # a dataset's name may go on: owner/name/folder
+    wanted = ("*.safetensors", "*.bin") if kind == "model" else ("*.parquet", "*.jsonl*", "*.csv")
+    snapshots = Path(constants.HF_HUB_CACHE) / repository / "snapshots"
+    return any(file.exists() for pattern in wanted for file in snapshots.rglob(pattern))  # not a link to nowhere
+
+
+def ask_hub(names: dict[str, str], timeout: float) -> dict[str, str]:
+    """{kind: "" or why the hub does not give it, without addresses and tokens}, in `timeout` seconds in all."""
+    from huggingface_hub import HfApi
+
+    found = {kind: f"the hub did not answer within {timeout:g} s" for kind in names}
+
+    def ask(kind: str) -> None:
+        try:
+            HfApi().repo_info("/".join(names[kind].split("/")[:2]), repo_type=kind, timeout=timeout)
+            found[kind] = ""
+        except Exception as error:  # whatever the network throws, the answer is that it cannot be had
+            found[kind] = REASONS.get(type(error).__name__, f"the hub is not reachable ({type(error).__name__})")
+
+    # a thread for each, since no timeout of the library covers the name look-up
+    threads = [threading.Thread(target=ask, args=(kind,), daemon=True) for kind in names]
+    until = time.monotonic() + timeout
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return dict(found)
