@@ -81,7 +81,7 @@ REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 def check_loss(name: str, guidance: str, train_policy: bool, path: str, smoothing: float) -> None:
     """Stop the script if constants contradict each other, or if one that changes the loss would be ignored."""
-    from utils.losses import POLICY_LOSSES
+    from utils.training.losses import POLICY_LOSSES
 
     if name == "new_pref_po" and guidance == "none":
         stop("LOSS = 'new_pref_po' learns from a preference in the prompt: set GUIDANCE = text or embedding")
@@ -123,21 +123,11 @@ def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
-    from utils import (
-        comparing,
-        guidance,
-        hidden,
-        models,
-        pairs,
-        policies,
-        policy_report,
-        references,
-        rewards,
-        runs,
-        training,
-    )
+    from utils import comparing, guidance, hidden, models, pairs, policies, policy_report, references, rewards, runs
     from utils.data import processed
-    from utils.losses import POLICY_LOSSES, Knobs
+    from utils.training import losses
+    from utils.training import trainer as training
+    from utils.training.losses import POLICY_LOSSES, Knobs
 
     loss, mode = pick(POLICY_LOSSES, "LOSS", LOSS), pick(runs.MODES, "GUIDANCE", GUIDANCE)
     check_loss(LOSS, GUIDANCE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, LABEL_SMOOTHING)
@@ -206,7 +196,7 @@ def main(settings: dict) -> None:
     module = policies.PolicyPairs(model, said.vectors, trains_vectors, reference)
     knobs = Knobs(beta, LABEL_SMOOTHING, GAMMA, ALPHA, LAMBDA_KL)
     fresh = training.last_checkpoint(run.folder) is None
-    pair_loss = policies.PolicyPairLoss(module, loss, knobs, SFT_WEIGHT, precision, fresh)
+    pair_loss = losses.PolicyPairLoss(module, loss, knobs, SFT_WEIGHT, precision, fresh)
 
     def figures() -> dict:
         outputs = pairs.forward_pairs(trainer.model_wrapped, validation, collator, 2 * BATCH_SIZE, trainer.accelerator)

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from utils.data.preferences import Message
-    from utils.engine import Engine
-    from utils.reinforce import Actor, Baseline, Sample, Scoring
+    from utils.training.reinforce import Actor, Baseline, Engine, Sample, Scoring
 
 # data
 DATA_DIR = "processed_helpsteer"  # its prompts, made by load_helpsteer_dataset.py
@@ -77,8 +76,8 @@ def rollout(actor: Actor, prompts: dict[int, list[Message]]) -> list[Sample]:
 
     The number and SEED decide its random numbers. Log-probs come from a separate pass without gradient.
     """
-    from utils.reinforce import Sample
     from utils.sampling import generate, logps_and_entropies_of, logps_of
+    from utils.training.reinforce import Sample
 
     ids, numbers, precision = actor.prompt_ids(list(prompts.values())), list(prompts), actor.precision
     how = {"batch_size": GENERATION_BATCH, "precision": precision, "numbers": numbers}
@@ -101,7 +100,7 @@ def advantages(samples: list[Sample], baseline: Baseline) -> torch.Tensor:
     """Return A [answers] = reward - KL_BETA (log pi - log ref) - baseline, for all answers of all processes."""
     import torch
 
-    from utils.reinforce import normalised
+    from utils.training.reinforce import normalised
 
     returns = torch.tensor([sample.reward - KL_BETA * sample.kl for sample in samples])
     return normalised(baseline.advantages(returns, ANSWERS_PER_PROMPT), ADVANTAGE_NORM)
@@ -132,7 +131,7 @@ def train_policy(
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from utils import reinforce
+    from utils.training import reinforce
 
     accelerator = engine.accelerator
     accelerator.wait_for_everyone()  # the first process may just have moved an older run aside
@@ -150,15 +149,17 @@ def train_policy(
             everyone = gather_object(samples)
             weights = advantages(everyone, baseline)
             loss, norm = update(engine, samples, weights[own].tolist())
-            figures = reinforce.figures_of(everyone, weights, baseline, loss, norm, time.monotonic() - began)
+            figures = reinforce.step_metrics(everyone, weights, baseline, loss, norm, time.monotonic() - began)
             figures["learning_rate"] = engine.next_rate()
             run.log(step + 1, **figures)
             accelerator.log(figures, step=step + 1)
             bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("reward", "kl")})
             if SAMPLE_EVERY_STEPS and step % SAMPLE_EVERY_STEPS == 0:
-                run.append("samples.jsonl", reinforce.line_of(everyone[0], step + 1, weights[0].item()))
+                run.append("samples.jsonl", reinforce.sample_line(everyone[0], step + 1, weights[0].item()))
             due = SAVE_EVERY_STEPS and ((step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == MAX_STEPS)
-            engine.save_or_stop(run, step + 1, baseline, due, reinforce.alarm(figures, KL_LIMIT), interrupt.asked)
+            engine.save_or_stop(
+                run, step + 1, baseline, due, reinforce.divergence_alarm(figures, KL_LIMIT), interrupt.asked
+            )
     run.note(baseline=baseline.value)
 
 
@@ -178,7 +179,8 @@ def check() -> None:
     if TEMPERATURE <= 0:
         stop(f"TEMPERATURE = {TEMPERATURE}: expected more than 0, since greedy answers have no log-probs to push")
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-    from utils import reinforce, training
+    from utils.training import reinforce
+    from utils.training import trainer as training
 
     pick(reinforce.BASELINES, "BASELINE", BASELINE)
     pick(reinforce.NORMS, "ADVANTAGE_NORM", ADVANTAGE_NORM)
@@ -192,10 +194,11 @@ def main(settings: dict) -> None:
     check()
     from transformers import set_seed
 
-    from utils import comparing, engine, models, pairs, policies, policy_report, references, reinforce
+    from utils import comparing, models, pairs, policies, policy_report, references
     from utils import rewards as reward_models
     from utils.data import processed
-    from utils.training import SCHEDULES, close
+    from utils.training import reinforce
+    from utils.training.trainer import SCHEDULES, close
 
     device, precision = models.choose_machine(DEVICE, PRECISION, deepspeed=False)
     judges = reward_models.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
@@ -221,7 +224,7 @@ def main(settings: dict) -> None:
     run = Run(OUTPUT_DIR, settings, RESUME, **facts, precision=precision)
     rates = {"rate": LEARNING_RATE, "decay": WEIGHT_DECAY, "schedule": SCHEDULES[SCHEDULE]}
     rates |= {"warmup_share": WARMUP_SHARE, "steps": MAX_STEPS, "tracker": REPORT_TO}
-    trainer = engine.start_engine(reinforce.Policy(model, TEMPERATURE), device, precision, run, **rates)
+    trainer = reinforce.start_engine(reinforce.Policy(model, TEMPERATURE), device, precision, run, **rates)
     actor = reinforce.Actor(model, reference, tokenizer, metadata["max_length"], precision)
     baseline, scoring = reinforce.Baseline(BASELINE, BASELINE_DECAY), reinforce.Scoring(scorer, RISK, CUT_PENALTY)
     # 4. train

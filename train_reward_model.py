@@ -69,7 +69,7 @@ REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 def check_loss(head: str, loss: str, rated: bool, attributed: bool, **options: float) -> None:
     """End the script if the options of the loss do not fit the head or the rows."""
-    from utils.losses import NEED_RATINGS
+    from utils.training.losses import NEED_RATINGS
 
     fits = {"LABEL_SMOOTHING": ("scalar", "distribution"), "CENTRING": ("scalar",), "RATING_WEIGHT": ("distribution",)}
     for name, value in options.items():
@@ -93,10 +93,12 @@ def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
-    from utils import heads, hidden, judging, models, pairs, quality, quality_plots, references, rewards, training
+    from utils import heads, hidden, judging, models, pairs, quality, quality_plots, references, rewards
     from utils.data import processed
     from utils.data.preferences import RATINGS
-    from utils.losses import PAIR_LOSSES
+    from utils.training import losses
+    from utils.training import trainer as training
+    from utils.training.losses import PAIR_LOSSES
 
     named = pick(PAIR_LOSSES, "HEAD", HEAD)
     pair_loss = PAIR_LOSS or next(iter(named))
@@ -173,7 +175,7 @@ def main(settings: dict) -> None:
     def accuracy() -> dict[str, float]:
         return {"accuracy": float(judging.pairs_right(outputs_of(validation), reading).mean())}
 
-    loss = heads.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
+    loss = losses.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
     module, rates = rewards.RewardPairs(model), {"score": head_rate}
     trainer = training.PairTrainer(module, args, rows, collator, loss, run, accuracy, rates)
     best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None

@@ -61,9 +61,10 @@ def build(
     """
     from transformers import TrainingArguments, set_seed
 
-    from utils import models, pairs, training
+    from utils import models, pairs
     from utils.data import processed
     from utils.runs import Run
+    from utils.training import trainer as training
 
     flags, work = FLAGS[variant], Path(tempfile.mkdtemp())
     tokenizer, _ = processed.matching_tokenizer(data_dir, "MODEL", model)
@@ -88,14 +89,15 @@ def build(
 
 def ours(method: str, model: str, tokenizer: object) -> tuple[torch.nn.Module, Callable]:
     """(module, loss of a pair) of this toolkit."""
-    from utils import heads, losses, models, policies, rewards
+    from utils import heads, models, policies, rewards
+    from utils.training import losses
 
     if method == "reward":
         reading = heads.Reading("scalar")
         module = rewards.RewardPairs(rewards.start_model(model, tokenizer, reading))
-        return module, heads.PairLoss(reading, "bradley_terry")
+        return module, losses.PairLoss(reading, "bradley_terry")
     module = policies.PolicyPairs(models.load_causal(model))
-    return module, policies.PolicyPairLoss(module, losses.POLICY_LOSSES["dpo"], losses.Knobs(0.1), 0.0, "bf16", True)
+    return module, losses.PolicyPairLoss(module, losses.POLICY_LOSSES["dpo"], losses.Knobs(0.1), 0.0, "bf16", True)
 
 
 def trl_trainer(

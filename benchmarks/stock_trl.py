@@ -7,9 +7,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from utils import training
 from utils.data.processed import prompt_of
 from utils.runs import Run
+from utils.training import trainer as training
 
 DPO_LOSSES = {  # LOSS: loss_type and loss_weights of trl.DPOConfig
     "dpo": (["sigmoid"], None),
@@ -27,7 +27,7 @@ def reward_trainer(
 
     args = arguments(RewardConfig, max_length=None, disable_dropout=False, gradient_checkpointing=False)
     trainer = RewardTrainer(model=model, args=args, train_dataset=whole_rows(rows), processing_class=tokenizer)
-    training.attach(trainer, run)
+    training.add_step_callback(trainer, run)
     return trainer
 
 
@@ -57,7 +57,7 @@ def dpo_trainer(
         processing_class=tokenizer,
     )
     trainer.train_dataset = prompt_rows(rows)
-    training.attach(trainer, run)
+    training.add_step_callback(trainer, run)
     return trainer
 
 

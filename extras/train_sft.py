@@ -114,7 +114,7 @@ def build_model(rows: Dataset) -> tuple[nn.Module, str]:
 
 def arguments(run: Run, device: torch.device, precision: str) -> Callable:
     """Return a function from a class of TrainingArguments to our arguments of that class."""
-    from utils import training
+    from utils.training import trainer as training
 
     return partial(
         training.training_arguments,
@@ -145,8 +145,9 @@ def main(settings: dict) -> None:
     from transformers import set_seed
 
     from extras.parts import sft
-    from utils import models, pairs, policies, policy_report, training
+    from utils import models, pairs, policies, policy_report
     from utils.data import processed
+    from utils.training import trainer as training
 
     pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)

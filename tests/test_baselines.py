@@ -5,8 +5,16 @@ import torch
 
 from tests.toys import sample_of
 from utils.heads import Reading
-from utils.reinforce import Baseline, Scoring, alarm, check_risk, figures_of, normalised, prompt_of
 from utils.sampling import Answer
+from utils.training.reinforce import (
+    Baseline,
+    Scoring,
+    check_risk,
+    divergence_alarm,
+    normalised,
+    prompt_of,
+    step_metrics,
+)
 
 
 def test_risk_needs_a_spread():
@@ -138,7 +146,7 @@ def test_each_prompt_comes_once_an_epoch_in_an_order_of_its_own():
 def test_figures_of_a_step():
     samples = [sample_of([5, 6], reward=1.0), sample_of([5] * 6, ended=False, reward=3.0)]
     samples[0].logp, samples[0].reference, samples[0].entropy, samples[1].entropy = -3.0, -5.0, 4.0, 12.0
-    found = figures_of(samples, torch.tensor([-1.0, 1.0]), Baseline("none"), 0.5, 2.0, seconds=2.0)
+    found = step_metrics(samples, torch.tensor([-1.0, 1.0]), Baseline("none"), 0.5, 2.0, seconds=2.0)
     assert found["reward"] == 2.0 and found["reward_std"] == 1.0 and found["kl"] == 1.0 and found["entropy"] == 2.0
     assert found["kl_error"] == pytest.approx(1.0), "of 2 and 0"
     assert found["completions/mean_length"] == 4.0 and found["completions/ended"] == found["completions/clipped_ratio"]
@@ -157,6 +165,6 @@ def test_figures_of_a_step():
 )
 def test_alarms(change, message):
     healthy = {"loss": 1.0, "grad_norm": 1.0, "reward": 1.0, "kl": 3.0, "entropy": 1.0, "completions/mean_length": 30.0}
-    reason = alarm(healthy | change, 50.0)
+    reason = divergence_alarm(healthy | change, 50.0)
     assert message in reason and bool(reason) == bool(message)
-    assert alarm(healthy | {"kl": 1e9}, 0.0) == "", "0 = no limit"
+    assert divergence_alarm(healthy | {"kl": 1e9}, 0.0) == "", "0 = no limit"

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from utils.heads import GRADES, HEADS, PairLoss, Reading, reading_of
-from utils.losses import (
+from utils.heads import GRADES, HEADS, Reading, reading_of
+from utils.training.losses import (
     PAIR_LOSSES,
+    PairLoss,
     bradley_terry,
     centring,
     grade_cross_entropy,

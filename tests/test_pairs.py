@@ -9,8 +9,9 @@ from transformers import AutoModelForSequenceClassification
 from utils.data.processed import load_pairs
 from utils.heads import Reading
 from utils.hidden import CHOSEN, REJECTED, check_shared_rows
-from utils.pairs import LengthSampler, PairCollator, forward_pairs, like_length, pair_lengths, split_batch
+from utils.pairs import PairCollator, forward_pairs, like_length, pair_lengths
 from utils.rewards import RewardPairs, prepare
+from utils.training.trainer import LengthSampler, split_batch
 
 
 def load(model_folder, attention="sdpa"):

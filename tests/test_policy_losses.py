@@ -12,11 +12,11 @@ from transformers import set_seed
 
 from benchmarks.stock_trl import DPO_LOSSES, dpo_trainer
 from tests.toys import MARKS, toy_arguments, toy_rows, toy_trainer
-from utils.losses import POLICY_LOSSES, Knobs, LogProbs, two_way_kl
 from utils.models import add_lora, load_causal
 from utils.pairs import PairCollator, forward_pairs
-from utils.policies import PolicyPairLoss, PolicyPairs, reference_of
+from utils.policies import PolicyPairs, reference_of
 from utils.runs import Run
+from utils.training.losses import POLICY_LOSSES, Knobs, LogProbs, PolicyPairLoss, two_way_kl
 
 POLICY = [[-40.0, -55.0], [-30.0, -21.0], [-8.0, -8.0]]  # sums of log-probs, chosen first
 REFERENCE = [[-42.0, -50.0], [-28.0, -25.0], [-9.0, -7.5]]

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 import train_reward_model
 from tests.conftest import run_script
 from tests.test_reward_model import SMALL
-from utils import training
 from utils.heads import Reading
 from utils.models import choose_precision, load_classifier
 from utils.rewards import RewardModel, apply_head
+from utils.training import trainer as training
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def own_accelerator():
 @pytest.mark.parametrize("lora", [False, True])
 def test_weights_stay_float32_where_bf16_computes(model_folder, sample_folder, tmp_path, lora, monkeypatch):
     kinds = []
-    monkeypatch.setattr(training.Steps, "on_step_end", spy(training.Steps.on_step_end, kinds))
+    monkeypatch.setattr(training.StepCallback, "on_step_end", spy(training.StepCallback.on_step_end, kinds))
     options = SMALL | {"PRECISION": "bf16", "MAX_STEPS": 2, "CONTROL_PAIRS": 0, "USE_LORA": lora}
     folder = tmp_path / "run"
     run_script(train_reward_model, **options, DATA_DIR=sample_folder, MODEL=model_folder, OUTPUT_DIR=folder)

@@ -9,14 +9,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, se
 import train_reinforce
 from tests.toys import sample_of
 from train_reinforce import advantages, rewards, rollout, update
-from utils.engine import start_engine
 from utils.logps import answer_logps, answer_logps_and_entropies
 from utils.models import add_lora, use_gradient_checkpointing, without_dropout
 from utils.pairs import TOKENS_AT_ONCE
 from utils.policies import reference_of
-from utils.reinforce import Actor, Baseline, Policy, Sample
 from utils.runs import Run
 from utils.sampling import Answer, batch_of, generate, logps_and_entropies_of, logps_of, parts_of
+from utils.training.reinforce import Actor, Baseline, Policy, Sample, start_engine
 
 
 def engine_of(model, folder, rate=1e-2, steps=100):

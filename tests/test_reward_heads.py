@@ -14,11 +14,12 @@ from extras import evaluate, make_report
 from tests.conftest import run_script
 from utils.data.processed import closed_answers, load_pairs, ratings_of
 from utils.data.tokens import render
-from utils.heads import HEADS, PairLoss, Reading, reading_of
+from utils.heads import HEADS, Reading, reading_of
 from utils.judging import trained_on
 from utils.pairs import PairCollator
 from utils.rewards import RewardModel, RewardPairs, start_model
 from utils.runs import write_json
+from utils.training.losses import PairLoss
 
 MEANS = [3.0, 3.0, 3.5, 2.0, 2.0]  # of the attributes
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}

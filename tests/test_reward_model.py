@@ -21,7 +21,7 @@ from utils.heads import Reading
 from utils.models import add_lora, load_classifier, plain, save_with_proof
 from utils.rewards import RewardModel
 from utils.runs import Run
-from utils.training import training_arguments
+from utils.training.trainer import training_arguments
 
 SMALL = {
     "MAX_STEPS": 6,

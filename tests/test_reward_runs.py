@@ -16,9 +16,10 @@ import train_reward_model
 from tests.conftest import ROOT, run_script
 from utils import judging, training
 from utils.data.processed import load_pairs, ratings_of
-from utils.heads import PairLoss, reading_of
+from utils.heads import reading_of
 from utils.pairs import PairCollator
-from utils.training import last_checkpoint
+from utils.training.losses import PairLoss
+from utils.training.trainer import last_checkpoint
 
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
 SMALL |= {"LEARNING_RATE": 1e-3, "CONTROL_PAIRS": 6}

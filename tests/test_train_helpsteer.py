@@ -9,7 +9,7 @@ import pytest
 
 import train_dpo
 from tests.conftest import ROOT
-from utils.losses import POLICY_LOSSES
+from utils.training.losses import POLICY_LOSSES
 
 SMALL = {"MAX_STEPS": 4, "MAX_ROWS": 30, "PRECISION": "fp32", "DEVICE": "cpu", "SAMPLE_PROMPTS": 3, "MAX_NEW_TOKENS": 8}
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import train_reinforce
 from extras.parts.frontier import check_judge
 from tests.conftest import ROOT, run_script
-from utils import reinforce
 from utils.runs import write_json
+from utils.training import reinforce
 
 SMALL = {"MAX_STEPS": 4, "BATCH_SIZE": 2, "MAX_NEW_TOKENS": 8, "EVAL_PROMPTS": 6, "PRECISION": "fp32", "DEVICE": "cpu"}
 SMALL |= {"LEARNING_RATE": 1e-3, "SAMPLE_EVERY_STEPS": 2, "SAVE_EVERY_STEPS": 2}
@@ -87,7 +87,7 @@ def test_constants_go_together(options, judges, tmp_path, constants):
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(options, tmp_path, monkeypatch):
     run_script(train_reinforce, **options | {"OUTPUT_DIR": tmp_path / "whole"})
-    alarm, calls = reinforce.alarm, []
+    alarm, calls = reinforce.divergence_alarm, []
 
     def killed_in_the_fourth_step(*arguments):
         calls.append(1)
@@ -95,14 +95,14 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(options, tmp_path, mon
             raise KeyboardInterrupt  # after the update and the line of step 4, which no checkpoint has
         return alarm(*arguments)
 
-    monkeypatch.setattr(reinforce, "alarm", killed_in_the_fourth_step)
+    monkeypatch.setattr(reinforce, "divergence_alarm", killed_in_the_fourth_step)
     with pytest.raises(SystemExit) as stop:
         run_script(train_reinforce, **options | {"MAX_STEPS": 6})
     assert stop.value.code == 130 and not (tmp_path / "run/eval.json").exists()
     cut_off = tmp_path / "run/checkpoints/checkpoint-4"
     cut_off.mkdir()  # a kill while it was saved: no mark of completeness
     (cut_off / "state.pt").write_bytes(b"half")
-    monkeypatch.setattr(reinforce, "alarm", alarm)
+    monkeypatch.setattr(reinforce, "divergence_alarm", alarm)
     run_script(train_reinforce, **options | {"MAX_STEPS": 6})
     run_script(train_reinforce, **options | {"MAX_STEPS": 6, "OUTPUT_DIR": tmp_path / "whole"})
     one, other = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("run", "whole"))
@@ -118,12 +118,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_without_its_old_l
     def killed(*_):
         raise KeyboardInterrupt
 
-    alarm = reinforce.alarm
-    monkeypatch.setattr(reinforce, "alarm", killed)
+    alarm = reinforce.divergence_alarm
+    monkeypatch.setattr(reinforce, "divergence_alarm", killed)
     options |= {"MAX_STEPS": 2, "SAVE_EVERY_STEPS": 0, "SAMPLE_EVERY_STEPS": 1}
     with pytest.raises(SystemExit):
         run_script(train_reinforce, **options)
-    monkeypatch.setattr(reinforce, "alarm", alarm)
+    monkeypatch.setattr(reinforce, "divergence_alarm", alarm)
     run_script(train_reinforce, **options)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert [line["step"] for line in lines_of(tmp_path / "run" / name)] == [1, 2], name
@@ -132,7 +132,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_without_its_old_l
 def test_the_processes_wait_for_the_one_that_saves(options, monkeypatch):
     from accelerate import Accelerator
 
-    from utils.engine import Engine
+    from utils.training.reinforce import Engine
 
     order, save, wait = [], Engine.save, Accelerator.wait_for_everyone
     monkeypatch.setattr(Engine, "save", lambda *args: (save(*args), order.append("saved")))

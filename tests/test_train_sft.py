@@ -18,9 +18,9 @@ from extras.parts.answers import answers_of_source, as_answers, learnable, least
 from tests.conftest import ROOT, run_script
 from tests.loading import tree, write_lines
 from tests.toys import toy_arguments
-from utils.models import add_lora, load_causal, trained_state
+from utils.models import add_lora, load_causal
 from utils.runs import Run
-from utils.training import last_checkpoint, train
+from utils.training.trainer import last_checkpoint, train, trained_state
 
 SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 24, "PRECISION": "fp32", "DEVICE": "cpu"}
 SMALL |= {"LEARNING_RATE": 1e-3}

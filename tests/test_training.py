@@ -20,14 +20,14 @@ from benchmarks.stock_trl import whole_rows
 from tests import toys
 from tests.conftest import ROOT, run_script
 from tests.toys import toy_rows
-from utils import models
 from utils.curves import curves
-from utils.heads import PairLoss, Reading
-from utils.losses import bradley_terry
+from utils.heads import Reading
 from utils.models import load_classifier
 from utils.pairs import TOKENS_AT_ONCE, PairCollator, forward_pairs
 from utils.rewards import RewardPairs
-from utils.training import last_checkpoint
+from utils.training import trainer as training
+from utils.training.losses import PairLoss, bradley_terry
+from utils.training.trainer import last_checkpoint
 
 LOSSES = PairLoss(Reading("scalar"), "bradley_terry")
 
@@ -186,17 +186,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_folder, sample_folder, tmp_pat
     assert last_checkpoint(tmp_path / "run")
 
 
-@pytest.mark.skipif(not hasattr(models.LIBC, "malloc_trim"), reason="another C library")
+@pytest.mark.skipif(not hasattr(training.LIBC, "malloc_trim"), reason="another C library")
 def test_memory_that_tensors_left_goes_back_to_the_system():
     def held():  # pages of this process
         return int(Path("/proc/self/statm").read_text().split()[1])
 
-    models.release_memory()  # what other tests left would be used again
+    training.release_memory()  # what other tests left would be used again
     before = held()
     tensors = [torch.ones(60_000 + i) for i in range(1000)]
     kept, full = tensors[::50], held()  # what is kept lies all over the heap, so nothing falls off its end
     del tensors
-    models.release_memory()
+    training.release_memory()
     assert len(kept) == 20 and held() - before < 0.3 * (full - before)
 
 

@@ -8,10 +8,10 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from utils.pairs import PairCollator
-from utils.reinforce import Sample
 from utils.runs import Run
 from utils.sampling import Answer
-from utils.training import PairTrainer, training_arguments
+from utils.training.reinforce import Sample
+from utils.training.trainer import PairTrainer, training_arguments
 
 MARKS = [0, 0, 0]  # ids whose embeddings vectors take the place of
 

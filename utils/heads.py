@@ -5,7 +5,6 @@ reward is always outputs . weights. For a distribution, a softmax comes first an
 reward is the expected grade.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from utils.data.preferences import RATINGS
 from utils.data.sources import ATTRIBUTES, HIGHEST_ATTRIBUTE
-from utils.losses import PAIR_LOSSES, centring, grade_cross_entropy, log_tie, log_win
+from utils.training.losses import log_tie, log_win
 
 GRADES = 10
 
@@ -113,39 +112,3 @@ def reading_of(head: str, rating: str, ratings: list[float], means: list[float] 
     highest = max(highest, lowest + 1e-6)  # all ratings are equal: any line will do
     read = {"scalar": [1.0], "distribution": [float(g) for g in range(1, GRADES + 1)], "attributes": shares}[head]
     return Reading(head, read, means if head == "attributes" else None, lowest, highest)
-
-
-@dataclass(frozen=True)
-class PairLoss:
-    """The loss of a pair from the outputs of RewardPairs, as the trainer calls it.
-
-    name: one of PAIR_LOSSES for the head. smoothing: assumed share of wrong labels. centre: weight of
-    (r_w + r_l)^2. rating_weight: share of the cross-entropy to the ratings' soft labels in the loss of a distribution.
-    """
-
-    reading: Reading
-    name: str
-    smoothing: float = 0.0
-    centre: float = 0.0
-    rating_weight: float = 0.0
-
-    def __call__(self, outputs: dict, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return (loss [pairs], {metric: [pairs]}); outputs["outputs"] is [pairs, 2, n], chosen first."""
-        both, reading = outputs["outputs"], self.reading
-        function: Callable = PAIR_LOSSES[reading.head][self.name]
-        chosen, rejected = reading.rewards(both).unbind(1)
-        if reading.head == "attributes":
-            targets = batch["attributes"] - torch.tensor(reading.means, device=both.device)
-            losses = function(both, targets).mean(dim=1)
-        elif reading.head == "distribution":
-            losses = function(both[:, 0], both[:, 1], batch["gap"], self.smoothing)
-            if self.rating_weight:
-                anchor = grade_cross_entropy(both, reading.grade(batch["ratings"])).mean(dim=1)
-                losses = (1 - self.rating_weight) * losses + self.rating_weight * anchor
-        else:
-            losses = function(chosen, rejected, batch["gap"], self.smoothing)
-        if self.centre:
-            losses = losses + self.centre * centring(chosen, rejected)
-        right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-        names = ("accuracy", "margin", "rewards/chosen", "rewards/rejected")
-        return losses, dict(zip(names, (right, chosen - rejected, chosen, rejected), strict=True))

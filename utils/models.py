@@ -1,9 +1,7 @@
 """Where a model runs, in which precision, how it is loaded, given adapters, and saved with proof."""
 
-import ctypes
 import os
 import platform
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,21 +17,9 @@ from utils.script import explain_missing, pick, say, stop
 logging.disable_progress_bar()  # of loading and writing weights, which take a second; downloads keep theirs
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PROOF_ROWS = 8  # a saved model is proved on so many rows
 PROOF_ABSOLUTE = 1e-5  # largest difference after reloading the same weights
 PROOF_RELATIVE = 1e-3  # the same for merged adapters, where W + BA is rounded once more
-
-
-def release_memory() -> None:
-    """Give memory that tensors have left back to the system, where the C library would keep it (glibc).
-
-    Batches of many lengths leave holes in its heap that the next ones do not fit, so a training on the CPU would grow
-    from step to step.
-    """
-    if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)
 
 
 def choose_device(name: str = "") -> torch.device:
@@ -194,23 +180,6 @@ def add_lora(
         modules_to_save=[head] if head else None,
     )
     return get_peft_model(model, config)
-
-
-def with_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> torch.optim.Optimizer:
-    """The optimizer, in which the parameters whose names hold a name of `rates` are groups of their own."""
-    for name, rate in rates.items():
-        found = [value for other, value in model.named_parameters() if name in other and value.requires_grad]
-        for group in optimizer.param_groups:
-            group["params"] = [value for value in group["params"] if not any(value is one for one in found)]
-        optimizer.add_param_group({"params": found, "lr": rate, "weight_decay": 0.0})
-    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
-    return optimizer
-
-
-def trained_state(model: nn.Module, state: dict | None = None) -> dict[str, torch.Tensor]:
-    """The part of a model's state that is trained."""
-    trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    return {name: value for name, value in (state or model.state_dict()).items() if name in trained}
 
 
 def use_gradient_checkpointing(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ again behind the prompt, so that both answers are computed as if they stood alon
 while the prompt is paid for once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, disable_caching
 from torch import nn
-from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from utils.data.processed import prompt_of
@@ -97,66 +96,6 @@ class PairCollator:
 def missing(value: float | None) -> float:
     """NaN in place of None."""
     return float("nan") if value is None else value
-
-
-def split_batch(batch: dict[str, torch.Tensor], tokens: int, multiple: int) -> list[dict[str, torch.Tensor]]:
-    """The batch in parts of at most `tokens` positions (one row at least), padded to `multiple` as far as it needs.
-
-    The gradient of the whole is the sum over the parts, in the memory of one of them.
-    """
-    ends = [name for name in ("ends", "guided_ends") if name in batch]
-    found = torch.stack([batch[name].amax(dim=1) + 1 for name in ends]).tolist()  # a device is asked once, not a row
-    lengths = dict(zip(ends, found, strict=True))
-    parts, first = [], 0
-    count = len(batch["row"])
-    for i in range(1, count + 1):
-        if i < count and (i + 1 - first) * sum(max(part[first : i + 1]) for part in lengths.values()) <= tokens:
-            continue
-        part = {name: value[first:i] for name, value in batch.items()}
-        for name, those in lengths.items():
-            longest = -(-max(those[first:i]) // multiple) * multiple
-            for column in ("input_ids", "segments", "position_ids"):
-                column = name.replace("ends", column)
-                part[column] = part[column][:, :longest]
-        parts.append(part)
-        first = i
-    return parts
-
-
-class LengthSampler(Sampler[int]):
-    """All rows once an epoch in random order, the rows of one optimizer step of like length and the longest first.
-
-    The order is a function of seed, epoch and rows a step: a resumed run sees the same rows, and 4 rows at once the
-    same as 1 row 4 times or 2 rows on 2 processes. The longest step comes first: what does not fit shows at once.
-    """
-
-    def __init__(self, lengths: np.ndarray, rows_per_step: int, seed: int, steps_sorted_together: int = 32):
-        self.lengths, self.rows_per_step, self.seed = lengths, rows_per_step, seed
-        self.pool = rows_per_step * steps_sorted_together
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(len(self.lengths))
-        steps = []
-        for start in range(0, len(order), self.pool):
-            pool = order[start : start + self.pool]
-            pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
-            steps += [pool[i : i + self.rows_per_step] for i in range(0, len(pool), self.rows_per_step)]
-        short = [step for step in steps if len(step) < self.rows_per_step]  # at most one, and it comes last
-        full = [step for step in steps if len(step) == self.rows_per_step]
-        full = [full[i] for i in random.permutation(len(full))]
-        if full:
-            longest = max(range(len(full)), key=lambda i: self.lengths[full[i]].sum())
-            full[0], full[longest] = full[longest], full[0]
-        for step in full + short:
-            yield from step.tolist()
 
 
 @torch.no_grad()

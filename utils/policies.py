@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -10,12 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from utils.logps import answer_logps, check_head
-from utils.losses import Knobs, LogProbs, PolicyLoss
 from utils.script import stop
 
 SHARED = ("input_ids", "segments", "position_ids")  # tensors of a batch that have a length
-PULL_SCALE = 2.0**12  # of a gradient on its way through fp16 activations, in which it would be rounded to 0
-ROUNDING = {"fp32": 2e-3, "bf16": 0.1, "fp16": 0.05}  # by which the first loss may differ, as a share of it
 
 
 class PolicyPairs(nn.Module):
@@ -81,83 +77,6 @@ def stacked(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return rows
 
 
-@dataclass
-class PolicyPairLoss:
-    """The loss of a pair from the outputs of PolicyPairs, as the trainer calls it.
-
-    sft_weight: of the NLL of a chosen token, beside any loss. fresh: whether the first call is the first one of a run,
-    which is then held against its value at the start.
-    """
-
-    module: PolicyPairs
-    loss: PolicyLoss
-    knobs: Knobs
-    sft_weight: float
-    precision: str
-    fresh: bool
-
-    def __call__(self, outputs: dict, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(loss of each pair [pairs], what is logged of each)."""
-        x = self.log_probs(outputs, batch)
-        losses = self.loss.function(x, self.knobs) - self.sft_weight * x.chosen_mean
-        if self.fresh and losses.requires_grad:
-            self.fresh = False
-            self.check_start(losses.detach(), outputs, batch)
-        vectors = self.module.vectors
-        if x.guided is not None and vectors is not None and vectors.requires_grad and losses.requires_grad:
-            losses = losses + self.pull_of_vectors(x.guided) / len(losses)
-        rewards = implicit_rewards(x, self.loss, self.knobs.beta)
-        margins = rewards[:, 0] - rewards[:, 1]
-        return losses, {
-            "rewards/chosen": rewards[:, 0],
-            "rewards/rejected": rewards[:, 1],
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
-            "logps/chosen": outputs["logps"][:, 0],
-            "logps/rejected": outputs["logps"][:, 1],
-        }
-
-    def log_probs(self, outputs: dict, batch: dict) -> LogProbs:
-        """Sums or means, as the loss wants them; the reference from the outputs or from the batch."""
-        tokens = outputs["tokens"] if self.loss.reduction == "mean" else 1.0
-        reference = {name: outputs.get(name, batch.get(name)) for name in ("reference", "guided_reference")}
-        return LogProbs(
-            policy=outputs["logps"] / tokens,
-            chosen_mean=outputs["logps"][:, 0] / outputs["tokens"][:, 0],
-            reference=None if reference["reference"] is None else reference["reference"] / tokens,
-            guided=outputs["guided_logps"] / tokens if "guided_logps" in outputs else None,
-            guided_reference=None if reference["guided_reference"] is None else reference["guided_reference"] / tokens,
-        )
-
-    def check_start(self, losses: torch.Tensor, outputs: dict, batch: dict) -> None:
-        """End the script where the first loss is not that of a policy which equals its reference."""
-        if self.loss.reference:
-            names = ("reference", "guided_reference")
-            start = {name: outputs.get(name, batch.get(name)) for name in names}
-            start = {name.replace("reference", "logps"): value for name, value in start.items() if value is not None}
-        else:
-            was = self.module.training
-            with torch.no_grad():
-                start = self.module.eval()(**batch)
-            self.module.train(was)
-        x = self.log_probs(outputs | start, batch)
-        expected = self.loss.function(x, self.knobs) - self.sft_weight * x.chosen_mean
-        far = (losses - expected).abs() > ROUNDING[self.precision] * expected.abs().clamp(min=1.0)
-        if far.any():  # of any pair: differences of either sign would cancel in the mean
-            stop(
-                f"the first loss is {losses.mean():.4f}, and a policy that equals its reference has "
-                f"{expected.mean():.4f}: they are not the same model. Remove the folder REFERENCE_CACHE, or look at "
-                "what was changed in the code"
-            )
-
-    def pull_of_vectors(self, guided: torch.Tensor) -> torch.Tensor:
-        """Zero, with the gradient of sum(-log sigma(beta r_p)) for the vectors alone; the policy gets none of it."""
-        wanted = -functional.logsigmoid(self.knobs.beta * (guided[:, 0] - guided[:, 1])).sum()
-        (gradient,) = torch.autograd.grad(PULL_SCALE * wanted, self.module.vectors, retain_graph=True)
-        pull = (self.module.vectors * gradient / PULL_SCALE).sum()
-        return pull - pull.detach()
-
-
 def reference_of(model: nn.Module, trained: bool) -> nn.Module | str:
     """The policy as it is now: its adapters taken off, a frozen copy, or itself where it is not trained."""
     if hasattr(model, "disable_adapter"):
@@ -172,8 +91,3 @@ def check_architecture(model: nn.Module, rows: Dataset) -> None:
     difference = check_head(model, ids)
     if difference > 1e-2:
         stop(f"this architecture changes its logits after the head (by {difference:.2g}): it is not supported")
-
-
-def implicit_rewards(x: LogProbs, loss: PolicyLoss, beta: float) -> torch.Tensor:
-    """beta (log pi - log ref) [pairs, 2], sums or means as the loss takes them; without a reference beta log pi."""
-    return beta * (x.policy - x.reference if loss.reference else x.policy).detach()

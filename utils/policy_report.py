@@ -15,9 +15,10 @@ from utils.evaluation import mean_kl, share_right, wins
 from utils.guidance import Guidance
 from utils.models import PROOF_ROWS, load_causal, save_with_proof
 from utils.pairs import PairCollator
-from utils.policies import PolicyPairLoss, PolicyPairs
+from utils.policies import PolicyPairs
 from utils.rewards import RewardModel
 from utils.runs import write_json, write_lines, write_text
+from utils.training.losses import PolicyPairLoss
 
 SHOWN = 2  # samples in the model card
 

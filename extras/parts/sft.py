@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from utils import training
 from utils.curves import training_curves
 from utils.evaluation import change
-from utils.pairs import LengthSampler
 from utils.runs import Run, write_json, write_text
+from utils.training import trainer as training
+from utils.training.trainer import LengthSampler
 
 
 class AnswerTrainer(training.StopsAtBadLoss, SFTTrainer):
@@ -66,7 +66,7 @@ def answer_trainer(
         eval_dataset=trl_rows(rows.select([0])),  # Trainer asks for some; ours knows its own
         processing_class=tokenizer,
     )
-    training.attach(trainer, run)
+    training.add_step_callback(trainer, run)
     return trainer
 
 

@@ -1,33 +1,128 @@
-"""transformers.Trainer over shared-prompt batches: exact metrics, complete checkpoints, a stop at a bad loss."""
+"""transformers.Trainer on shared-prompt batches: exact metrics, whole checkpoints, a stop at a bad loss."""
 
 import contextlib
+import ctypes
 import importlib.util
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from utils.models import release_memory, trained_state, with_rates
-from utils.pairs import TOKENS_AT_ONCE, LengthSampler, PairCollator, pair_lengths, split_batch
+from utils.pairs import TOKENS_AT_ONCE, PairCollator, pair_lengths
 from utils.runs import Run, read_json, write_json
 from utils.script import Interrupt, bar_off, first_process, pick, say, stop
 
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # what SCHEDULE may name
-KEPT = 2  # checkpoints that are kept
+
+KEPT_CHECKPOINTS = 2  # checkpoints that are kept
+
 COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
 
 Losses = Callable[[dict, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def split_batch(batch: dict[str, torch.Tensor], tokens: int, multiple: int) -> list[dict[str, torch.Tensor]]:
+    """The batch in parts of at most `tokens` positions (one row at least), padded to `multiple` as far as it needs.
+
+    The gradient of the whole is the sum over the parts, in the memory of one of them.
+    """
+    ends = [name for name in ("ends", "guided_ends") if name in batch]
+    found = torch.stack([batch[name].amax(dim=1) + 1 for name in ends]).tolist()  # a device is asked once, not a row
+    lengths = dict(zip(ends, found, strict=True))
+    parts, first = [], 0
+    count = len(batch["row"])
+    for i in range(1, count + 1):
+        if i < count and (i + 1 - first) * sum(max(part[first : i + 1]) for part in lengths.values()) <= tokens:
+            continue
+        part = {name: value[first:i] for name, value in batch.items()}
+        for name, those in lengths.items():
+            longest = -(-max(those[first:i]) // multiple) * multiple
+            for column in ("input_ids", "segments", "position_ids"):
+                column = name.replace("ends", column)
+                part[column] = part[column][:, :longest]
+        parts.append(part)
+        first = i
+    return parts
+
+
+class LengthSampler(Sampler[int]):
+    """All rows once an epoch in random order, the rows of one optimizer step of like length and the longest first.
+
+    The order is a function of seed, epoch and rows a step: a resumed run sees the same rows, and 4 rows at once the
+    same as 1 row 4 times or 2 rows on 2 processes. The longest step comes first: what does not fit shows at once.
+    """
+
+    def __init__(self, lengths: np.ndarray, rows_per_step: int, seed: int, steps_sorted_together: int = 32):
+        self.lengths, self.rows_per_step, self.seed = lengths, rows_per_step, seed
+        self.pool = rows_per_step * steps_sorted_together
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(len(self.lengths))
+        steps = []
+        for start in range(0, len(order), self.pool):
+            pool = order[start : start + self.pool]
+            pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
+            steps += [pool[i : i + self.rows_per_step] for i in range(0, len(pool), self.rows_per_step)]
+        short = [step for step in steps if len(step) < self.rows_per_step]  # at most one, and it comes last
+        full = [step for step in steps if len(step) == self.rows_per_step]
+        full = [full[i] for i in random.permutation(len(full))]
+        if full:
+            longest = max(range(len(full)), key=lambda i: self.lengths[full[i]].sum())
+            full[0], full[longest] = full[longest], full[0]
+        for step in full + short:
+            yield from step.tolist()
+
+
+def release_memory() -> None:
+    """Give memory that tensors have left back to the system, where the C library would keep it (glibc).
+
+    Batches of many lengths leave holes in its heap that the next ones do not fit, so a training on the CPU would grow
+    from step to step.
+    """
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]
+) -> torch.optim.Optimizer:
+    """The optimizer, in which the parameters whose names hold a name of `rates` are groups of their own."""
+    for name, rate in rates.items():
+        found = [value for other, value in model.named_parameters() if name in other and value.requires_grad]
+        for group in optimizer.param_groups:
+            group["params"] = [value for value in group["params"] if not any(value is one for one in found)]
+        optimizer.add_param_group({"params": found, "lr": rate, "weight_decay": 0.0})
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
+def trained_state(model: nn.Module, state: dict | None = None) -> dict[str, torch.Tensor]:
+    """The part of a model's state that is trained."""
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    return {name: value for name, value in (state or model.state_dict()).items() if name in trained}
 
 
 class ResumesAnywhere:
@@ -77,13 +172,13 @@ class PairTrainer(ResumesAnywhere, Trainer):
         self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (row numbers, losses) since the last step
         # Trainer asks for evaluation rows before it lets `evaluate` be called; ours knows its own
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collator)
-        attach(self, run)
+        add_step_callback(self, run)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthSampler:
         return self.sampler
 
     def create_optimizer(self, *arguments: object) -> torch.optim.Optimizer:
-        return with_rates(super().create_optimizer(*arguments), self.model, self.rates)
+        return set_learning_rates(super().create_optimizer(*arguments), self.model, self.rates)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: object = None) -> torch.Tensor:
         """Forward and backward of a batch in parts: the same gradient in the memory of a part."""
@@ -136,14 +231,14 @@ class PairTrainer(ResumesAnywhere, Trainer):
         self.model.load_state_dict(state, strict=False)
 
 
-def attach(trainer: Trainer, run: Run) -> None:
+def add_step_callback(trainer: Trainer, run: Run) -> None:
     """Our step callback in place of the printing ones; works for any Trainer, TRL's too."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Steps(trainer, run))
+    trainer.add_callback(StepCallback(trainer, run))
 
 
-class Steps(TrainerCallback):
+class StepCallback(TrainerCallback):
     """What happens around each step: a progress bar, the check of the loss, the answer to Ctrl-C."""
 
     def __init__(self, trainer: Trainer, run: Run):
@@ -274,7 +369,7 @@ def training_arguments(
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         logging_nan_inf_filter=False,  # by default a NaN loss is logged as 0.0
-        save_total_limit=KEPT,
+        save_total_limit=KEPT_CHECKPOINTS,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,

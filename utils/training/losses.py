@@ -1,4 +1,4 @@
-"""Pure loss functions and the tables that name them. One value a pair; the mean over pairs is the trainer's.
+"""Loss functions of pairs, and the tables that name them. Each returns one value a pair; the trainer takes the mean.
 
 Shapes: rewards and gaps [pairs], logits over grades [pairs, grades], lowest grade first; all float32.
 """
@@ -8,6 +8,18 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+
+from utils.heads import Reading
+from utils.policies import PolicyPairs
+from utils.script import stop
+
+NEED_RATINGS = ("margin", "scaled")  # losses that use the gap between the ratings
+
+SIPA_SFT_WEIGHT = 0.05
+
+PULL_SCALE = 2.0**12  # of a gradient on its way through fp16 activations, in which it would be rounded to 0
+
+ROUNDING = {"fp32": 2e-3, "bf16": 0.1, "fp16": 0.05}  # by which the first loss may differ, as a share of it
 
 
 def bradley_terry(
@@ -98,7 +110,6 @@ PAIR_LOSSES = {  # HEAD: {what PAIR_LOSS may name: the function}; the first one 
     "distribution": {"win_probability": win_probability, "scaled": scaled_win},
     "attributes": {"squared_error": masked_squared_error},
 }
-NEED_RATINGS = ("margin", "scaled")  # losses that use the gap between the ratings
 
 
 @dataclass(frozen=True)
@@ -131,9 +142,6 @@ class Knobs:
     gamma: float = 0.0
     alpha: float = 0.0
     lambda_kl: float = 0.0
-
-
-SIPA_SFT_WEIGHT = 0.05
 
 
 def dpo(x: LogProbs, k: Knobs) -> torch.Tensor:
@@ -222,3 +230,121 @@ POLICY_LOSSES = {
     "simpo": PolicyLoss(simpo, "mean", False, 2.0, "scale of the rewards", ("LABEL_SMOOTHING", "GAMMA")),
     "new_pref_po": PolicyLoss(new_pref_po, "mean", True, 0.05, "scale of the plain margin", ("ALPHA", "LAMBDA_KL")),
 }
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """The loss of a pair from the outputs of RewardPairs, as the trainer calls it.
+
+    name: one of PAIR_LOSSES for the head. smoothing: assumed share of wrong labels. centre: weight of
+    (r_w + r_l)^2. rating_weight: share of the cross-entropy to the ratings' soft labels in the loss of a distribution.
+    """
+
+    reading: Reading
+    name: str
+    smoothing: float = 0.0
+    centre: float = 0.0
+    rating_weight: float = 0.0
+
+    def __call__(self, outputs: dict, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return (loss [pairs], {metric: [pairs]}); outputs["outputs"] is [pairs, 2, n], chosen first."""
+        both, reading = outputs["outputs"], self.reading
+        function: Callable = PAIR_LOSSES[reading.head][self.name]
+        chosen, rejected = reading.rewards(both).unbind(1)
+        if reading.head == "attributes":
+            targets = batch["attributes"] - torch.tensor(reading.means, device=both.device)
+            losses = function(both, targets).mean(dim=1)
+        elif reading.head == "distribution":
+            losses = function(both[:, 0], both[:, 1], batch["gap"], self.smoothing)
+            if self.rating_weight:
+                anchor = grade_cross_entropy(both, reading.grade(batch["ratings"])).mean(dim=1)
+                losses = (1 - self.rating_weight) * losses + self.rating_weight * anchor
+        else:
+            losses = function(chosen, rejected, batch["gap"], self.smoothing)
+        if self.centre:
+            losses = losses + self.centre * centring(chosen, rejected)
+        right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+        names = ("accuracy", "margin", "rewards/chosen", "rewards/rejected")
+        return losses, dict(zip(names, (right, chosen - rejected, chosen, rejected), strict=True))
+
+
+@dataclass
+class PolicyPairLoss:
+    """The loss of a pair from the outputs of PolicyPairs, as the trainer calls it.
+
+    sft_weight: of the NLL of a chosen token, beside any loss. fresh: whether the first call is the first one of a run,
+    which is then held against its value at the start.
+    """
+
+    module: PolicyPairs
+    loss: PolicyLoss
+    knobs: Knobs
+    sft_weight: float
+    precision: str
+    fresh: bool
+
+    def __call__(self, outputs: dict, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(loss of each pair [pairs], what is logged of each)."""
+        x = self.log_probs(outputs, batch)
+        losses = self.loss.function(x, self.knobs) - self.sft_weight * x.chosen_mean
+        if self.fresh and losses.requires_grad:
+            self.fresh = False
+            self.check_start(losses.detach(), outputs, batch)
+        vectors = self.module.vectors
+        if x.guided is not None and vectors is not None and vectors.requires_grad and losses.requires_grad:
+            losses = losses + self.pull_of_vectors(x.guided) / len(losses)
+        rewards = implicit_rewards(x, self.loss, self.knobs.beta)
+        margins = rewards[:, 0] - rewards[:, 1]
+        return losses, {
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+            "logps/chosen": outputs["logps"][:, 0],
+            "logps/rejected": outputs["logps"][:, 1],
+        }
+
+    def log_probs(self, outputs: dict, batch: dict) -> LogProbs:
+        """Sums or means, as the loss wants them; the reference from the outputs or from the batch."""
+        tokens = outputs["tokens"] if self.loss.reduction == "mean" else 1.0
+        reference = {name: outputs.get(name, batch.get(name)) for name in ("reference", "guided_reference")}
+        return LogProbs(
+            policy=outputs["logps"] / tokens,
+            chosen_mean=outputs["logps"][:, 0] / outputs["tokens"][:, 0],
+            reference=None if reference["reference"] is None else reference["reference"] / tokens,
+            guided=outputs["guided_logps"] / tokens if "guided_logps" in outputs else None,
+            guided_reference=None if reference["guided_reference"] is None else reference["guided_reference"] / tokens,
+        )
+
+    def check_start(self, losses: torch.Tensor, outputs: dict, batch: dict) -> None:
+        """End the script where the first loss is not that of a policy which equals its reference."""
+        if self.loss.reference:
+            names = ("reference", "guided_reference")
+            start = {name: outputs.get(name, batch.get(name)) for name in names}
+            start = {name.replace("reference", "logps"): value for name, value in start.items() if value is not None}
+        else:
+            was = self.module.training
+            with torch.no_grad():
+                start = self.module.eval()(**batch)
+            self.module.train(was)
+        x = self.log_probs(outputs | start, batch)
+        expected = self.loss.function(x, self.knobs) - self.sft_weight * x.chosen_mean
+        far = (losses - expected).abs() > ROUNDING[self.precision] * expected.abs().clamp(min=1.0)
+        if far.any():  # of any pair: differences of either sign would cancel in the mean
+            stop(
+                f"the first loss is {losses.mean():.4f}, and a policy that equals its reference has "
+                f"{expected.mean():.4f}: they are not the same model. Remove the folder REFERENCE_CACHE, or look at "
+                "what was changed in the code"
+            )
+
+    def pull_of_vectors(self, guided: torch.Tensor) -> torch.Tensor:
+        """Zero, with the gradient of sum(-log sigma(beta r_p)) for the vectors alone; the policy gets none of it."""
+        wanted = -functional.logsigmoid(self.knobs.beta * (guided[:, 0] - guided[:, 1])).sum()
+        (gradient,) = torch.autograd.grad(PULL_SCALE * wanted, self.module.vectors, retain_graph=True)
+        pull = (self.module.vectors * gradient / PULL_SCALE).sum()
+        return pull - pull.detach()
+
+
+def implicit_rewards(x: LogProbs, loss: PolicyLoss, beta: float) -> torch.Tensor:
+    """beta (log pi - log ref) [pairs, 2], sums or means as the loss takes them; without a reference beta log pi."""
+    return beta * (x.policy - x.reference if loss.reference else x.policy).detach()
