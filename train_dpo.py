@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from utils.guidance import Guidance
+    from utils.models.guidance import Guidance
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
@@ -100,7 +100,7 @@ def start_guidance(
     kind: str, text: str, path: str, count: int, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> Guidance:
     """The preference as GUIDANCE wants it: nothing, a text, or vectors that are loaded or start from the text."""
-    from utils import guidance
+    from utils.models import guidance
 
     if kind == "none":
         return guidance.Guidance()
@@ -123,8 +123,9 @@ def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
-    from utils import comparing, guidance, hidden, models, pairs, policies, policy_report, references, rewards, runs
+    from utils import comparing, policy_report, runs
     from utils.data import processed
+    from utils.models import guidance, loading, policies, reward_model, shared_prompt
     from utils.training import losses
     from utils.training import trainer as training
     from utils.training.losses import POLICY_LOSSES, Knobs
@@ -133,30 +134,30 @@ def main(settings: dict) -> None:
     check_loss(LOSS, GUIDANCE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, LABEL_SMOOTHING)
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
-    device, precision = models.choose_machine(DEVICE, PRECISION)
-    judges = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision) if REWARD_MODEL else {}
+    device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
+    judges = reward_model.load_judges(REWARD_MODEL, "", DEVICE, precision) if REWARD_MODEL else {}
     # 2. load
     tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     window, both = metadata["max_length"], LOSS == "new_pref_po"
     set_seed(SEED)
-    model = models.without_dropout(models.load_causal(MODEL))
+    model = loading.without_dropout(loading.load_causal(MODEL))
     said = start_guidance(GUIDANCE, PREFERENCE_TEXT, PROMPT_EMBEDDING_PATH, PROMPT_EMBEDDING_TOKENS, model, tokenizer)
     rows, validation = (processed.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
     if GUIDANCE != "none":
         rows, validation = (guidance.with_room(tokenizer, said, window, some) for some in (rows, validation))
         rows, validation = (guidance.guided_rows(some, tokenizer, window, said, both) for some in (rows, validation))
-    weights = references.weights_digest(model)
-    keys = [references.key_of(some, said.vectors, weights, precision) for some in (rows, validation)]
+    weights = policies.weights_digest(model)
+    keys = [policies.cache_key(some, said.vectors, weights, precision) for some in (rows, validation)]
     policies.check_architecture(model, rows)
-    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
-    hidden.check_shared_rows(model, rows[0], collator)
+    collator = shared_prompt.PairCollator(tokenizer.pad_token_id, shared_prompt.row_multiple(device))
+    shared_prompt.check_shared_rows(model, rows[0], collator)
     if USE_LORA and TRAIN_POLICY:
-        model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
+        model = loading.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     if not TRAIN_POLICY:
         model.requires_grad_(False)
     if GRADIENT_CHECKPOINTING:
-        models.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
+        loading.use_gradient_checkpointing(model)
+    say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
     # 3. build
     beta = BETA or loss.beta
     say(f"LOSS = {LOSS!r}, BETA = {beta}: {loss.beta_is}")
@@ -165,7 +166,7 @@ def main(settings: dict) -> None:
     )
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"], "beta": beta}
     facts |= {"max_length": window, "train_pairs": len(rows), "project": project, "run_name": name}
-    facts["start"] = references.key_of(rows, said.vectors, weights, "")  # in any precision, as on another GPU
+    facts["start"] = policies.cache_key(rows, said.vectors, weights, "")  # in any precision, as on another GPU
     facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
     facts |= {"device": str(device), "precision": precision}
     run = Run(OUTPUT_DIR or f"model_output/{project}/{name}", settings, RESUME, **facts)
@@ -199,14 +200,16 @@ def main(settings: dict) -> None:
     pair_loss = losses.PolicyPairLoss(module, loss, knobs, SFT_WEIGHT, precision, fresh)
 
     def figures() -> dict:
-        outputs = pairs.forward_pairs(trainer.model_wrapped, validation, collator, 2 * BATCH_SIZE, trainer.accelerator)
+        outputs = shared_prompt.forward_pairs(
+            trainer.model_wrapped, validation, collator, 2 * BATCH_SIZE, trainer.accelerator
+        )
         return policy_report.pair_figures(outputs, validation, pair_loss)
 
     rates = {"vectors": PROMPT_LEARNING_RATE}
     trainer = training.PairTrainer(module, args, rows, collator, pair_loss, run, figures, rates)
     if loss.reference and REFERENCE_CACHE:
         where = {"accelerator": trainer.accelerator, "cache": REFERENCE_CACHE, "batch_size": 2 * BATCH_SIZE}
-        keep = partial(references.with_reference, module=module.to(device), collator=collator, **where)
+        keep = partial(policies.add_reference_logps, module=module.to(device), collator=collator, **where)
         validation, trainer.train_dataset = keep(validation, key=keys[1]), keep(rows, key=keys[0])
     # 4. train
     training.train(trainer, run)
@@ -216,7 +219,7 @@ def main(settings: dict) -> None:
     if first_process():
         samples = []
         if SAMPLE_PROMPTS:
-            start = models.load_causal(MODEL).to(device)
+            start = loading.load_causal(MODEL).to(device)
             spoken = (guidance.Guidance(),) * 2 if both else (said, said.with_vectors(module.vectors))
             few = processed.unique_prompts(validation, SAMPLE_PROMPTS)
             sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)

@@ -76,7 +76,7 @@ def rollout(actor: Actor, prompts: dict[int, list[Message]]) -> list[Sample]:
 
     The number and SEED decide its random numbers. Log-probs come from a separate pass without gradient.
     """
-    from utils.sampling import generate, logps_and_entropies_of, logps_of
+    from utils.models.generation import generate, logps_and_entropies_of, logps_of
     from utils.training.reinforce import Sample
 
     ids, numbers, precision = actor.prompt_ids(list(prompts.values())), list(prompts), actor.precision
@@ -194,14 +194,14 @@ def main(settings: dict) -> None:
     check()
     from transformers import set_seed
 
-    from utils import comparing, models, pairs, policies, policy_report, references
-    from utils import rewards as reward_models
+    from utils import comparing, policy_report
     from utils.data import processed
+    from utils.models import loading, policies, reward_model, shared_prompt
     from utils.training import reinforce
     from utils.training.trainer import SCHEDULES, close
 
-    device, precision = models.choose_machine(DEVICE, PRECISION, deepspeed=False)
-    judges = reward_models.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
+    device, precision = loading.choose_device_and_precision(DEVICE, PRECISION, deepspeed=False)
+    judges = reward_model.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
     scorer = judges["reward"]
     reinforce.check_risk(scorer.reading, RISK, REWARD_MODEL)
     # 2. load
@@ -209,18 +209,18 @@ def main(settings: dict) -> None:
     rows = processed.load_pairs(DATA_DIR, "train", MAX_ROWS)
     held_out = processed.unique_prompts(processed.load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
     set_seed(SEED)
-    model = models.without_dropout(models.load_causal(MODEL))
+    model = loading.without_dropout(loading.load_causal(MODEL))
     policies.check_architecture(model, rows)
     if USE_LORA:
-        model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
+        model = loading.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     reference = policies.reference_of(model, trained=True)
     if GRADIENT_CHECKPOINTING:
-        models.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} prompts; {len(held_out)} held out for evaluation")
+        loading.use_gradient_checkpointing(model)
+    say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows)} prompts; {len(held_out)} held out for evaluation")
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
     facts |= {"train_prompts": len(rows), "reward_head": scorer.reading.head, "device": str(device)}
-    facts |= {"start": references.weights_digest(model), "reward_weights": references.weights_digest(scorer.model)}
+    facts |= {"start": policies.weights_digest(model), "reward_weights": policies.weights_digest(scorer.model)}
     run = Run(OUTPUT_DIR, settings, RESUME, **facts, precision=precision)
     rates = {"rate": LEARNING_RATE, "decay": WEIGHT_DECAY, "schedule": SCHEDULES[SCHEDULE]}
     rates |= {"warmup_share": WARMUP_SHARE, "steps": MAX_STEPS, "tracker": REPORT_TO}
@@ -232,13 +232,13 @@ def main(settings: dict) -> None:
     # 5. evaluate
     result = {}
     if first_process():
-        start = models.load_causal(MODEL).to(device) if reference == "adapter" else reference
+        start = loading.load_causal(MODEL).to(device) if reference == "adapter" else reference
         how = (MAX_NEW_TOKENS, TEMPERATURE, SEED, precision, GENERATION_BATCH)
         sampler = comparing.Sampler(tokenizer, metadata["max_length"], *how)
         lines, result = policy_report.before_and_after(start, model, held_out, sampler, judges)
         result |= result.pop("reward")
         # 6. save
-        policy_report.save(model, tokenizer, run.folder, rows, pairs.PairCollator(tokenizer.pad_token_id))
+        policy_report.save(model, tokenizer, run.folder, rows, shared_prompt.PairCollator(tokenizer.pad_token_id))
         policy_report.write_reinforce_results(run.folder, result, lines, run.record)
     close(run, trainer.accelerator)
     trainer.accelerator.end_training()  # trackers are closed, and processes no longer wait for each other

@@ -93,9 +93,10 @@ def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
-    from utils import heads, hidden, judging, models, pairs, quality, quality_plots, references, rewards
+    from utils import judging, quality, quality_plots
     from utils.data import processed
     from utils.data.preferences import RATINGS
+    from utils.models import loading, policies, reward_model, shared_prompt
     from utils.training import losses
     from utils.training import trainer as training
     from utils.training.losses import PAIR_LOSSES
@@ -111,7 +112,7 @@ def main(settings: dict) -> None:
             stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
     schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
-    device, precision = models.choose_machine(DEVICE, PRECISION)
+    device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
     # 2. load
     tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows, validation = (processed.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
@@ -121,7 +122,7 @@ def main(settings: dict) -> None:
         judged, measured_on = processed.load_pairs(DATA_DIR, "test", MAX_ROWS), "test"
     rows, judged, validation = (processed.closed_answers(some, tokenizer) for some in (rows, judged, validation))
     ratings, means = processed.ratings_of(rows)
-    reading = heads.reading_of(HEAD, RATING or metadata["rating"], ratings, means)
+    reading = reward_model.new_reward_head(HEAD, RATING or metadata["rating"], ratings, means)
     check_loss(
         HEAD,
         pair_loss,
@@ -131,17 +132,17 @@ def main(settings: dict) -> None:
         CENTRING=CENTRING,
         RATING_WEIGHT=RATING_WEIGHT,
     )
-    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
+    collator = shared_prompt.PairCollator(tokenizer.pad_token_id, shared_prompt.row_multiple(device))
     set_seed(SEED)
-    model = rewards.start_model(MODEL, tokenizer, reading)
-    hidden.check_shared_rows(model, rows[0], collator)
-    start = references.weights_digest(model)
+    model = reward_model.start_model(MODEL, tokenizer, reading)
+    shared_prompt.check_shared_rows(model, rows[0], collator)
+    start = policies.weights_digest(model)
     head_rate = LEARNING_RATE if model.score.weight.any() else HEAD_LEARNING_RATE or LEARNING_RATE
     if USE_LORA:
-        model = models.add_lora(model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, "score")
+        model = loading.add_lora(model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, "score")
     if GRADIENT_CHECKPOINTING:
-        models.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
+        loading.use_gradient_checkpointing(model)
+    say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
     facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "pair_loss": pair_loss, "start": start}
@@ -169,14 +170,14 @@ def main(settings: dict) -> None:
     )
 
     def outputs_of(some: Dataset, other: torch.nn.Module | None = None) -> np.ndarray:
-        module = rewards.RewardPairs(other) if other else trainer.model_wrapped
-        return pairs.forward_pairs(module, some, collator, 2 * BATCH_SIZE, trainer.accelerator)["outputs"]
+        module = reward_model.RewardPairs(other) if other else trainer.model_wrapped
+        return shared_prompt.forward_pairs(module, some, collator, 2 * BATCH_SIZE, trainer.accelerator)["outputs"]
 
     def accuracy() -> dict[str, float]:
         return {"accuracy": float(judging.pairs_right(outputs_of(validation), reading).mean())}
 
     loss = losses.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
-    module, rates = rewards.RewardPairs(model), {"score": head_rate}
+    module, rates = reward_model.RewardPairs(model), {"score": head_rate}
     trainer = training.PairTrainer(module, args, rows, collator, loss, run, accuracy, rates)
     best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
     # 4. train
@@ -187,7 +188,7 @@ def main(settings: dict) -> None:
     if HEAD == "attributes":  # the other heads learn the size of a difference from their pairs
         judging.fit_win_scale(reading, unused, outputs_of)
     weights = judging.surface_weights(rows)
-    untrained = partial(rewards.untrained, MODEL, reading, device, SEED)
+    untrained = partial(reward_model.random_head_model, MODEL, reading, device, SEED)
     lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained)
     result = quality.report(lines) | {"measured_on": measured_on, "epochs": epochs}
     result["selection_shares_rows"] = bool(epochs) and measured_on == "validation"
@@ -195,7 +196,7 @@ def main(settings: dict) -> None:
     if first_process():
         facts = {"max_length": metadata["max_length"], "surface_weights": weights.tolist()}
         facts |= {n: result[n] for n in ("reward_mean", "reward_std")}
-        rewards.save(model, tokenizer, run.folder, reading, rows, collator, **facts)
+        reward_model.save_reward_model(model, tokenizer, run.folder, reading, rows, collator, **facts)
         quality_plots.write_results(run.folder, result, lines, run.record)
     training.close(run, trainer.accelerator)
     # 7. say where it is

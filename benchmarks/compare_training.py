@@ -61,8 +61,8 @@ def build(
     """
     from transformers import TrainingArguments, set_seed
 
-    from utils import models, pairs
     from utils.data import processed
+    from utils.models import loading, shared_prompt
     from utils.runs import Run
     from utils.training import trainer as training
 
@@ -72,16 +72,16 @@ def build(
     set_seed(same["seed"])
     if variant.startswith("trl"):
         return trl_trainer(method, model, rows, tokenizer, work, place, same | flags), 0.0
-    precision, _ = models.choose_precision(flags.get("precision", ""), place)
+    precision, _ = loading.choose_precision(flags.get("precision", ""), place)
     args = training.training_arguments(TrainingArguments, work, place, precision, save_steps=0, eval_steps=0, **same)
-    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(place))
+    collator = shared_prompt.PairCollator(tokenizer.pad_token_id, shared_prompt.row_multiple(place))
     module, loss = ours(method, model, tokenizer)
     trainer = training.PairTrainer(module, args, rows, collator, loss, Run(work, {}), dict)
     began = time.perf_counter()
     if method == "dpo":
-        from utils.references import with_reference
+        from utils.models.policies import add_reference_logps
 
-        trainer.train_dataset = with_reference(
+        trainer.train_dataset = add_reference_logps(
             rows, module.to(place), collator, 2 * same["per_device_train_batch_size"], trainer.accelerator, work, "key"
         )
     return trainer, time.perf_counter() - began
@@ -89,14 +89,14 @@ def build(
 
 def ours(method: str, model: str, tokenizer: object) -> tuple[torch.nn.Module, Callable]:
     """(module, loss of a pair) of this toolkit."""
-    from utils import heads, models, policies, rewards
+    from utils.models import loading, policies, reward_model
     from utils.training import losses
 
     if method == "reward":
-        reading = heads.Reading("scalar")
-        module = rewards.RewardPairs(rewards.start_model(model, tokenizer, reading))
+        reading = reward_model.RewardHead("scalar")
+        module = reward_model.RewardPairs(reward_model.start_model(model, tokenizer, reading))
         return module, losses.PairLoss(reading, "bradley_terry")
-    module = policies.PolicyPairs(models.load_causal(model))
+    module = policies.PolicyPairs(loading.load_causal(model))
     return module, losses.PolicyPairLoss(module, losses.POLICY_LOSSES["dpo"], losses.Knobs(0.1), 0.0, "bf16", True)
 
 
@@ -105,7 +105,7 @@ def trl_trainer(
 ) -> Trainer:
     """Stock TRL with its own precision and checkpointing where `options` does not say otherwise."""
     from benchmarks import stock_trl
-    from utils import heads, models, rewards
+    from utils.models import loading, reward_model
     from utils.runs import Run
 
     def arguments(kind: type, **more: object) -> object:
@@ -114,9 +114,9 @@ def trl_trainer(
         return kind(str(work), **named)
 
     if method == "reward":
-        network = rewards.start_model(model, tokenizer, heads.Reading("scalar"))
+        network = reward_model.start_model(model, tokenizer, reward_model.RewardHead("scalar"))
         return stock_trl.reward_trainer(network, rows, tokenizer, Run(work, {}), arguments)
-    network = models.load_causal(model)
+    network = loading.load_causal(model)
     return stock_trl.dpo_trainer(network, rows, tokenizer, Run(work, {}), arguments, "dpo", 0.1)
 
 
@@ -174,7 +174,7 @@ def main(settings: dict) -> None:
     for variant in (CHILD,) if CHILD else VARIANTS:
         pick(FLAGS, "VARIANTS", variant)
     if CHILD:
-        from utils.models import choose_device
+        from utils.models.loading import choose_device
 
         same = {"per_device_train_batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, "seed": SEED}
         same |= {"report_to": "none", "logging_steps": 1, "num_train_epochs": 2}

@@ -23,7 +23,7 @@ from utils.script import at_least, needs, pick, say, script, stop
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from utils.rewards import RewardModel
+    from utils.models.reward_model import RewardModel
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
@@ -97,19 +97,20 @@ def judge_pairs(
     """(eval.json, lines of predictions.jsonl): the report on a reward model."""
     import numpy as np
 
-    from utils import judging, models, quality, rewards
+    from utils import judging, quality
+    from utils.models import loading, reward_model
 
     rows = in_its_window(rows, model)
     say(f"{name}: {model.reading.head} head, window of {model.max_length} tokens, {len(rows)} pairs")
     weights = model.config.get("surface_weights")
     started_from = read_json(f"{name}/run.json").get("settings", {}).get("MODEL")
-    if started_from and controls and not models.is_there(started_from):
+    if started_from and controls and not loading.is_there(started_from):
         say(f"not compared with an untrained head: {started_from}, which {name} was trained from, cannot be had here")
         started_from = ""
     device = model.model.device
 
     def outputs_of(some: Dataset, other: object = None) -> np.ndarray:
-        judge = rewards.RewardModel(other, model.tokenizer, model.reading, model.max_length) if other else model
+        judge = reward_model.RewardModel(other, model.tokenizer, model.reading, model.max_length) if other else model
         return judge.pair_outputs(some, batch_size)
 
     lines = judging.judged(
@@ -119,7 +120,7 @@ def judge_pairs(
         model.reading,
         np.array(weights) if weights else None,
         controls,
-        partial(rewards.untrained, started_from, model.reading, device, seed) if started_from else None,
+        partial(reward_model.random_head_model, started_from, model.reading, device, seed) if started_from else None,
     )
     return quality.report(lines), lines
 
@@ -135,9 +136,10 @@ def compare_policies(
     from dataclasses import replace
 
     from extras.parts import frontier
-    from utils import comparing, models
+    from utils import comparing
     from utils.data import processed
     from utils.data.processed import unique_prompts
+    from utils.models import loading
 
     tokenizer, metadata = processed.matching_tokenizer(data_dir, "MODEL", model)
     for folder in policies.values():  # all of them before the first one answers: the ids are read by each
@@ -147,11 +149,11 @@ def compare_policies(
     device = judges["reward"].model.device
 
     def load(name: str) -> object:
-        return models.load_causal(name, "POLICIES").to(device).eval()
+        return loading.load_causal(name, "POLICIES").to(device).eval()
 
     sampler = comparing.Sampler(tokenizer, metadata["max_length"], **sampling)
     samplers = {"sampled": sampler, "greedy": replace(sampler, temperature=0.0)}
-    start = models.load_causal(model).to(device).eval()
+    start = loading.load_causal(model).to(device).eval()
     say(f"{len(prompts)} prompts of {data_dir}/{split}, answered by {model} and {', '.join(policies)}")
     answers = frontier.answers_of(policies, start, load, prompts, samplers, best_of, judges["reward"], persona)
     scores, figures = {}, {}
@@ -175,10 +177,11 @@ def main(settings: dict) -> None:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
         pick(splits_of(DATA_DIR), "SPLIT", SPLIT)
     from extras.parts import frontier
-    from utils import judging, models, quality, quality_plots, rewards
+    from utils import judging, quality, quality_plots
     from utils.data import processed
+    from utils.models import loading, reward_model
 
-    device, precision = models.choose_machine(DEVICE, PRECISION)
+    device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
     if POLICIES and DATASET:
         stop("POLICIES answer the prompts of DATA_DIR, and DATASET has pairs to judge: set one of them")
     facts = {"device": str(device), "precision": precision, "began": began}  # an older run stays until this one is done
@@ -187,7 +190,7 @@ def main(settings: dict) -> None:
     if POLICIES:
         policies = frontier.names_of(POLICIES)
         frontier.check_judge(policies, JUDGE_MODEL)
-        judges = rewards.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
+        judges = reward_model.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
         how = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, "seed": SEED, "precision": precision}
         result, *found = compare_policies(
             policies, MODEL, DATA_DIR, SPLIT, PROMPTS, BEST_OF_N, SYSTEM_PROMPT, judges,
@@ -199,7 +202,7 @@ def main(settings: dict) -> None:
             say(f"\n{way}:\n{frontier.told(figures, tuple(judges))}")
     # 3. or judge a reward model
     else:
-        model = rewards.RewardModel.load(REWARD_MODEL, DEVICE, precision)
+        model = reward_model.RewardModel.load(REWARD_MODEL, DEVICE, precision)
         if DATASET:
             rows = pairs_of_another_origin(DATASET, MAX_ROWS, model)
         else:

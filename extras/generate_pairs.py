@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from extras.parts.generated import Asked, Written
     from utils.data.preferences import Ledger
-    from utils.rewards import RewardModel
+    from utils.models.reward_model import RewardModel
 
 # data
 DATA_DIR = "processed_helpsteer"  # its prompts and, for self_align, its answers: of pairs the chosen ones
@@ -83,7 +83,7 @@ def answer(
     prompts: {number: ids}.
     """
     from extras.parts.generated import Written, whole_letters
-    from utils.sampling import generate
+    from utils.models.generation import generate
 
     count = ANSWERS_PER_PROMPT if judge else 1
     ids = [prompts[one.number] for one in batch for _ in range(count)]
@@ -164,26 +164,26 @@ def main(settings: dict) -> None:
     # 1. check
     check()
     from extras.parts import generated
-    from utils import models, references, rewards
     from utils.data import processed, tokens
     from utils.data.preferences import Ledger
+    from utils.models import loading, policies, reward_model
 
     pick(generated.MODES, "MODE", MODE)
     processed.check_folder(Path(OUTPUT_DIR).expanduser().resolve(), DATA_DIR, "DATA_DIR")
-    device, precision = models.choose_machine(DEVICE, PRECISION)
-    judge = rewards.load_judges(REWARD_MODEL, "", DEVICE, precision)["reward"] if MODE == "ranked" else None
+    device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
+    judge = reward_model.load_judges(REWARD_MODEL, "", DEVICE, precision)["reward"] if MODE == "ranked" else None
     # 2. load
     tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     window, ledger = metadata["max_length"], Ledger()
     asked = generated.asked_of(DATA_DIR, SPLITS, MAX_ROWS, ledger)
     room = max(window - MAX_NEW_TOKENS, window // 2)  # of a prompt, as in a pair with such an answer
     prompts = {one.number: tokens.fitted_prompt(tokenizer, one.turns, room) for one in asked}
-    model = models.load_causal(MODEL).to(device).eval()
+    model = loading.load_causal(MODEL).to(device).eval()
     count = ANSWERS_PER_PROMPT if judge else 1
     say(f"{MODEL} answers {len(asked)} prompts of {DATA_DIR} {count} times, {MAX_NEW_TOKENS} tokens at most")
     # 3. answer; a run resumes only with the same weights and rows
-    same = {"WEIGHTS": references.weights_digest(model), "DATA": metadata["fingerprint"]}
-    same |= {"JUDGE": references.weights_digest(judge.model)} if judge else {}
+    same = {"WEIGHTS": policies.weights_digest(model), "DATA": metadata["fingerprint"]}
+    same |= {"JUDGE": policies.weights_digest(judge.model)} if judge else {}
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
     run = Run(ANSWERS_DIR, settings | same, RESUME, device=str(device), precision=precision, **facts)
     batches = generated.in_batches(asked, [len(prompts[one.number]) for one in asked], max(1, BATCH_SIZE // count))

@@ -69,7 +69,7 @@ def from_hub(folder: Path) -> torch.Tensor | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     from utils.data.tokens import load_tokenizer
-    from utils.models import load_causal
+    from utils.models.loading import load_causal
 
     try:
         published = snapshot_download(
@@ -154,7 +154,7 @@ def prove(folder: Path, before: torch.Tensor) -> str:
     """Return the reloaded folder's answer to QUESTION; end the script where a check fails."""
     from transformers import AutoTokenizer
 
-    from utils.models import PROOF_ABSOLUTE, load_causal
+    from utils.models.loading import PROOF_ABSOLUTE, load_causal
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load_causal(str(folder)).eval()
     difference = (logits_of(model) - before).abs().max().item()

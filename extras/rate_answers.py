@@ -108,21 +108,21 @@ def conditions() -> dict[str, tuple[str, str, str]]:
 
 def answer_prompts(prompts: list[dict]) -> None:
     """Put the answers of each condition into the prompts, all with the same random numbers."""
-    from utils import guidance, models, sampling
     from utils.data.tokens import load_tokenizer
+    from utils.models import generation, guidance, loading
 
-    device, precision = models.choose_machine(DEVICE, PRECISION)
+    device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
     template = read_json(Path(DATA_DIR) / "metadata.json").get("chat_template", "")
     for name, (constant, policy, persona) in conditions().items():
         tokenizer = load_tokenizer(policy, template, constant)
-        model = models.load_causal(policy, constant).to(device)
+        model = loading.load_causal(policy, constant).to(device)
         context = getattr(model.config, "max_position_embeddings", MAX_LENGTH + MAX_NEW_TOKENS)
         if context < MAX_LENGTH + MAX_NEW_TOKENS:
             stop(f"MAX_LENGTH + MAX_NEW_TOKENS = {MAX_LENGTH + MAX_NEW_TOKENS}: {policy} has a context of {context}")
         talks = [with_persona(entry["turns"], persona) for entry in prompts]
-        ids = sampling.prompt_ids_of(tokenizer, talks, MAX_LENGTH, guidance.Guidance())
+        ids = generation.prompt_ids_of(tokenizer, talks, MAX_LENGTH, guidance.Guidance())
         how = {"precision": precision, "progress": f"answers of {name}"}
-        answers = sampling.generate(model, tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
+        answers = generation.generate(model, tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
         for entry, answer in zip(prompts, answers, strict=True):
             entry["answers"][name] = items.clean(answer.text)
 
@@ -180,7 +180,7 @@ def read_back(folder: Path, asked: list[dict]) -> list[dict]:
 
 def with_rewards(asked: list[dict]) -> list[dict]:
     """Return the items with the rewards of REWARD_MODEL for their answers."""
-    from utils.rewards import RewardModel
+    from utils.models.reward_model import RewardModel
 
     judge = RewardModel.load(REWARD_MODEL, DEVICE)
     talks = [[*item["turns"], {"role": "assistant", "content": text}] for item in asked for text in item["answers"]]

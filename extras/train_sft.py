@@ -100,15 +100,15 @@ def load() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset, dict]:
 
 def build_model(rows: Dataset) -> tuple[nn.Module, str]:
     """Return (the model to train, digest of the weights that it starts from)."""
-    from utils import models, policies, references
+    from utils.models import loading, policies
 
-    model = models.load_causal(MODEL)
+    model = loading.load_causal(MODEL)
     policies.check_architecture(model, rows)
-    digest = references.weights_digest(model)
+    digest = policies.weights_digest(model)
     if USE_LORA:
-        model = models.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
+        model = loading.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
     if GRADIENT_CHECKPOINTING:
-        models.use_gradient_checkpointing(model)
+        loading.use_gradient_checkpointing(model)
     return model, digest
 
 
@@ -145,26 +145,27 @@ def main(settings: dict) -> None:
     from transformers import set_seed
 
     from extras.parts import sft
-    from utils import models, pairs, policies, policy_report
+    from utils import policy_report
     from utils.data import processed
+    from utils.models import loading, policies, shared_prompt
     from utils.training import trainer as training
 
     pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
     training.check_tracker(REPORT_TO)
-    device, precision = models.choose_machine(DEVICE, PRECISION)
+    device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
     # 2. load
     tokenizer, rows, validation, facts = load()
     set_seed(SEED)
     model, facts["start"] = build_model(rows)
-    say(f"{MODEL}: {models.count_parameters(model)}, on {len(rows)} answers, {len(validation)} for validation")
+    say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows)} answers, {len(validation)} for validation")
     # 3. build
     facts |= {"device": str(device), "precision": precision, "rows_per_step": BATCH_SIZE * ACCUMULATION * processes()}
     run = Run(OUTPUT_DIR, settings, RESUME, **facts)
-    collator = pairs.PairCollator(tokenizer.pad_token_id, pairs.row_multiple(device))
+    collator = shared_prompt.PairCollator(tokenizer.pad_token_id, shared_prompt.row_multiple(device))
     module = policies.PolicyPairs(model)
 
     def scored(what: str) -> dict:
-        return pairs.forward_pairs(module, validation, collator, 2 * BATCH_SIZE, trainer.accelerator, what)
+        return shared_prompt.forward_pairs(module, validation, collator, 2 * BATCH_SIZE, trainer.accelerator, what)
 
     def figures() -> dict[str, float]:
         return {"loss": sft.mean_nll(scored("scoring validation"))}

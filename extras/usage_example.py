@@ -50,21 +50,21 @@ def show_rows() -> None:
 
 def answer_of_policy(conversation: list[dict]) -> str:
     """Return the policy's answer to a conversation."""
-    from utils import guidance, models, sampling
     from utils.data import tokens
+    from utils.models import generation, guidance, loading
 
-    tokenizer, model = tokens.load_tokenizer(POLICY, constant="POLICY"), models.load_causal(POLICY, "POLICY")
+    tokenizer, model = tokens.load_tokenizer(POLICY, constant="POLICY"), loading.load_causal(POLICY, "POLICY")
     window = model.config.max_position_embeddings - MAX_NEW_TOKENS
-    ids = sampling.prompt_ids_of(tokenizer, [conversation], window, guidance.Guidance())
-    model = model.to(models.choose_device(DEVICE))
-    return sampling.generate(model, tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED)[0].text
+    ids = generation.prompt_ids_of(tokenizer, [conversation], window, guidance.Guidance())
+    model = model.to(loading.choose_device(DEVICE))
+    return generation.generate(model, tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED)[0].text
 
 
 @script
 def main(settings: dict) -> None:
     at_least(1, BATCH_SIZE=BATCH_SIZE, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-    from utils.rewards import RewardModel
+    from utils.models.reward_model import RewardModel
 
     show_rows()
     question = [{"role": "user", "content": QUESTION}]

@@ -117,19 +117,19 @@ def judges(tmp_path_factory, model_folder, sample_folder):
     """{head: folder of a reward model with a random head}."""
     import torch
 
-    from utils import rewards
     from utils.data.processed import load_pairs
     from utils.data.tokens import load_tokenizer
-    from utils.heads import reading_of
-    from utils.pairs import PairCollator
+    from utils.models import reward_model
+    from utils.models.reward_model import new_reward_head
+    from utils.models.shared_prompt import PairCollator
 
     tokenizer = load_tokenizer(model_folder)  # of its own: a reward model changes the padding
     folders, rows = {}, load_pairs(sample_folder, "train", 8)
     for head in ("scalar", "distribution"):
-        reading, folder = reading_of(head, "average", [], None), tmp_path_factory.mktemp("judge") / head
+        reading, folder = new_reward_head(head, "average", [], None), tmp_path_factory.mktemp("judge") / head
         torch.manual_seed(1)
-        model = rewards.start_model(model_folder, tokenizer, reading)
+        model = reward_model.start_model(model_folder, tokenizer, reading)
         torch.nn.init.normal_(model.score.weight, std=0.3)
-        rewards.save(model, tokenizer, folder, reading, rows, PairCollator(2, 8), max_length=128)
+        reward_model.save_reward_model(model, tokenizer, folder, reading, rows, PairCollator(2, 8), max_length=128)
         folders[head] = str(folder)
     return folders

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.toys import sample_of
-from utils.heads import Reading
-from utils.sampling import Answer
+from utils.models.generation import Answer
+from utils.models.reward_model import RewardHead
 from utils.training.reinforce import (
     Baseline,
     Scoring,
@@ -18,10 +18,10 @@ from utils.training.reinforce import (
 
 
 def test_risk_needs_a_spread():
-    check_risk(Reading("distribution", [float(grade) for grade in range(1, 11)]), 0.5, "x")
-    check_risk(Reading("scalar"), 0.0, "x")
+    check_risk(RewardHead("distribution", [float(grade) for grade in range(1, 11)]), 0.5, "x")
+    check_risk(RewardHead("scalar"), 0.0, "x")
     with pytest.raises(SystemExit, match="RISK = 0.5 needs the spread of a distribution: 'x' has a scalar head"):
-        check_risk(Reading("scalar"), 0.5, "x")
+        check_risk(RewardHead("scalar"), 0.5, "x")
 
 
 # baselines
@@ -97,7 +97,7 @@ class Judge:
     """A reward model whose output is the number of characters, or logits that put all on one grade."""
 
     def __init__(self, head="scalar"):
-        self.reading = Reading(head, [1.0] if head == "scalar" else [float(grade) for grade in range(1, 11)])
+        self.reading = RewardHead(head, [1.0] if head == "scalar" else [float(grade) for grade in range(1, 11)])
 
     def read(self, prompts, answers):
         lengths = torch.tensor([[float(len(text)) for text in side] for side in answers])

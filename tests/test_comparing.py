@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils.comparing import Answers, Sampler, compared, repetition
-from utils.guidance import Guidance
-from utils.sampling import Answer, generate, logps_of
+from utils.comparing import Answers, Sampler, compared
+from utils.models.generation import Answer, generate, logps_of, repetition
+from utils.models.guidance import Guidance
 
 PROMPTS = [
     [{"role": "user", "content": text}] for text in ("Hi", "Why?", "Say yes.", "One", "Two", "Three", "Go", "On")

@@ -18,11 +18,11 @@ from extras.parts import generated
 from extras.parts.generated import Asked, Written, in_batches, left_open, pairs_of, read_written
 from tests.conftest import run_script
 from tests.loading import tree, write_lines
-from utils import rewards, sampling
 from utils.data.preferences import Ledger
 from utils.data.processed import row_features
 from utils.data.tokens import end_of_turn, tokenised
-from utils.sampling import Answer, Luck, draws
+from utils.models import generation, reward_model
+from utils.models.generation import Answer, SeededGumbel, sampling_processors
 
 SMALL = {"MAX_ROWS": 12, "MAX_NEW_TOKENS": 8, "BATCH_SIZE": 4, "DEVICE": "cpu", "PRECISION": "fp32"}
 
@@ -62,7 +62,7 @@ def allowed(logits, top_k, top_p):
 def test_only_what_top_k_and_top_p_keep_is_drawn_and_as_often_as_it_should(top_k, top_p):
     torch.manual_seed(0)
     logits, temperature, count = torch.randn(30) * 2, 0.7, 3000
-    process = draws(temperature, [(3, i) for i in range(count)], top_k, top_p)
+    process = sampling_processors(temperature, [(3, i) for i in range(count)], top_k, top_p)
     drawn = process(None, logits.repeat(count, 1)).argmax(dim=1)
     kept = allowed((logits / temperature).tolist(), top_k, top_p)
     assert set(drawn.tolist()) <= set(kept) and len(kept) < 30
@@ -73,8 +73,8 @@ def test_only_what_top_k_and_top_p_keep_is_drawn_and_as_often_as_it_should(top_k
 
 def test_without_top_k_and_top_p_nothing_changes():
     seeds, logits = [(1, 2), (1, 3)], torch.randn(2, 50)
-    assert torch.equal(draws(0.7, seeds)(None, logits), Luck(0.7, seeds)(None, logits))
-    assert len(draws(0.0, seeds, 5, 0.5)) == 0, "greedy"
+    assert torch.equal(sampling_processors(0.7, seeds)(None, logits), SeededGumbel(0.7, seeds)(None, logits))
+    assert len(sampling_processors(0.0, seeds, 5, 0.5)) == 0, "greedy"
 
 
 # pairs of answers
@@ -176,7 +176,7 @@ def test_the_folder_keeps_the_split_and_train_dpo_takes_it(options, sample_folde
 def test_a_killed_run_goes_on_to_the_same_pairs(options, tmp_path, monkeypatch, capsys):
     options = options | {"TEMPERATURE": 1.5, "SPLITS": "train"}
     run_script(generate_pairs, **options | {"OUTPUT_DIR": tmp_path / "whole", "ANSWERS_DIR": tmp_path / "once"})
-    real, calls = sampling.generate, []
+    real, calls = generation.generate, []
 
     def until_the_third(*arguments, **named):
         calls.append(named["numbers"])
@@ -184,7 +184,7 @@ def test_a_killed_run_goes_on_to_the_same_pairs(options, tmp_path, monkeypatch, 
             raise RuntimeError("killed")
         return real(*arguments, **named)
 
-    monkeypatch.setattr(sampling, "generate", until_the_third)
+    monkeypatch.setattr(generation, "generate", until_the_third)
     with pytest.raises(RuntimeError, match="killed"):
         run_script(generate_pairs, **options)
     assert not (tmp_path / "pairs").exists() and len(answers_in(tmp_path / "answers")) == 8
@@ -216,7 +216,7 @@ def test_another_policy_does_not_go_on_with_the_answers_of_the_first(options, tm
     def killed(*arguments, **named):
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(sampling, "generate", killed)
+    monkeypatch.setattr(generation, "generate", killed)
     shutil.copytree(model_folder, tmp_path / "policy")
     for _ in range(2):
         with pytest.raises(RuntimeError, match="killed"):
@@ -234,8 +234,8 @@ def test_ranked_answers_carry_their_rewards(options, tmp_path, monkeypatch):
     judge = SimpleNamespace(
         model=torch.nn.Linear(1, 1), score=lambda talks: torch.tensor([len(t[-1]["content"]) for t in talks]).float()
     )
-    monkeypatch.setattr(rewards, "require_worth", lambda folder: None)
-    monkeypatch.setattr(rewards.RewardModel, "load", lambda *arguments: judge)
+    monkeypatch.setattr(reward_model, "check_better_than_chance", lambda folder: None)
+    monkeypatch.setattr(reward_model.RewardModel, "load", lambda *arguments: judge)
     run_script(generate_pairs, **options | {"MODE": "ranked", "ANSWERS_PER_PROMPT": 3, "SPLITS": "train"})
     metadata, said = read(tmp_path / "pairs/metadata.json"), answers_in(tmp_path / "answers")
     assert (
@@ -251,13 +251,13 @@ def test_ranked_answers_carry_their_rewards(options, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_keeps_what_is_answered(options, tmp_path, monkeypatch, capsys):
-    real = sampling.generate
+    real = generation.generate
 
     def interrupted(*arguments, **named):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **named)
 
-    monkeypatch.setattr(sampling, "generate", interrupted)
+    monkeypatch.setattr(generation, "generate", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_script(generate_pairs, **options)
     assert stop.value.code == 130 and len(answers_in(tmp_path / "answers")) == 4
@@ -290,7 +290,7 @@ def test_no_pair_at_all_is_said_and_nothing_is_written(options, tmp_path, monkey
     def silent(model, tokenizer, ids, **named):
         return [Answer(prompt, [2], "", True) for prompt in ids]
 
-    monkeypatch.setattr(sampling, "generate", silent)
+    monkeypatch.setattr(generation, "generate", silent)
     with pytest.raises(SystemExit, match="no pair is left for training of 24 prompts, left out: {'empty_answer': 24}"):
         run_script(generate_pairs, **options)
     assert not (tmp_path / "pairs").exists()

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from utils.data.processed import load_pairs
-from utils.guidance import (
+from utils.models.generation import batch_of, float32_head, generate, logps_of, prompt_ids_of, stop_ids
+from utils.models.guidance import (
     Guidance,
     guided_rows,
     load_vectors,
@@ -17,11 +18,9 @@ from utils.guidance import (
     text_guidance,
     vector_guidance,
 )
-from utils.logps import answer_logps, check_head, logits_of, token_logps
-from utils.models import load_causal
-from utils.pairs import PairCollator
-from utils.policies import PolicyPairs
-from utils.sampling import batch_of, float32_head, generate, logps_of, prompt_ids_of, stop_ids
+from utils.models.loading import load_causal
+from utils.models.policies import PolicyPairs
+from utils.models.shared_prompt import PairCollator, answer_logps, check_head, logits_of, token_logps
 
 TEXT = "Please be brief."
 
@@ -146,7 +145,7 @@ def test_chunked_log_probs_equal_the_models_own(model, monkeypatch):
 
 
 def test_an_architecture_that_scales_its_logits_is_refused(model, sample_folder):
-    from utils.policies import check_architecture
+    from utils.models.policies import check_architecture
 
     rows = load_pairs(sample_folder, "train", 2)
     check_architecture(model, rows)

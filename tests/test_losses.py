@@ -5,15 +5,13 @@ import math
 import pytest
 import torch
 
-from utils.heads import GRADES, HEADS, Reading, reading_of
+from utils.models.reward_model import GRADES, HEADS, RewardHead, log_tie, log_win, new_reward_head
 from utils.training.losses import (
     PAIR_LOSSES,
     PairLoss,
     bradley_terry,
     centring,
     grade_cross_entropy,
-    log_tie,
-    log_win,
     margin,
     masked_squared_error,
     scaled,
@@ -127,7 +125,7 @@ def test_squared_error_leaves_out_what_is_not_known():
 
 
 def test_expected_grade_spread_and_entropy_equal_plain_loops(logits):
-    reading = reading_of("distribution", "average", [], MEANS)
+    reading = new_reward_head("distribution", "average", [], MEANS)
     for x, reward, spread, entropy in zip(
         logits[0], reading.rewards(logits[0]), reading.spread(logits[0]), reading.entropy(logits[0]), strict=True
     ):
@@ -145,33 +143,33 @@ def test_expected_grade_spread_and_entropy_equal_plain_loops(logits):
 
 
 def test_win_of_scalars_is_bradley_terry():
-    reading = Reading("scalar")
+    reading = RewardHead("scalar")
     one, other = torch.tensor([[1.0]]), torch.tensor([[0.0]])
     assert reading.win(one, other).item() == pytest.approx(sigma(1.0))
 
 
 def test_the_map_from_rating_to_grade():
-    average = reading_of("distribution", "average", [1.0, 2.0], MEANS)
+    average = new_reward_head("distribution", "average", [1.0, 2.0], MEANS)
     assert average.grade(torch.tensor([0.0, 2.0, 4.0])).tolist() == pytest.approx([1.0, 5.5, 10.0])
-    goodness = reading_of("distribution", "goodness", [], MEANS)
+    goodness = new_reward_head("distribution", "goodness", [], MEANS)
     assert goodness.grade(torch.tensor([7.6])).item() == pytest.approx(10.0)
-    ranks = reading_of("distribution", "", [-3.0, 0.0], None)
+    ranks = new_reward_head("distribution", "", [-3.0, 0.0], None)
     assert ranks.grade(torch.tensor([-3.0, -1.5, 0.0, 9.0])).tolist() == pytest.approx([1.0, 5.5, 10.0, 10.0])
-    negative = reading_of("attributes", "nvidia_70b", [], MEANS)
+    negative = new_reward_head("attributes", "nvidia_70b", [], MEANS)
     assert (negative.lowest_rating, negative.highest_rating) == pytest.approx((-1.6, 9.8))
     outputs = torch.tensor([[1.0, 1.0, 0.5, 2.0, 2.0]])  # above the means: 4, 4, 4, 4, 4
     assert negative.rewards(outputs).item() == pytest.approx(4 * 2.05)
 
 
 def test_a_reading_survives_the_file():
-    reading = reading_of("attributes", "goodness", [], MEANS)
-    assert Reading.of_json(reading.as_json() | {"max_length": 3}) == reading and reading.means == MEANS
-    assert reading_of("distribution", "", [], MEANS).as_json()["grades"] == list(range(1, 11))
+    reading = new_reward_head("attributes", "goodness", [], MEANS)
+    assert RewardHead.of_json(reading.as_json() | {"max_length": 3}) == reading and reading.means == MEANS
+    assert new_reward_head("distribution", "", [], MEANS).as_json()["grades"] == list(range(1, 11))
 
 
 @pytest.mark.parametrize("head, name", [(head, name) for head, losses in PAIR_LOSSES.items() for name in losses])
 def test_every_loss_of_every_head_has_a_gradient_that_favours_the_chosen(head, name):
-    reading = reading_of(head, "average", [], MEANS)
+    reading = new_reward_head(head, "average", [], MEANS)
     outputs = torch.zeros(3, 2, HEADS[head].outputs, requires_grad=True)
     attributes = torch.tensor([[[3.0] * 5, [1.0] * 5]] * 3)
     ratings = torch.tensor([[3.0, 1.0]] * 3)
@@ -188,11 +186,11 @@ def test_rating_weight_mixes_and_centring_adds():
     outputs = {"outputs": torch.randn(3, 2, 10)}
     ratings = torch.tensor([[3.0, 1.0], [4.0, 2.2], [2.6, 0.0]])
     batch = {"gap": ratings[:, 0] - ratings[:, 1], "ratings": ratings}
-    reading = reading_of("distribution", "average", [], MEANS)
+    reading = new_reward_head("distribution", "average", [], MEANS)
     win, mixed = (PairLoss(reading, "win_probability", rating_weight=w)(outputs, batch)[0] for w in (0.0, 0.25))
     anchor = grade_cross_entropy(outputs["outputs"], reading.grade(ratings)).mean(1)
     torch.testing.assert_close(mixed, 0.75 * win + 0.25 * anchor)
     scalar = {"outputs": torch.tensor([[[1.0], [2.0]]])}
-    functions = (PairLoss(Reading("scalar"), "bradley_terry", centre=weight) for weight in (0, 0.1))
+    functions = (PairLoss(RewardHead("scalar"), "bradley_terry", centre=weight) for weight in (0, 0.1))
     plain, centred = (function(scalar, {"gap": None})[0] for function in functions)
     assert (centred - plain).item() == pytest.approx(0.9)

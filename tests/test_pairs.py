@@ -7,10 +7,16 @@ from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification
 
 from utils.data.processed import load_pairs
-from utils.heads import Reading
-from utils.hidden import CHOSEN, REJECTED, check_shared_rows
-from utils.pairs import PairCollator, forward_pairs, like_length, pair_lengths
-from utils.rewards import RewardPairs, prepare
+from utils.models.reward_model import RewardHead, RewardPairs, configure_head
+from utils.models.shared_prompt import (
+    CHOSEN,
+    REJECTED,
+    PairCollator,
+    batches_by_length,
+    check_shared_rows,
+    forward_pairs,
+    pair_lengths,
+)
 from utils.training.trainer import LengthSampler, split_batch
 
 
@@ -134,8 +140,8 @@ def test_a_model_in_which_answers_see_each_other_is_refused(model_folder, sample
 
 def test_parts_of_like_length_hold_every_place_once():
     lengths = np.array([5, 90, 30, 31, 29, 6, 200])
-    assert like_length(lengths, 100) == [[6], [1], [3, 2, 4], [5, 0]]
-    assert like_length(lengths, 100, 2) == [[6], [1], [3, 2], [4, 5], [0]]
+    assert batches_by_length(lengths, 100) == [[6], [1], [3, 2, 4], [5, 0]]
+    assert batches_by_length(lengths, 100, 2) == [[6], [1], [3, 2], [4, 5], [0]]
 
 
 def test_using_rows_leaves_nothing_in_their_folder(sample_folder, tokenizer):
@@ -160,5 +166,5 @@ def test_pad_token_differs_from_the_end_of_turn(model_folder, tokenizer_folder):
 
     tokenizer = load_tokenizer(tokenizer_folder)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    model = prepare(load(model_folder), tokenizer, Reading("scalar"))
+    model = configure_head(load(model_folder), tokenizer, RewardHead("scalar"))
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0 != tokenizer.eos_token_id

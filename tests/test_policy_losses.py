@@ -12,9 +12,9 @@ from transformers import set_seed
 
 from benchmarks.stock_trl import DPO_LOSSES, dpo_trainer
 from tests.toys import MARKS, toy_arguments, toy_rows, toy_trainer
-from utils.models import add_lora, load_causal
-from utils.pairs import PairCollator, forward_pairs
-from utils.policies import PolicyPairs, reference_of
+from utils.models.loading import add_lora, load_causal
+from utils.models.policies import PolicyPairs, reference_of
+from utils.models.shared_prompt import PairCollator, forward_pairs
 from utils.runs import Run
 from utils.training.losses import POLICY_LOSSES, Knobs, LogProbs, PolicyPairLoss, two_way_kl
 

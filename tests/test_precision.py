@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 import train_reward_model
 from tests.conftest import run_script
 from tests.test_reward_model import SMALL
-from utils.heads import Reading
-from utils.models import choose_precision, load_classifier
-from utils.rewards import RewardModel, apply_head
+from utils.models.loading import choose_precision, load_classifier
+from utils.models.reward_model import RewardHead, RewardModel, apply_head
 from utils.training import trainer as training
 
 
@@ -69,7 +68,7 @@ def test_the_judges_of_the_hub_that_are_encoders_score_in_float32(tokenizer, tmp
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=1, **sizes)).eval()
-    judge = RewardModel(model, tokenizer, Reading("scalar"), 64, precision="bf16")
+    judge = RewardModel(model, tokenizer, RewardHead("scalar"), 64, precision="bf16")
     rows = [[3 + i, 4, 5] for i in range(60)]
-    plain_precision = RewardModel(model, tokenizer, Reading("scalar"), 64).outputs_of_ids(rows, 60)
+    plain_precision = RewardModel(model, tokenizer, RewardHead("scalar"), 64).outputs_of_ids(rows, 60)
     torch.testing.assert_close(judge.outputs_of_ids(rows, 60), plain_precision)

@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from utils.controls import shuffled_prompts, without_prompts
 from utils.data.processed import HALVES, half, unique_prompts
-from utils.heads import Reading
 from utils.judging import fit_win_scale, lines_of, shortcuts_right, surface_weights
+from utils.models.reward_model import RewardHead
 from utils.quality import NAMES, length_bands, report, told
 from utils.shortcuts import SURFACE, fit_logistic, surface
 
@@ -40,7 +40,7 @@ def outputs_for(rows: Dataset, content: float, length: float, seed: int = 1) -> 
 
 
 def report_of(rows: Dataset, outputs: np.ndarray) -> tuple[dict, list[dict]]:
-    lines = lines_of(rows, outputs, Reading("scalar"), shortcuts_right(rows, surface_weights(rows)))
+    lines = lines_of(rows, outputs, RewardHead("scalar"), shortcuts_right(rows, surface_weights(rows)))
     return report(lines), lines
 
 
@@ -71,7 +71,7 @@ def test_better_than_the_best_shortcut_means_better_than_each():
     nested, other = np.arange(200) < 112, np.arange(200) >= 95
     few = np.where(np.arange(200) < 9, 1.0, np.nan)
     rivals = {"longer": nested, "surface": other & (np.arange(200) % 21 > 0), "untrained_head": few}
-    found = report(lines_of(rows, outputs, Reading("scalar"), {n: r.astype(float) for n, r in rivals.items()}))
+    found = report(lines_of(rows, outputs, RewardHead("scalar"), {n: r.astype(float) for n, r in rivals.items()}))
     shortcuts = found["shortcuts"]
     assert found["best_shortcut"] == "longer" and shortcuts["longer"]["p_value"] < 0.05
     assert shortcuts["surface"]["difference"] > 0.08 and found["verdict"].startswith(
@@ -88,7 +88,7 @@ def test_the_best_of_many_shortcuts_is_partly_lucky():
     more = right | (np.arange(200) % 20 == 1)  # on 10 more: p = 0.002
     for ahead, said in ((better, "not shown to be better than 'longer wins'"), (more, "worse than 'longer wins'")):
         rivals = {"longer": ahead, "surface": right, "more_list_items": ~right}
-        found = report(lines_of(rows, outputs, Reading("scalar"), {n: r.astype(float) for n, r in rivals.items()}))
+        found = report(lines_of(rows, outputs, RewardHead("scalar"), {n: r.astype(float) for n, r in rivals.items()}))
         assert found["verdict"].startswith(said) and found["verdict"].endswith("corrected for 3 shortcuts")
         p = found["shortcuts"]["longer"]["p_value"]
         assert f"p = {min(1, 3 * p):.2g}" in found["verdict"]
@@ -153,7 +153,7 @@ def test_a_shortcut_measured_on_some_pairs_is_compared_on_those():
     rows = planted_rows(40, 0.5)
     partly = np.where(np.arange(40) < 10, 1.0, np.nan)
     right = {"longer": np.zeros(40), "untrained_head": partly}
-    lines = lines_of(rows, outputs_for(rows, 9.0, 0.0), Reading("scalar"), right)
+    lines = lines_of(rows, outputs_for(rows, 9.0, 0.0), RewardHead("scalar"), right)
     found = report(lines)["shortcuts"]["untrained_head"]
     assert found["pairs"] == 10 and found["accuracy"] == 1.0 and found["difference"] == 0.0
 
@@ -232,11 +232,11 @@ def test_pairs_that_share_a_prompt_share_their_luck():
 
 def test_the_scale_of_attributes_is_fitted_to_the_pairs():
     rows = planted_rows(300, longer_wins=0.5)
-    outputs, reading = outputs_for(rows, content=0.5, length=0.0), Reading("attributes")
+    outputs, reading = outputs_for(rows, content=0.5, length=0.0), RewardHead("attributes")
     fit_win_scale(reading, rows, lambda some: outputs[: len(some)])
     difference = outputs[:, 0, 0] - outputs[:, 1, 0]
     assert reading.win_scale == pytest.approx(fit_logistic(difference[:, None])[0], rel=1e-5) and reading.win_scale > 0
-    backwards = Reading("attributes")
+    backwards = RewardHead("attributes")
     fit_win_scale(backwards, rows, lambda some: -outputs[: len(some)])
     assert backwards.win_scale == 1.0, "a reward that prefers the rejected answers has no scale"
 

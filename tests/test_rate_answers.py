@@ -9,7 +9,7 @@ from extras.rating import items, ratings
 from extras.rating.labels import LABELS
 from tests.conftest import run_script
 from tests.rating_toys import TOPICS, made, rated, read_back, six_pairs
-from utils import sampling
+from utils.models import generation
 from utils.runs import write_json
 
 
@@ -97,13 +97,13 @@ def test_bad_samples_end_in_one_line(tmp_path):
 
 
 def test_a_policy_answers_on_the_spot_with_and_without_a_persona(model_folder, sample_folder, tmp_path, monkeypatch):
-    asked_of_it, real = [], sampling.generate
+    asked_of_it, real = [], generation.generate
 
     def generate(model, tokenizer, ids, *rest, **options):
         asked_of_it.append([tokenizer.decode(prompt) for prompt in ids])
         return real(model, tokenizer, ids, *rest, **options)
 
-    monkeypatch.setattr(sampling, "generate", generate)
+    monkeypatch.setattr(generation, "generate", generate)
     options = {"POLICY": model_folder, "DATA_DIR": sample_folder, "PROMPTS": 3, "MAX_LENGTH": 128, "DEVICE": "cpu"}
     options |= {"MAX_NEW_TOKENS": 6, "PRECISION": "fp32", "OUTPUT_DIR": tmp_path / "out"}
     run_script(rate_answers, **options, SYSTEM_PROMPT="You are a pirate.")

@@ -11,7 +11,7 @@ from tests.conftest import run_script
 from tests.rating_toys import rated, read_back, six_pairs
 from utils.data.preferences import Ledger, checked_pairs
 from utils.data.sources import open_source
-from utils.rewards import RewardModel
+from utils.models.reward_model import RewardModel
 from utils.runs import write_lines
 
 

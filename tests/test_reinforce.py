@@ -9,12 +9,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, se
 import train_reinforce
 from tests.toys import sample_of
 from train_reinforce import advantages, rewards, rollout, update
-from utils.logps import answer_logps, answer_logps_and_entropies
-from utils.models import add_lora, use_gradient_checkpointing, without_dropout
-from utils.pairs import TOKENS_AT_ONCE
-from utils.policies import reference_of
+from utils.models.generation import Answer, batch_of, generate, logps_and_entropies_of, logps_of, parts_of
+from utils.models.loading import add_lora, use_gradient_checkpointing, without_dropout
+from utils.models.policies import reference_of
+from utils.models.shared_prompt import TOKENS_AT_ONCE, answer_logps, answer_logps_and_entropies
 from utils.runs import Run
-from utils.sampling import Answer, batch_of, generate, logps_and_entropies_of, logps_of, parts_of
 from utils.training.reinforce import Actor, Baseline, Policy, Sample, start_engine
 
 
@@ -190,7 +189,7 @@ def test_the_kl_keeps_the_policy_near_its_start(model_folder, tokenizer, tmp_pat
 
 
 def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder, tokenizer):
-    from utils.models import add_lora
+    from utils.models.loading import add_lora
 
     model = add_lora(AutoModelForCausalLM.from_pretrained(model_folder), "CAUSAL_LM", 4, 8, 0.0, ("q_proj", "v_proj"))
     answers = [Answer([1, 4, 5], [9, 8], "", True)]

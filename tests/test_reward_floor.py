@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from utils.rewards import require_worth
+from utils.models.reward_model import check_better_than_chance
 
 
 @pytest.mark.parametrize(
@@ -20,18 +20,18 @@ def test_the_floor_for_policies(tmp_path, capsys, high, verdict, outcome):
     (tmp_path / "eval.json").write_text(json.dumps(result))
     if outcome == "stop":
         with pytest.raises(SystemExit, match="is worse than a coin"):
-            require_worth(str(tmp_path))
+            check_better_than_chance(str(tmp_path))
     else:
-        require_worth(str(tmp_path))
+        check_better_than_chance(str(tmp_path))
     assert ("WARNING" in capsys.readouterr().out) == (outcome == "WARNING")
 
 
 def test_a_few_pairs_do_not_show_that_a_model_is_worse_than_a_coin(tmp_path):
     result = {"accuracy": 0.0, "accuracy_high": 0.0, "pairs": 5, "verdict": "not shown to be better than x"}
     (tmp_path / "eval.json").write_text(json.dumps(result))
-    require_worth(str(tmp_path))
+    check_better_than_chance(str(tmp_path))
     (tmp_path / "eval.json").write_text(json.dumps(result | {"pairs": 60, "prompts": 5}))
-    require_worth(str(tmp_path))
+    check_better_than_chance(str(tmp_path))
     (tmp_path / "eval.json").write_text(json.dumps(result | {"pairs": 6}))
     with pytest.raises(SystemExit, match="is worse than a coin"):
-        require_worth(str(tmp_path))
+        check_better_than_chance(str(tmp_path))

@@ -14,10 +14,9 @@ from extras import evaluate, make_report
 from tests.conftest import run_script
 from utils.data.processed import closed_answers, load_pairs, ratings_of
 from utils.data.tokens import render
-from utils.heads import HEADS, Reading, reading_of
 from utils.judging import trained_on
-from utils.pairs import PairCollator
-from utils.rewards import RewardModel, RewardPairs, start_model
+from utils.models.reward_model import HEADS, RewardHead, RewardModel, RewardPairs, new_reward_head, start_model
+from utils.models.shared_prompt import PairCollator
 from utils.runs import write_json
 from utils.training.losses import PairLoss
 
@@ -181,13 +180,13 @@ def test_a_new_head_starts_at_equal_rewards_and_attributes_at_their_means(model_
     rows, collator = load_pairs(sample_folder, "train", 16), PairCollator(0, 8)
     batch = collator(list(rows))
     for head in HEADS:
-        model = start_model(model_folder, tokenizer, reading_of(head, "average", [], MEANS)).eval()
+        model = start_model(model_folder, tokenizer, new_reward_head(head, "average", [], MEANS)).eval()
         outputs = RewardPairs(model)(**batch)["outputs"]
         assert not outputs.any() and outputs.shape[-1] == HEADS[head].outputs
     _, means = ratings_of(rows)
     given = np.array([row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"]])
     assert means == pytest.approx(given.mean(axis=0))
-    reading = reading_of("attributes", "average", [], means)
+    reading = new_reward_head("attributes", "average", [], means)
     assert reading.rewards(outputs).mean().item() == pytest.approx(np.mean(means), abs=1e-5)
     variance = PairLoss(reading, "squared_error")({"outputs": outputs}, batch)[0].mean().item()
     assert variance == pytest.approx(given.var(axis=0).mean(), abs=1e-4), "the loss of knowing the means only"
@@ -198,14 +197,14 @@ def test_the_warm_start_from_attributes_ranks_as_they_did(folders, sample_folder
     rows = load_pairs(sample_folder, "validation", 20)
     old = RewardModel.load(str(folders["attributes"]), device="cpu")
     expected = old.reading.rewards(torch.tensor(old.pair_outputs(rows)))
-    scalar = start_model(str(folders["attributes"]), old.tokenizer, reading_of("scalar", "", [], MEANS)).eval()
+    scalar = start_model(str(folders["attributes"]), old.tokenizer, new_reward_head("scalar", "", [], MEANS)).eval()
     batch = PairCollator(0, 8)(list(rows))
     with torch.no_grad():
         found = RewardPairs(scalar)(**batch)["outputs"][..., 0]
         torch.testing.assert_close(found - found.mean(), expected - expected.mean(), atol=1e-4, rtol=0)
-        again = start_model(str(folders["scalar"]), old.tokenizer, reading_of("scalar", "", [], MEANS))
+        again = start_model(str(folders["scalar"]), old.tokenizer, new_reward_head("scalar", "", [], MEANS))
         assert again.score.weight.any(), "a trained head of the same kind goes on"
-        other = start_model(str(folders["scalar"]), old.tokenizer, reading_of("distribution", "", [], MEANS))
+        other = start_model(str(folders["scalar"]), old.tokenizer, new_reward_head("distribution", "", [], MEANS))
         assert not other.score.weight.any() and other.score.weight.shape[0] == 10
 
 
@@ -252,7 +251,7 @@ def test_a_model_of_an_older_version_loads_where_its_scores_stay_the_same(folder
     shutil.copytree(folders["scalar"], tmp_path / "run")
     config = read(tmp_path / "run/reward_config.json")
     write_json(tmp_path / "run/reward_config.json", config | {"length_penalty": 0.0, "answers_only": False})
-    assert RewardModel.load(str(tmp_path / "run"), device="cpu").reading == Reading.of_json(config)
+    assert RewardModel.load(str(tmp_path / "run"), device="cpu").reading == RewardHead.of_json(config)
     for option, value in {"LENGTH_PENALTY": -0.125, "ANSWERS_ONLY": True}.items():
         write_json(tmp_path / "run/reward_config.json", config | {option.lower(): value})
         with pytest.raises(SystemExit, match=f"needs {option}, which no longer exists: train it again"):

@@ -17,9 +17,8 @@ from tests.conftest import SAMPLE, run_script
 from utils import quality_plots
 from utils.data.processed import load_pairs
 from utils.data.tokens import render
-from utils.heads import Reading
-from utils.models import add_lora, load_classifier, plain, save_with_proof
-from utils.rewards import RewardModel
+from utils.models.loading import add_lora, load_classifier, plain, save_with_proof
+from utils.models.reward_model import RewardHead, RewardModel
 from utils.runs import Run
 from utils.training.trainer import training_arguments
 
@@ -119,7 +118,7 @@ def test_rewards_that_are_not_finite_end_in_one_line(model_folder, tokenizer):
     model = load_classifier(model_folder, 1).eval()
     model.score.weight.data[:] = float("nan")
     with pytest.raises(SystemExit, match="rewards are not finite: set PRECISION = fp32"):
-        RewardModel(model, tokenizer, Reading("scalar"), 64).outputs_of_ids([[3, 4]], 1)
+        RewardModel(model, tokenizer, RewardHead("scalar"), 64).outputs_of_ids([[3, 4]], 1)
 
 
 def test_a_finished_run_is_moved_aside_and_nothing_is_lost(model_folder, sample_folder, tmp_path, capsys):

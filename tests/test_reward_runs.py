@@ -16,8 +16,8 @@ import train_reward_model
 from tests.conftest import ROOT, run_script
 from utils import judging, training
 from utils.data.processed import load_pairs, ratings_of
-from utils.heads import reading_of
-from utils.pairs import PairCollator
+from utils.models.reward_model import new_reward_head
+from utils.models.shared_prompt import PairCollator
 from utils.training.losses import PairLoss
 from utils.training.trainer import last_checkpoint
 
@@ -201,7 +201,7 @@ def test_attributes_are_learned_where_some_rows_have_none(sample_folder, tokeniz
     given = [row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"] if row]
     assert len(given) == 12 and means == pytest.approx(np.mean(given, axis=0))
     batch = PairCollator(0, 8)(list(rows))
-    losses, _ = PairLoss(reading_of("attributes", "average", [], means), "squared_error")(
+    losses, _ = PairLoss(new_reward_head("attributes", "average", [], means), "squared_error")(
         {"outputs": torch.zeros(8, 2, 5)}, batch
     )
     rejected = (torch.tensor(rows["rejected_attributes"]) - torch.tensor(means)).square().mean(1) / 2

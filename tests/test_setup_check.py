@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import setup_check
-from setup_check import ask_hub, check_versions, compare, in_cache, next_command, one_step, prove, read_requirements
+from setup_check import ask_hub, check_versions, in_cache, next_command, read_requirements
 from tests.conftest import ROOT, run_script
+from utils.models.device_check import compare, one_step, prove
 
 CPU = torch.device("cpu")
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_dpo
 from tests.conftest import ROOT, run_script
 from utils import references
+from utils.models import policies
 from utils.runs import run_names, short_dataset, short_model
 
 SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 30, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -169,8 +170,8 @@ def test_launchers_that_take_the_weights_apart_are_refused(options, tmp_path, mo
 def test_a_preference_must_fit_behind_the_persona_of_the_rows(tokenizer, capsys):
     from datasets import Dataset
 
-    from utils import guidance
     from utils.data.tokens import prompt_ids
+    from utils.models import guidance
 
     said = guidance.text_guidance("Please be brief and kind.")
     system = {"role": "system", "content": "You are a teacher. " * 8}
@@ -275,7 +276,7 @@ def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
 def test_weights_are_hashed_by_value_whatever_their_shape():
     model = torch.nn.Linear(2, 2)
     model.register_buffer("scale", torch.tensor(1.0))  # no dimensions
-    first = references.weights_digest(model)
-    assert first == references.weights_digest(model)
+    first = policies.weights_digest(model)
+    assert first == policies.weights_digest(model)
     model.scale += 1
-    assert references.weights_digest(model) != first
+    assert policies.weights_digest(model) != first

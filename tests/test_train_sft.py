@@ -18,7 +18,7 @@ from extras.parts.answers import answers_of_source, as_answers, learnable, least
 from tests.conftest import ROOT, run_script
 from tests.loading import tree, write_lines
 from tests.toys import toy_arguments
-from utils.models import add_lora, load_causal
+from utils.models.loading import add_lora, load_causal
 from utils.runs import Run
 from utils.training.trainer import last_checkpoint, train, trained_state
 

@@ -21,22 +21,21 @@ from tests import toys
 from tests.conftest import ROOT, run_script
 from tests.toys import toy_rows
 from utils.curves import curves
-from utils.heads import Reading
-from utils.models import load_classifier
-from utils.pairs import TOKENS_AT_ONCE, PairCollator, forward_pairs
-from utils.rewards import RewardPairs
+from utils.models.loading import load_classifier
+from utils.models.reward_model import RewardHead, RewardPairs
+from utils.models.shared_prompt import TOKENS_AT_ONCE, PairCollator, forward_pairs
 from utils.training import trainer as training
 from utils.training.losses import PairLoss, bradley_terry
 from utils.training.trainer import last_checkpoint
 
-LOSSES = PairLoss(Reading("scalar"), "bradley_terry")
+LOSSES = PairLoss(RewardHead("scalar"), "bradley_terry")
 
 
 def toy_trainer(model_folder, folder, rows, batch=4, accumulation=1, losses=LOSSES, lora=False, **options):
     set_seed(0)
     model = load_classifier(model_folder, 1)
     if lora:
-        from utils.models import add_lora
+        from utils.models.loading import add_lora
 
         model = add_lora(model, "SEQ_CLS", 4, 8, 0.0, ("q_proj", "v_proj"), head="score")
     return toys.toy_trainer(RewardPairs(model), losses, rows, folder, batch=batch, accumulation=accumulation, **options)

@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from utils.pairs import PairCollator
+from utils.models.generation import Answer
+from utils.models.shared_prompt import PairCollator
 from utils.runs import Run
-from utils.sampling import Answer
 from utils.training.reinforce import Sample
 from utils.training.trainer import PairTrainer, training_arguments
 

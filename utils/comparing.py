@@ -1,7 +1,6 @@
 """Policies side by side: the same prompts, the same luck, rewards, KL, lengths, repetition, best of n."""
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.data.preferences import Message
 from utils.evaluation import at_equal_length, comparison
-from utils.guidance import Guidance
-from utils.rewards import RewardModel
-from utils.sampling import Answer, generate, logps_of, prompt_ids_of
+from utils.models.generation import Answer, generate, logps_of, prompt_ids_of, repetition
+from utils.models.guidance import Guidance
+from utils.models.reward_model import RewardModel
 
-NGRAM = 3  # repetition counts runs of so many tokens
 # Numbers of compared answers count from here, those of training from 0: a policy that met the random numbers of its
 # training again would be pushed towards and away from just the tokens that they favour, and seem to have learned more
 FIRST_NUMBER = 2**40
@@ -48,12 +46,6 @@ class Answers:
             "ended": float(np.mean([answer.ended for answer in self.answers])),
             "repetition": float(np.mean([repetition(answer.ids) for answer in self.answers])),
         }
-
-
-def repetition(ids: list[int]) -> float:
-    """Share of the runs of NGRAM tokens in an answer that stood in it before; 0 where it is shorter."""
-    runs = Counter(tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1))
-    return 1 - len(runs) / runs.total() if runs else 0.0
 
 
 @dataclass

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.controls import shuffled_prompts, without_prompts
 from utils.data.processed import answer_tokens, half, load_pairs, same_prompt
 from utils.evaluation import wins
-from utils.heads import Reading
+from utils.models.reward_model import RewardHead
 from utils.runs import read_json
 from utils.script import say
 from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
@@ -26,7 +26,7 @@ def judged(
     outputs_of: Outputs,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    reading: Reading,
+    reading: RewardHead,
     surface_weights: np.ndarray | None,
     control_pairs: int,
     untrained: Callable | None,
@@ -59,7 +59,7 @@ def trained_on(folder: str, rows: Dataset) -> int | None:
     return sum(prompt in known for prompt in rows["prompt"])
 
 
-def pairs_right(outputs: np.ndarray, reading: Reading) -> np.ndarray:
+def pairs_right(outputs: np.ndarray, reading: RewardHead) -> np.ndarray:
     """Return 1 (chosen has the higher reward), 0.5 (tie) or 0 for each pair [pairs]; outputs [pairs, 2, n]."""
     return wins(*reading.rewards(torch.tensor(outputs)).numpy().T)
 
@@ -88,7 +88,7 @@ def controls_right(
     untrained: Callable | None,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    reading: Reading,
+    reading: RewardHead,
     count: int,
 ) -> dict[str, np.ndarray]:
     """Return for each control 1 (right), 0.5 (tie) or 0 for each pair [pairs], NaN where it was not measured.
@@ -112,7 +112,7 @@ def controls_right(
     return found
 
 
-def lines_of(rows: Dataset, outputs: np.ndarray, reading: Reading, right: dict[str, np.ndarray]) -> list[dict]:
+def lines_of(rows: Dataset, outputs: np.ndarray, reading: RewardHead, right: dict[str, np.ndarray]) -> list[dict]:
     """Return one line of predictions.jsonl for each pair.
 
     outputs [pairs, 2, n], chosen first; right: {shortcut: [pairs]}, NaN where it was not measured.
@@ -145,7 +145,7 @@ def surface_weights(rows: Dataset) -> np.ndarray:
     return fit_logistic(surface_differences(*texts_of(rows)))
 
 
-def fit_win_scale(reading: Reading, rows: Dataset, outputs_of: Outputs) -> None:
+def fit_win_scale(reading: RewardHead, rows: Dataset, outputs_of: Outputs) -> None:
     """Set win_scale for a head that was not trained on pairs, by logistic regression on the first FITTED_ON rows.
 
     Take rows that nothing is measured on.

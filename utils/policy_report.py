@@ -12,11 +12,11 @@ from utils.comparing import Sampler, compared, rewards_of
 from utils.curves import training_curves
 from utils.data.processed import same_prompt
 from utils.evaluation import mean_kl, share_right, wins
-from utils.guidance import Guidance
-from utils.models import PROOF_ROWS, load_causal, save_with_proof
-from utils.pairs import PairCollator
-from utils.policies import PolicyPairs
-from utils.rewards import RewardModel
+from utils.models.guidance import Guidance
+from utils.models.loading import PROOF_ROWS, load_causal, save_with_proof
+from utils.models.policies import PolicyPairs
+from utils.models.reward_model import RewardModel
+from utils.models.shared_prompt import PairCollator
 from utils.runs import write_json, write_lines, write_text
 from utils.training.losses import PolicyPairLoss
 

@@ -161,6 +161,6 @@ def model_card(result: dict, record: dict) -> str:
         f"wins' alone: {result['length_baseline']:.3f}; {NAMES[best]}, the best shortcut: "
         f"{result['shortcuts'][best]['accuracy']:.3f}. {result['verdict'].capitalize()}.\n\n"
         "![pair accuracy](accuracy.png)\n\n"
-        "Load it with `AutoModelForSequenceClassification.from_pretrained` or `utils.rewards.RewardModel.load`; what "
+        "Load it with `AutoModelForSequenceClassification.from_pretrained` or `utils.models.reward_model.RewardModel.load`; what "
         "its outputs mean is in `reward_config.json`.\n"
     )

@@ -15,8 +15,8 @@ from torch import nn
 from utils.comparing import Answers, Sampler, compared, rewards_of
 from utils.data.preferences import Message, with_persona
 from utils.evaluation import interval, mean_kl, paired_difference
+from utils.models.reward_model import RewardModel
 from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
-from utils.rewards import RewardModel
 from utils.runs import READ, read_json, write_json, write_lines
 from utils.script import stop
 

@@ -14,7 +14,7 @@ from extras.parts.answers import load_answers
 from utils.data.preferences import Ledger, Message, finished_row, is_text
 from utils.data.sources import Record
 from utils.data.tokens import end_of_turn
-from utils.pairs import like_length
+from utils.models.shared_prompt import batches_by_length
 from utils.runs import write_text
 
 CUT_LETTER = "\ufffd"  # what the bytes of half a letter are decoded to
@@ -69,7 +69,7 @@ def in_batches(asked: list[Asked], lengths: list[int], size: int) -> list[list[A
 
     Depends on the prompts alone, so a resumed run makes the same batches; batches decide the last digits.
     """
-    return [[asked[i] for i in batch] for batch in like_length(lengths, math.inf, size)]
+    return [[asked[i] for i in batch] for batch in batches_by_length(lengths, math.inf, size)]
 
 
 def read_written(path: Path, batches: list[list[Asked]]) -> dict[int, Written]:

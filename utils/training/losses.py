@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from utils.heads import Reading
-from utils.policies import PolicyPairs
+from utils.models.policies import PolicyPairs
+from utils.models.reward_model import RewardHead, log_win
 from utils.script import stop
 
 NEED_RATINGS = ("margin", "scaled")  # losses that use the gap between the ratings
@@ -69,22 +69,6 @@ def win_probability(
 def scaled_win(chosen: torch.Tensor, rejected: torch.Tensor, gap: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """gap times the loss of `win_probability`: a clear preference counts more, as in `scaled`."""
     return gap * win_probability(chosen, rejected, gap, smoothing)
-
-
-def log_win(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    """log P(grade of `better` > grade of `worse`) [...] of logits over grades [..., grades].
-
-    P = sum over i of p_better(i) * sum over j < i of p_worse(j), in log space: sharp distributions neither
-    underflow nor lose their gradient.
-    """
-    better, worse = functional.log_softmax(better, dim=-1), functional.log_softmax(worse, dim=-1)
-    below = worse.logcumsumexp(dim=-1)[..., :-1]  # log P(worse <= i) for i = 1 .. grades - 1, which is below i + 1
-    return (better[..., 1:] + below).logsumexp(dim=-1)
-
-
-def log_tie(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """log P(both have the same grade) [...] of logits over grades [..., grades]."""
-    return (functional.log_softmax(one, dim=-1) + functional.log_softmax(other, dim=-1)).logsumexp(dim=-1)
 
 
 def soft_labels(grade: torch.Tensor, grades: int) -> torch.Tensor:
@@ -240,7 +224,7 @@ class PairLoss:
     (r_w + r_l)^2. rating_weight: share of the cross-entropy to the ratings' soft labels in the loss of a distribution.
     """
 
-    reading: Reading
+    reading: RewardHead
     name: str
     smoothing: float = 0.0
     centre: float = 0.0

@@ -19,15 +19,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from utils.comparing import repetition
 from utils.data.preferences import Message
-from utils.guidance import Guidance
-from utils.heads import Reading
-from utils.logps import answer_logps
-from utils.pairs import TOKENS_AT_ONCE, row_multiple
-from utils.rewards import RewardModel
+from utils.models.generation import Answer, batch_of, parts_of, prompt_ids_of, repetition
+from utils.models.guidance import Guidance
+from utils.models.reward_model import RewardHead, RewardModel
+from utils.models.shared_prompt import TOKENS_AT_ONCE, answer_logps, row_multiple
 from utils.runs import Run
-from utils.sampling import Answer, batch_of, parts_of, prompt_ids_of
 from utils.script import first_process, say, stop
 from utils.training.trainer import COMPLETE, KEPT_CHECKPOINTS, last_checkpoint, release_memory, trained_state
 
@@ -116,7 +113,7 @@ def prompt_of(number: int, answers_per_prompt: int, rows: int, seed: int) -> int
     return int(order_of(place // rows, rows, seed)[place % rows])
 
 
-def check_risk(reading: Reading, risk: float, model: str) -> None:
+def check_risk(reading: RewardHead, risk: float, model: str) -> None:
     """Stop the script if RISK is set and the reward model has no distribution to take a spread from."""
     if risk and reading.head != "distribution":
         stop(f"RISK = {risk} needs the spread of a distribution: {model!r} has a {reading.head} head")

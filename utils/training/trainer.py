@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from utils.pairs import TOKENS_AT_ONCE, PairCollator, pair_lengths
+from utils.models.shared_prompt import TOKENS_AT_ONCE, PairCollator, pair_lengths
 from utils.runs import Run, read_json, write_json
 from utils.script import Interrupt, bar_off, first_process, pick, say, stop
 

@@ -1,17 +1,30 @@
-"""A policy over pairs: what the trainer calls, and the loss of a pair with what is logged of it."""
+"""A policy on pairs and its reference, whose log-probs are computed once and cached on disk."""
 
 import copy
+import hashlib
+import os
 from contextlib import nullcontext
+from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from torch.nn import functional
 
-from utils.logps import answer_logps, check_head
-from utils.script import stop
+from utils.models.shared_prompt import PairCollator, answer_logps, check_head, forward_pairs
+from utils.script import first_process, say, stop
 
 SHARED = ("input_ids", "segments", "position_ids")  # tensors of a batch that have a length
+
+REFERENCE_COLUMNS = {
+    "logps": "reference",
+    "guided_logps": "guided_reference",
+}  # output of PolicyPairs: column of the rows
+
+ID_COLUMNS = ("input_ids", "attention_mask", "chosen_ids", "rejected_ids", "guided_ids", "vectors_at", "guided_at")
 
 
 class PolicyPairs(nn.Module):
@@ -91,3 +104,58 @@ def check_architecture(model: nn.Module, rows: Dataset) -> None:
     difference = check_head(model, ids)
     if difference > 1e-2:
         stop(f"this architecture changes its logits after the head (by {difference:.2g}): it is not supported")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of all weights of a model, by value."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def cache_key(rows: Dataset, vectors: torch.Tensor | None, weights: str, precision: str) -> str:
+    """The name of a cache: changes with any token of any row, the vectors, the weights and the precision.
+
+    What is kept are sums and the loss divides them by the number of tokens, so that a loss of means and one of sums
+    can share a cache.
+    """
+    found = hashlib.blake2b(f"{weights} {precision} sum".encode(), digest_size=16)
+    if vectors is not None:
+        found.update(vectors.float().cpu().contiguous().numpy())
+    for batch in rows.select_columns([name for name in ID_COLUMNS if name in rows.column_names]).iter(1000):
+        for name, values in batch.items():
+            found.update(f"{name} {values!r}".encode())
+    return found.hexdigest()
+
+
+def add_reference_logps(
+    rows: Dataset,
+    module: nn.Module,
+    collator: PairCollator,
+    batch_size: int,
+    accelerator: Accelerator,
+    cache: str,
+    key: str,
+) -> Dataset:
+    """The rows with `reference` [2] (and `guided_reference`) each: sums of log-probs under the module as it is now.
+
+    module: PolicyPairs before its first step. cache: folder of the files, key: see key_of.
+    """
+    path = Path(cache) / f"{key}.npz"
+    accelerator.wait_for_everyone()
+    if all(gather_object([path.exists()])):  # decided once for all: another run may just be writing it
+        say(f"log-probs of the reference: {len(rows)} pairs from {path}")
+        found = dict(np.load(path))
+    else:
+        outputs = forward_pairs(module, rows, collator, batch_size, accelerator, "reference log-probs")
+        found = {name: outputs[name] for name in REFERENCE_COLUMNS if name in outputs}
+        if first_process():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{key}.{os.getpid()}.part.npz")
+            np.savez(part, **found)
+            os.replace(part, path)
+    for name, values in found.items():
+        rows = rows.add_column(REFERENCE_COLUMNS[name], values.tolist())
+    return rows

@@ -1,4 +1,4 @@
-"""Where a model runs, in which precision, how it is loaded, given adapters, and saved with proof."""
+"""Choose device and precision; load models, give them adapters, save them with proof."""
 
 import os
 import platform
@@ -14,12 +14,16 @@ from transformers.utils import logging
 from utils.runs import read_json
 from utils.script import explain_missing, pick, say, stop
 
-logging.disable_progress_bar()  # of loading and writing weights, which take a second; downloads keep theirs
-
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 PROOF_ROWS = 8  # a saved model is proved on so many rows
+
 PROOF_ABSOLUTE = 1e-5  # largest difference after reloading the same weights
+
 PROOF_RELATIVE = 1e-3  # the same for merged adapters, where W + BA is rounded once more
+
+
+logging.disable_progress_bar()  # of loading and writing weights, which take a second; downloads keep theirs
 
 
 def choose_device(name: str = "") -> torch.device:
@@ -39,7 +43,9 @@ def choose_device(name: str = "") -> torch.device:
     return PartialState(cpu=kind == "cpu", timeout=timedelta(days=1)).device
 
 
-def choose_machine(device_name: str, precision_name: str, deepspeed: bool = True) -> tuple[torch.device, str]:
+def choose_device_and_precision(
+    device_name: str, precision_name: str, deepspeed: bool = True
+) -> tuple[torch.device, str]:
     """(device, precision) by the two constants, printed with the reason.
 
     deepspeed: whether the script's loop is one that DeepSpeed knows. Ends the script under a launcher that takes the

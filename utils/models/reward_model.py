@@ -1,7 +1,12 @@
-"""Reward models: start, save, load, and score conversations."""
+"""Reward models: heads, start, save, and `RewardModel`, which scores conversations.
+
+A head has one output (a scalar), ten (logits over the grades 1 to 10) or five (the attributes of HelpSteer2). The
+reward is outputs . weights in each case. For a distribution the outputs go through a softmax first and the weights are
+the grades, so the reward is the expected grade.
+"""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -9,23 +14,141 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from utils.data.preferences import Message
+from utils.data.preferences import RATINGS, Message
 from utils.data.processed import prompt_of
+from utils.data.sources import ATTRIBUTES, HIGHEST_ATTRIBUTE
 from utils.data.tokens import chat_template_sha256, encode_answers, from_tokenizer_json, load_tokenizer
-from utils.heads import HEADS, Reading
-from utils.hidden import hidden_states
-from utils.models import PROOF_ROWS, autocast, choose_device, load_classifier, plain, save_with_proof
-from utils.pairs import PairCollator, like_length, row_multiple
+from utils.models.loading import PROOF_ROWS, autocast, choose_device, load_classifier, plain, save_with_proof
+from utils.models.shared_prompt import PairCollator, batches_by_length, hidden_states, row_multiple
 from utils.runs import read_json, write_json
 from utils.script import bar_off, explain_missing, say, stop
 
+GRADES = 10
+
 CONFIG_FILE = "reward_config.json"
+
 REMOVED = ("LENGTH_PENALTY", "ANSWERS_ONLY")  # options of older versions: their models would score differently now
-FEWEST = 6  # prompts needed to show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
+
+MIN_PROMPTS = 6  # prompts needed to show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
+
 HUB_WINDOW = 4096  # largest window, prompt and answer, for a reward model of the hub
+
+
+@dataclass(frozen=True)
+class HeadKind:
+    """A kind of head: the names of its outputs in the model's config, and what transformers' pipeline does to them."""
+
+    names: tuple[str, ...]
+    problem_type: str  # "regression": the pipeline leaves the outputs alone; "single_label_classification": softmax
+
+    @property
+    def outputs(self) -> int:
+        return len(self.names)
+
+
+HEADS = {  # values of HEAD
+    "scalar": HeadKind(("reward",), "regression"),
+    "distribution": HeadKind(tuple(str(grade) for grade in range(1, GRADES + 1)), "single_label_classification"),
+    "attributes": HeadKind(ATTRIBUTES, "regression"),
+}
+
+
+@dataclass
+class RewardHead:
+    """How to read the outputs of one model; saved with it in reward_config.json.
+
+    weights: of the outputs in the reward (of the grades' probabilities, for a distribution).
+    means: of the attributes in the training rows; the head predicts the difference to them.
+    lowest_rating, highest_rating: the ratings of grade 1 and grade 10; the map between them is linear.
+    win_scale: P(a beats b) = sigma(win_scale * (reward a - reward b)), for heads that are no distribution.
+    """
+
+    head: str
+    weights: list[float] = field(default_factory=lambda: [1.0])
+    means: list[float] | None = None
+    lowest_rating: float = 0.0
+    highest_rating: float = 1.0
+    win_scale: float = 1.0
+
+    def as_json(self) -> dict:
+        """Return the fields for reward_config.json; `grades` repeats the weights of a distribution."""
+        return asdict(self) | {"grades": [int(w) for w in self.weights] if self.head == "distribution" else None}
+
+    @classmethod
+    def of_json(cls, config: dict) -> "Reading":
+        """Return the reading in a reward_config.json; other entries are ignored."""
+        return cls(**{entry.name: config[entry.name] for entry in fields(cls) if entry.name in config})
+
+    def probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return P(grade) [..., 10] for outputs of a distribution head."""
+        assert self.head == "distribution", self.head
+        return functional.softmax(outputs.float(), dim=-1)
+
+    def rewards(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the rewards [...] of outputs [..., n]."""
+        read = self.probabilities(outputs) if self.head == "distribution" else outputs.float()
+        read = read + torch.tensor(self.means, device=outputs.device) if self.means else read
+        return read @ torch.tensor(self.weights, device=outputs.device)
+
+    def spread(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the standard deviation of the grade [...] under a distribution."""
+        p, grades = self.probabilities(outputs), torch.tensor(self.weights, device=outputs.device)
+        expected = (p @ grades)[..., None]
+        return (p * (grades - expected) ** 2).sum(dim=-1).sqrt()
+
+    def entropy(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the entropy of the grade [...] in nats; ln 10 at uniform."""
+        return torch.special.entr(self.probabilities(outputs)).sum(dim=-1)
+
+    def win(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Return P(one beats other) [...] for two outputs [..., n]; a tie of grades counts half to each."""
+        if self.head == "distribution":
+            one, other = one.float(), other.float()
+            return log_win(one, other).exp() + 0.5 * log_tie(one, other).exp()
+        return torch.sigmoid(self.win_scale * (self.rewards(one) - self.rewards(other)))
+
+    def grade(self, rating: torch.Tensor) -> torch.Tensor:
+        """Return the grade from 1 to 10 for a rating; the only place with this map."""
+        share = (rating - self.lowest_rating) / (self.highest_rating - self.lowest_rating)
+        return 1 + (GRADES - 1) * share.clamp(0, 1)
+
+
+def new_reward_head(head: str, rating: str, ratings: list[float], means: list[float] | None) -> RewardHead:
+    """Return the reading of a new head.
+
+    rating: a key of RATINGS, for the weights of the attributes. ratings: of the training rows, [] if they have none.
+    means: of the attributes in the training rows, None if they have none. With attributes, grades 1 to 10 cover the
+    possible range of the rating, without them the range of `ratings`.
+    """
+    weights, divisor = RATINGS.get(rating, RATINGS["average"])
+    shares = [weight / divisor for weight in weights]
+    lowest = HIGHEST_ATTRIBUTE * sum(min(weight, 0) for weight in shares)
+    highest = HIGHEST_ATTRIBUTE * sum(max(weight, 0) for weight in shares)
+    if means is None:
+        lowest, highest = min(ratings, default=0.0), max(ratings, default=1.0)
+    highest = max(highest, lowest + 1e-6)  # all ratings are equal: any line will do
+    read = {"scalar": [1.0], "distribution": [float(g) for g in range(1, GRADES + 1)], "attributes": shares}[head]
+    return RewardHead(head, read, means if head == "attributes" else None, lowest, highest)
+
+
+def log_win(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
+    """log P(grade of `better` > grade of `worse`) [...] of logits over grades [..., grades].
+
+    P = sum over i of p_better(i) * sum over j < i of p_worse(j), in log space: sharp distributions neither
+    underflow nor lose their gradient.
+    """
+    better, worse = functional.log_softmax(better, dim=-1), functional.log_softmax(worse, dim=-1)
+    below = worse.logcumsumexp(dim=-1)[..., :-1]  # log P(worse <= i) for i = 1 .. grades - 1, which is below i + 1
+    return (better[..., 1:] + below).logsumexp(dim=-1)
+
+
+def log_tie(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """log P(both have the same grade) [...] of logits over grades [..., grades]."""
+    return (functional.log_softmax(one, dim=-1) + functional.log_softmax(other, dim=-1)).logsumexp(dim=-1)
 
 
 class RewardPairs(nn.Module):
@@ -55,7 +178,7 @@ def apply_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return plain(model).score(hidden.float())
 
 
-def start_model(name: str, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> nn.Module:
+def start_model(name: str, tokenizer: PreTrainedTokenizerBase, reading: RewardHead) -> nn.Module:
     """Return a model with the head of `reading`, from a language model or an earlier reward model.
 
     A new head starts at zero, so that the first steps are not spent on undoing random rewards. A trained head of the
@@ -76,10 +199,10 @@ def start_model(name: str, tokenizer: PreTrainedTokenizerBase, reading: Reading)
             model.score.weight.data = torch.tensor([old["weights"]]) @ trained
     elif "score.weight" in new:
         nn.init.zeros_(model.score.weight)
-    return prepare(model, tokenizer, reading)
+    return configure_head(model, tokenizer, reading)
 
 
-def prepare(model: nn.Module, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> nn.Module:
+def configure_head(model: nn.Module, tokenizer: PreTrainedTokenizerBase, reading: RewardHead) -> nn.Module:
     """Name the model's outputs, and set a pad token other than the end of turn if the tokenizer has an unk token.
 
     transformers pools a classification model at the last token that is not padding. With pad = end of turn it would
@@ -95,7 +218,7 @@ def prepare(model: nn.Module, tokenizer: PreTrainedTokenizerBase, reading: Readi
     return model
 
 
-def untrained(name: str, reading: Reading, device: torch.device, seed: int) -> nn.Module:
+def random_head_model(name: str, reading: RewardHead, device: torch.device, seed: int) -> nn.Module:
     """Return the model as it was before the training, with a random head: a baseline."""
     before = HEADS[read_json(Path(name) / CONFIG_FILE).get("head", reading.head)]
     model = load_classifier(name, before.outputs, ignore_mismatched_sizes=True)
@@ -105,11 +228,11 @@ def untrained(name: str, reading: Reading, device: torch.device, seed: int) -> n
     return model.to(device).eval()
 
 
-def save(
+def save_reward_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    reading: Reading,
+    reading: RewardHead,
     rows: Dataset,
     collator: PairCollator,
     **facts: object,
@@ -136,7 +259,7 @@ class RewardModel:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    reading: Reading
+    reading: RewardHead
     max_length: int
     precision: str = "fp32"
     config: dict = field(default_factory=dict)  # content of reward_config.json, {} for a model of the hub
@@ -156,9 +279,9 @@ class RewardModel:
             for option in REMOVED:
                 if config.get(option.lower()):
                     stop(f"{constant} = {str(name)!r} needs {option}, which no longer exists: train it again")
-            reading, window = Reading.of_json(config), config["max_length"]
+            reading, window = RewardHead.of_json(config), config["max_length"]
         else:
-            tokenizer, reading, window = foreign(str(name), constant)
+            tokenizer, reading, window = load_hub_model(str(name), constant)
         model = load_classifier(str(name), HEADS[reading.head].outputs, constant).to(choose_device(device)).eval()
         return cls(model, tokenizer, reading, window, precision, config)
 
@@ -191,7 +314,7 @@ class RewardModel:
     def outputs_of_ids(self, ids: list[list[int]], batch_size: int) -> torch.Tensor:
         """Return the head's outputs [rows, n] on the CPU, from batches of similar length, the longest first."""
         outputs = torch.zeros(len(ids), HEADS[self.reading.head].outputs)
-        batches = like_length(list(map(len, ids)), math.inf, batch_size)
+        batches = batches_by_length(list(map(len, ids)), math.inf, batch_size)
         for mine in tqdm(batches, desc="scoring", leave=False, disable=bar_off(len(batches) > 4)):
             outputs[mine] = self.outputs([ids[i] for i in mine]).cpu()
         if not outputs.isfinite().all():
@@ -218,7 +341,7 @@ class RewardModel:
         return apply_head(self.model, last)
 
 
-def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading, int]:
+def load_hub_model(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, RewardHead, int]:
     """Return (tokenizer, reading, window) of a reward model that was not trained here."""
     made = "a run folder of train_reward_model.py or a reward model of the hub with one output"
     try:
@@ -236,7 +359,7 @@ def foreign(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, Reading,
         say(f"{name} has no chat template: it reads `User: ...` and `Assistant: ...`")
     tokenizer = load_tokenizer(name, "" if template else "plain", constant)
     window = min(HUB_WINDOW, getattr(config, "max_position_embeddings", HUB_WINDOW), tokenizer.model_max_length)
-    return tokenizer, Reading("scalar"), window
+    return tokenizer, RewardHead("scalar"), window
 
 
 def load_judges(reward_model: str, judge_model: str, device: str, precision: str) -> dict[str, RewardModel]:
@@ -244,19 +367,19 @@ def load_judges(reward_model: str, judge_model: str, device: str, precision: str
     if judge_model and Path(judge_model).resolve() == Path(reward_model).resolve():
         stop(f"JUDGE_MODEL = {judge_model!r} is REWARD_MODEL itself: name a reward model that no policy was trained on")
     judges = {"reward": RewardModel.load(reward_model, device, precision)}
-    require_worth(reward_model)
+    check_better_than_chance(reward_model)
     if judge_model:
         judges["judge"] = RewardModel.load(judge_model, device, precision, constant="JUDGE_MODEL")
-        require_worth(judge_model, "JUDGE_MODEL")
+        check_better_than_chance(judge_model, "JUDGE_MODEL")
     return judges
 
 
-def require_worth(folder: str, constant: str = "REWARD_MODEL") -> None:
+def check_better_than_chance(folder: str, constant: str = "REWARD_MODEL") -> None:
     """Refuse a reward model that is worse than a coin; warn if it beats no shortcut."""
     result = read_json(Path(folder) / "eval.json")
     if not result:
         say(f"WARNING: {folder} has no eval.json, so nobody knows whether it is better than a coin")
-    elif result["accuracy_high"] < 0.5 and result.get("prompts", result["pairs"]) >= FEWEST:
+    elif result["accuracy_high"] < 0.5 and result.get("prompts", result["pairs"]) >= MIN_PROMPTS:
         stop(
             f"{constant} = {folder!r} is worse than a coin: {result['accuracy']:.3f} of its {result['pairs']} "
             f"pairs, 95 % interval up to {result['accuracy_high']:.3f}. Neither train nor judge by it"

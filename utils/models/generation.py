@@ -1,6 +1,7 @@
-"""Answers of a policy: batched generation, and the log-probs of what was generated."""
+"""Sample answers of a policy in batches, and compute the log-probs of what was sampled."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,20 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from utils.data.preferences import Message
 from utils.data.tokens import end_of_turn, fitted_prompt
-from utils.guidance import Guidance
-from utils.hidden import with_vectors
-from utils.logps import answer_logps, answer_logps_and_entropies
-from utils.models import autocast, plain
-from utils.pairs import TOKENS_AT_ONCE, PairCollator, like_length, row_multiple
+from utils.models.guidance import Guidance
+from utils.models.loading import autocast, plain
+from utils.models.shared_prompt import (
+    TOKENS_AT_ONCE,
+    PairCollator,
+    answer_logps,
+    answer_logps_and_entropies,
+    batches_by_length,
+    row_multiple,
+    with_vectors,
+)
 from utils.script import bar_off
+
+NGRAM = 3  # repetition counts runs of so many tokens
 
 
 @dataclass
@@ -31,7 +40,7 @@ class Answer:
     ended: bool
 
 
-class Luck(LogitsProcessor):
+class SeededGumbel(LogitsProcessor):
     """Gumbel noise on logits / temperature: the largest sum is a sample of the softmax, so that greedy search samples.
 
     https://arxiv.org/abs/1411.0030 (section 2). Each row draws from a generator of its own.
@@ -46,7 +55,9 @@ class Luck(LogitsProcessor):
         return scores.float() / self.temperature - noise.log().to(scores.device)
 
 
-def draws(temperature: float, seeds: list[tuple[int, int]], top_k: int = 0, top_p: float = 1.0) -> LogitsProcessorList:
+def sampling_processors(
+    temperature: float, seeds: list[tuple[int, int]], top_k: int = 0, top_p: float = 1.0
+) -> LogitsProcessorList:
     """What makes greedy search sample: temperature, then top_k, then top_p, then the luck of each row.
 
     What top_k and top_p leave out is -inf before the noise is added: no luck can bring it back. Temperature 0 is
@@ -55,10 +66,10 @@ def draws(temperature: float, seeds: list[tuple[int, int]], top_k: int = 0, top_
     if not temperature:
         return LogitsProcessorList()
     if not top_k and top_p >= 1:
-        return LogitsProcessorList([Luck(temperature, seeds)])
+        return LogitsProcessorList([SeededGumbel(temperature, seeds)])
     kept = [TopKLogitsWarper(top_k)] if top_k else []
     kept += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *kept, Luck(1.0, seeds)])
+    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *kept, SeededGumbel(1.0, seeds)])
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -103,10 +114,10 @@ def generate(
     vectors = guidance.vectors if guidance else None
     was, answers = model.training, {}
     model.eval()
-    batches = like_length(list(map(len, prompts)), math.inf, batch_size)
+    batches = batches_by_length(list(map(len, prompts)), math.inf, batch_size)
     for mine in tqdm(batches, desc=progress, leave=False, disable=bar_off(len(batches) > 1)):
         given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
-        luck = draws(temperature, [(seed, numbers[i]) for i in mine], top_k, top_p)
+        luck = sampling_processors(temperature, [(seed, numbers[i]) for i in mine], top_k, top_p)
         with autocast(model.device, precision), float32_head(model):
             written = model.generate(
                 **given,
@@ -217,7 +228,7 @@ def read_answers(
 
 def parts_of(answers: list[Answer], tokens: int) -> list[list[int]]:
     """Places in `answers`, in parts of at most `tokens` positions; see `like_length`."""
-    return like_length([len(answer.prompt_ids) + len(answer.ids) for answer in answers], tokens)
+    return batches_by_length([len(answer.prompt_ids) + len(answer.ids) for answer in answers], tokens)
 
 
 def batch_of(answers: list[Answer], guidance: Guidance | None = None, multiple: int = 1) -> dict[str, torch.Tensor]:
@@ -227,3 +238,9 @@ def batch_of(answers: list[Answer], guidance: Guidance | None = None, multiple: 
         for row, answer in zip(rows, answers, strict=True):
             row["vectors_at"] = guidance.find(answer.prompt_ids)
     return PairCollator(0, multiple).shared_rows([answer.prompt_ids for answer in answers], rows, "vectors_at")
+
+
+def repetition(ids: list[int]) -> float:
+    """Share of the runs of NGRAM tokens in an answer that stood in it before; 0 where it is shorter."""
+    runs = Counter(tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1))
+    return 1 - len(runs) / runs.total() if runs else 0.0

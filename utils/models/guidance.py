@@ -1,4 +1,4 @@
-"""A preference said to the policy: as a text at the end of the last user turn, or as vectors in the same place."""
+"""A preference in the prompt: a text at the end of the last user turn, or trained vectors in its place."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,6 +15,7 @@ from utils.data.tokens import encode_answers, ids_of, prompt_ids
 from utils.script import say, stop
 
 VECTORS_FILE = "prompt_embedding.safetensors"
+
 VECTORS_NAMES = ("prompt_embeddings", "embeddings")  # entries of a file that may hold the vectors
 
 
