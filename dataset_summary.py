@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,17 +21,24 @@ import numpy as np
 
 from utils.data.preferences import hundredths
 from utils.data.processed import next_command, refuse_sft_rows
-from utils.data.split import first_rows, leaking_groups, near_duplicate_groups, repeats
-from utils.evaluation import interval, wins
+from utils.evaluation.baselines import bands_of
+from utils.evaluation.data_report import (
+    LENGTHS,
+    SHORTCUT_LABELS,
+    describe_lengths,
+    describe_shortcut,
+    example_text,
+    find_repeats,
+    measure,
+    near_duplicates,
+    share,
+    summary_text,
+)
 from utils.runs import write_json, write_text
 from utils.script import at_least, needs, say, script, stop
-from utils.shortcuts import SHORTCUTS, bands_of
-from utils.tables import LENGTHS, SHORTCUT_NAMES, example_text, summary_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from tqdm import tqdm
-    from transformers import PreTrainedTokenizerBase
 
 # data
 DATA_DIR = "processed_helpsteer"  # folder that load_helpsteer_dataset.py wrote
@@ -45,9 +50,6 @@ EXAMPLES = 5  # pairs to show
 SEED = 42  # of the examples
 # output
 OUTPUT_DIR = "outputs/summary"  # folder of the summary
-
-LENGTH_BINS = {"<64": 0, "64-127": 64, "128-255": 128, "256+": 256}  # name: first length in it (tokens)
-BATCH_OF_ROWS = {"measure": 256, "prompts": 1000}  # rows held in memory at once
 
 
 def load_data(folder: Path) -> tuple[dict, dict[str, Dataset]]:
@@ -69,54 +71,6 @@ def load_data(folder: Path) -> tuple[dict, dict[str, Dataset]]:
     return metadata, parts
 
 
-def measure(part: Dataset, tokenizer: PreTrainedTokenizerBase, progress: tqdm) -> dict[str, np.ndarray]:
-    """One number per pair for each measure [pairs]: see `measure_batch`."""
-    columns = defaultdict(list)
-    for batch in part.remove_columns("input_ids").iter(BATCH_OF_ROWS["measure"]):
-        for name, values in measure_batch(batch, tokenizer).items():
-            columns[name].extend(values)
-        progress.update(len(batch["prompt"]))
-    m = {name: np.array(values) for name, values in columns.items()}
-    for end in ("", "_in_window"):
-        m[f"pair{end}"] = m[f"prompt{end}"] + np.maximum(m[f"chosen{end}"], m[f"rejected{end}"])
-    return m
-
-
-def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    """Lengths before and in the window (tokens), cut flags, gap (hundredths, NaN without ratings), shortcut measures.
-
-    *_key are hashes of texts, equal for equal texts within this process. Before the window an answer's length is
-    that of all the template writes for it, end of turn included, as it is in the window where nothing is cut.
-    """
-    from utils.data.tokens import answer_texts, ids_of, written_ids
-
-    prompts = [messages[:-1] for messages in batch["chosen"]]
-    answers = {side: [messages[-1]["content"] for messages in batch[side]] for side in ("chosen", "rejected")}
-    written = [
-        answer_texts(tokenizer, prompt, list(pair))
-        for prompt, *pair in zip(prompts, answers["chosen"], answers["rejected"], strict=True)
-    ]
-    ids = written_ids(tokenizer, written)
-    found = {
-        "prompt_raw": [len(raw) for raw in ids_of(tokenizer, batch["prompt"])],
-        "prompt": [len(prompt) for prompt, _ in ids],
-        "prompt_in_window": [sum(mask) for mask in batch["attention_mask"]],
-        "multi_turn": [sum(message["role"] != "system" for message in prompt) > 1 for prompt in prompts],
-        "prompt_key": [hash(prompt) for prompt in batch["prompt"]],
-        "gap": [
-            float("nan") if None in ratings else hundredths(ratings[0]) - hundredths(ratings[1])
-            for ratings in zip(batch["chosen_rating"], batch["rejected_rating"], strict=True)
-        ],
-        **{name: batch[name] for name in ("prompt_cut", "chosen_cut", "rejected_cut", "equal_after_cut")},
-    }
-    for i, (side, texts) in enumerate(answers.items()):
-        found[side] = [len(both[i]) for _, both in ids]
-        found[f"{side}_in_window"] = found[f"{side}_longer_in_window"] = [len(cut) for cut in batch[f"{side}_ids"]]
-        found[f"{side}_key"] = [hash(text) for text in texts]
-        found |= {f"{side}_{name}": [count(text) for text in texts] for name, count in SHORTCUTS.items()}
-    return found
-
-
 def describe(m: dict[str, np.ndarray], window: int) -> dict:
     """The content of summary.json for one split or for all. m: the measures of `measure`; shares are 0 to 1."""
     lengths = m | {"prompt_raw_cut": np.minimum(m["prompt_raw"], window)}
@@ -129,25 +83,7 @@ def describe(m: dict[str, np.ndarray], window: int) -> dict:
         "cut_share": cut | {"both_answers": share(m["chosen_cut"] & m["rejected_cut"])},
         "equal_after_cut": int(m["equal_after_cut"].sum()),
         "rating_gap": describe_gaps(m["gap"]),
-        "shortcuts": {name: describe_shortcut(m, name) for name in SHORTCUT_NAMES},
-    }
-
-
-def share(flags: np.ndarray) -> float:
-    return round(float(np.mean(flags)), 6)
-
-
-def describe_lengths(lengths: np.ndarray) -> dict:
-    """Mean, percentiles and the shares of LENGTH_BINS of lengths in tokens."""
-    percentiles = {f"p{p}": round(float(np.percentile(lengths, p)), 2) for p in (10, 25, 75, 90, 95, 99)}
-    edges = [*LENGTH_BINS.values(), float("inf")]
-    bins = [share((low <= lengths) & (lengths < high)) for low, high in pairwise(edges)]
-    return {
-        "mean": round(float(lengths.mean()), 2),
-        "median": float(np.median(lengths)),
-        **percentiles,
-        "max": int(lengths.max()),
-        "bins": dict(zip(LENGTH_BINS, bins, strict=True)),
+        "shortcuts": {name: describe_shortcut(m, name) for name in SHORTCUT_LABELS},
     }
 
 
@@ -163,43 +99,6 @@ def describe_gaps(gap: np.ndarray) -> dict | None:
     bands = {name: {"pairs": int(mask.sum()), "share": share(mask)} for name, mask in bands_of(gap).items()}
     mean, median = round(float(gap.mean()) / 100, 4), float(np.median(gap)) / 100
     return {"mean": mean, "median": median, "bands": bands, "pairs_kept_by_min_rating_gap": kept}
-
-
-def describe_shortcut(m: dict[str, np.ndarray], name: str) -> dict:
-    """Pair accuracy of a shortcut, over all pairs and within each band of rating gaps that has pairs."""
-    right = wins(m[f"chosen_{name}"], m[f"rejected_{name}"])
-    prompts, bands = m["prompt_key"], bands_of(m["gap"])
-    by_gap = {band: pair_accuracy(right[mask], prompts[mask]) for band, mask in bands.items() if mask.any()}
-    return pair_accuracy(right, prompts) | {"by_gap": by_gap}
-
-
-def pair_accuracy(right: np.ndarray, prompts: np.ndarray) -> dict:
-    """Accuracy and its 95 % interval over prompts. right: 1 for a pair that is right, 0.5 for a tie, else 0 [pairs]."""
-    low, high = interval(right, prompts)
-    found = {"accuracy": float(right.mean()), "low": low, "high": high}
-    counts = {"pairs": len(right), "ties": int((right == 0.5).sum())}
-    return {name: round(value, 6) for name, value in found.items()} | counts
-
-
-def near_duplicates(parts: dict[str, Dataset]) -> dict[str, np.ndarray]:
-    """For each split the group number of each prompt [pairs]; groups run across splits."""
-    from tqdm import tqdm
-
-    pairs = sum(len(part) for part in parts.values())
-    batches = (
-        batch for part in parts.values() for batch in part.select_columns("prompt").iter(BATCH_OF_ROWS["prompts"])
-    )
-    prompts = (prompt for batch in batches for prompt in batch["prompt"])
-    groups = near_duplicate_groups(tqdm(prompts, "comparing prompts", total=pairs, unit=" pairs"))
-    ends = np.cumsum([len(part) for part in parts.values()])[:-1]
-    return dict(zip(parts, np.split(groups, ends), strict=True))
-
-
-def find_repeats(parts: dict[str, Dataset], measures: dict, groups: dict[str, np.ndarray]) -> dict:
-    """Return duplicates and leaks (see utils.leaks), and EXAMPLES prompts that leak into training, with their rows."""
-    found = [first_rows(groups, group) for group in leaking_groups(groups)[:EXAMPLES]]
-    leaked = [{"rows": rows, "prompt": parts["train"][rows["train"]]["prompt"][:200]} for rows in found]
-    return repeats(measures, groups) | {"leaked_prompts": leaked}
 
 
 def examples_of(parts: dict[str, Dataset]) -> list[dict]:
@@ -220,15 +119,15 @@ def examples_of(parts: dict[str, Dataset]) -> list[dict]:
 
 def draw(m: dict[str, np.ndarray], section: dict, window: int, folder: Path) -> list[str]:
     """Write the figures, and remove those of an earlier summary that these data do not allow; their file names."""
-    from utils import plots
+    from utils.evaluation import plots
 
     has = ~np.isnan(m["gap"])
     rated, of_rated = {name: values[has] for name, values in m.items()}, section | {"pairs": int(has.sum())}
     figures = {
-        "token_lengths.png": lambda: plots.token_lengths(m, section, window),
-        "shortcuts.png": lambda: plots.shortcuts(section, SHORTCUT_NAMES),
-        "rating_gaps.png": lambda: plots.rating_gaps(rated["gap"], of_rated),
-        "length_by_gap.png": lambda: plots.length_by_gap(rated, of_rated),
+        "token_lengths.png": lambda: plots.plot_token_lengths(m, section, window),
+        "shortcuts.png": lambda: plots.plot_shortcuts(section, SHORTCUT_LABELS),
+        "rating_gaps.png": lambda: plots.plot_rating_gaps(rated["gap"], of_rated),
+        "length_by_gap.png": lambda: plots.plot_length_by_gap(rated, of_rated),
     }
     drawn = list(figures) if section["rating_gap"] else ["token_lengths.png", "shortcuts.png"]
     for name, figure in figures.items():

@@ -123,8 +123,9 @@ def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
-    from utils import comparing, policy_report, runs
+    from utils import runs
     from utils.data import processed
+    from utils.evaluation import policy_report
     from utils.models import guidance, loading, policies, reward_model, shared_prompt
     from utils.training import losses
     from utils.training import trainer as training
@@ -222,18 +223,18 @@ def main(settings: dict) -> None:
             start = loading.load_causal(MODEL).to(device)
             spoken = (guidance.Guidance(),) * 2 if both else (said, said.with_vectors(module.vectors))
             few = processed.unique_prompts(validation, SAMPLE_PROMPTS)
-            sampler = comparing.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)
-            samples, compared = policy_report.before_and_after(start, model, few, sampler, judges, spoken)
+            sampler = policy_report.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)
+            samples, compared = policy_report.compare_before_and_after(start, model, few, sampler, judges, spoken)
             if judges:
                 compared["comparison"] = compared.pop("reward")
             result |= compared
         if trains_vectors:
             guidance.save_vectors(module.vectors, run.folder)
-        policy_report.save(model, tokenizer, run.folder, rows, collator)
+        policy_report.save_policy(model, tokenizer, run.folder, rows, collator)
         policy_report.write_pair_results(run.folder, result, samples, run.record)
     training.close(run, trainer.accelerator)
     # 7. say where it is
-    say(policy_report.told(result))
+    say(policy_report.format_summary(result))
     say(f"written: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}")
 

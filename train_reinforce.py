@@ -194,8 +194,8 @@ def main(settings: dict) -> None:
     check()
     from transformers import set_seed
 
-    from utils import comparing, policy_report
     from utils.data import processed
+    from utils.evaluation import policy_report
     from utils.models import loading, policies, reward_model, shared_prompt
     from utils.training import reinforce
     from utils.training.trainer import SCHEDULES, close
@@ -234,16 +234,18 @@ def main(settings: dict) -> None:
     if first_process():
         start = loading.load_causal(MODEL).to(device) if reference == "adapter" else reference
         how = (MAX_NEW_TOKENS, TEMPERATURE, SEED, precision, GENERATION_BATCH)
-        sampler = comparing.Sampler(tokenizer, metadata["max_length"], *how)
-        lines, result = policy_report.before_and_after(start, model, held_out, sampler, judges)
+        sampler = policy_report.Sampler(tokenizer, metadata["max_length"], *how)
+        lines, result = policy_report.compare_before_and_after(start, model, held_out, sampler, judges)
         result |= result.pop("reward")
         # 6. save
-        policy_report.save(model, tokenizer, run.folder, rows, shared_prompt.PairCollator(tokenizer.pad_token_id))
+        policy_report.save_policy(
+            model, tokenizer, run.folder, rows, shared_prompt.PairCollator(tokenizer.pad_token_id)
+        )
         policy_report.write_reinforce_results(run.folder, result, lines, run.record)
     close(run, trainer.accelerator)
     trainer.accelerator.end_training()  # trackers are closed, and processes no longer wait for each other
     # 7. say where it is and what to run next
-    say(f"{policy_report.told(result)}\nwritten: {run.folder}")
+    say(f"{policy_report.format_summary(result)}\nwritten: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}")
 
 

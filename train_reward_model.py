@@ -93,9 +93,9 @@ def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import TrainingArguments, set_seed
 
-    from utils import judging, quality, quality_plots
     from utils.data import processed
     from utils.data.preferences import RATINGS
+    from utils.evaluation import predictions, reward_report
     from utils.models import loading, policies, reward_model, shared_prompt
     from utils.training import losses
     from utils.training import trainer as training
@@ -174,7 +174,7 @@ def main(settings: dict) -> None:
         return shared_prompt.forward_pairs(module, some, collator, 2 * BATCH_SIZE, trainer.accelerator)["outputs"]
 
     def accuracy() -> dict[str, float]:
-        return {"accuracy": float(judging.pairs_right(outputs_of(validation), reading).mean())}
+        return {"accuracy": float(predictions.pairs_right(outputs_of(validation), reading).mean())}
 
     loss = losses.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
     module, rates = reward_model.RewardPairs(model), {"score": head_rate}
@@ -186,21 +186,21 @@ def main(settings: dict) -> None:
     # 5. evaluate
     unused = rows if measured_on == "validation" else validation  # rewards of training pairs are too sure
     if HEAD == "attributes":  # the other heads learn the size of a difference from their pairs
-        judging.fit_win_scale(reading, unused, outputs_of)
-    weights = judging.surface_weights(rows)
+        predictions.fit_win_scale(reading, unused, outputs_of)
+    weights = predictions.surface_weights(rows)
     untrained = partial(reward_model.random_head_model, MODEL, reading, device, SEED)
-    lines = judging.judged(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained)
-    result = quality.report(lines) | {"measured_on": measured_on, "epochs": epochs}
+    lines = predictions.predict_pairs(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained)
+    result = reward_report.report(lines) | {"measured_on": measured_on, "epochs": epochs}
     result["selection_shares_rows"] = bool(epochs) and measured_on == "validation"
     # 6. save
     if first_process():
         facts = {"max_length": metadata["max_length"], "surface_weights": weights.tolist()}
         facts |= {n: result[n] for n in ("reward_mean", "reward_std")}
         reward_model.save_reward_model(model, tokenizer, run.folder, reading, rows, collator, **facts)
-        quality_plots.write_results(run.folder, result, lines, run.record)
+        reward_report.write_results(run.folder, result, lines, run.record)
     training.close(run, trainer.accelerator)
     # 7. say where it is
-    say(quality.told(result))
+    say(reward_report.format_summary(result))
     say(f"written: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}    # the whole report as one page")
     policy = f"python train_dpo.py --reward_model {run.folder}"

@@ -97,7 +97,7 @@ def judge_pairs(
     """(eval.json, lines of predictions.jsonl): the report on a reward model."""
     import numpy as np
 
-    from utils import judging, quality
+    from utils.evaluation import predictions, reward_report
     from utils.models import loading, reward_model
 
     rows = in_its_window(rows, model)
@@ -113,7 +113,7 @@ def judge_pairs(
         judge = reward_model.RewardModel(other, model.tokenizer, model.reading, model.max_length) if other else model
         return judge.pair_outputs(some, batch_size)
 
-    lines = judging.judged(
+    lines = predictions.predict_pairs(
         outputs_of,
         rows,
         model.tokenizer,
@@ -122,7 +122,7 @@ def judge_pairs(
         controls,
         partial(reward_model.random_head_model, started_from, model.reading, device, seed) if started_from else None,
     )
-    return quality.report(lines), lines
+    return reward_report.report(lines), lines
 
 
 def compare_policies(
@@ -136,9 +136,9 @@ def compare_policies(
     from dataclasses import replace
 
     from extras.parts import frontier
-    from utils import comparing
     from utils.data import processed
     from utils.data.processed import unique_prompts
+    from utils.evaluation import policy_report
     from utils.models import loading
 
     tokenizer, metadata = processed.matching_tokenizer(data_dir, "MODEL", model)
@@ -151,7 +151,7 @@ def compare_policies(
     def load(name: str) -> object:
         return loading.load_causal(name, "POLICIES").to(device).eval()
 
-    sampler = comparing.Sampler(tokenizer, metadata["max_length"], **sampling)
+    sampler = policy_report.Sampler(tokenizer, metadata["max_length"], **sampling)
     samplers = {"sampled": sampler, "greedy": replace(sampler, temperature=0.0)}
     start = loading.load_causal(model).to(device).eval()
     say(f"{len(prompts)} prompts of {data_dir}/{split}, answered by {model} and {', '.join(policies)}")
@@ -177,8 +177,8 @@ def main(settings: dict) -> None:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
         pick(splits_of(DATA_DIR), "SPLIT", SPLIT)
     from extras.parts import frontier
-    from utils import judging, quality, quality_plots
     from utils.data import processed
+    from utils.evaluation import predictions, reward_report
     from utils.models import loading, reward_model
 
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
@@ -209,14 +209,14 @@ def main(settings: dict) -> None:
             rows = processed.load_pairs(DATA_DIR, SPLIT, MAX_ROWS)
         result, lines = judge_pairs(model, REWARD_MODEL, rows, BATCH_SIZE, CONTROL_PAIRS, SEED)
         result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
-        result["pairs_trained_on"] = judging.trained_on(REWARD_MODEL, rows)
+        result["pairs_trained_on"] = predictions.trained_on(REWARD_MODEL, rows)
         if result["pairs_trained_on"]:
             say(f"WARNING: {REWARD_MODEL} was trained on the prompts of {result['pairs_trained_on']} of these pairs")
         chosen = read_json(f"{REWARD_MODEL}/eval.json").get("epochs")  # on validation, which then flatters
         result["selection_shares_rows"] = bool(chosen) and not DATASET and SPLIT == "validation"
         run = Run(OUTPUT_DIR, settings, resume=False, **facts)
-        quality_plots.write_results(run.folder, result, lines)
-        say(quality.told(result))
+        reward_report.write_results(run.folder, result, lines)
+        say(reward_report.format_summary(result))
         for name, part in result["by_subset"].items():
             say(f"{name}: {part['accuracy']:.3f} [{part['low']:.3f}, {part['high']:.3f}] on {part['pairs']}")
     # 4. say where it is

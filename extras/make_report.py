@@ -83,7 +83,7 @@ def read_run(folder: Path, shown: int) -> dict:
 
 def read_summaries(places: tuple[str, ...]) -> list[dict]:
     """What dataset_summary.py left under the places: name, its table as text, its figures."""
-    from utils.tables import summary_text
+    from utils.evaluation.data_report import summary_text
 
     found = []
     for path in sorted(path for place in places for path in Path(place).glob("**/summary.json")):
@@ -131,7 +131,7 @@ def page(runs: list[dict], seeds: list[dict], data: list[dict], absent: list[str
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from extras.parts.questions import questions
-    from utils.quality import NAMES
+    from utils.evaluation.baselines import SHORTCUT_NAMES
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -141,7 +141,7 @@ def page(runs: list[dict], seeds: list[dict], data: list[dict], absent: list[str
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(
-        runs=runs, seeds=seeds, data=data, missing=absent, names=NAMES, questions=questions(runs)
+        runs=runs, seeds=seeds, data=data, missing=absent, names=SHORTCUT_NAMES, questions=questions(runs)
     )
 
 

@@ -145,8 +145,8 @@ def main(settings: dict) -> None:
     from transformers import set_seed
 
     from extras.parts import sft
-    from utils import policy_report
     from utils.data import processed
+    from utils.evaluation import policy_report
     from utils.models import loading, policies, shared_prompt
     from utils.training import trainer as training
 
@@ -179,7 +179,7 @@ def main(settings: dict) -> None:
     result = sft.perplexity_figures(before, scored("perplexity after"))
     # 6. save
     if first_process():
-        policy_report.save(model, tokenizer, run.folder, rows, collator)
+        policy_report.save_policy(model, tokenizer, run.folder, rows, collator)
         sft.write_results(run.folder, result, run.record)
     training.close(run, trainer.accelerator)
     # 7. print where it is

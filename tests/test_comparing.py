@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils.comparing import Answers, Sampler, compared
+from utils.evaluation.policy_report import Answers, Sampler, comparison_of
 from utils.models.generation import Answer, generate, logps_of, repetition
 from utils.models.guidance import Guidance
 
@@ -51,7 +51,7 @@ def test_the_same_policy_twice_is_not_shown_to_differ(sampler, start, model_fold
     before = sampler.answers(start, start, PROMPTS)
     after = sampler.answers(AutoModelForCausalLM.from_pretrained(model_folder), start, PROMPTS)
     assert [answer.ids for answer in before.answers] == [answer.ids for answer in after.answers]
-    found = compared(before, after, (rewards_of(before), rewards_of(after)))
+    found = comparison_of(before, after, (rewards_of(before), rewards_of(after)))
     assert found["verdict"] == "not shown" and found["win_rate"] == 0.5 and found["difference"] == 0.0
     assert found["kl"] == pytest.approx(0.0, abs=1e-4) and found["p_value"] == 1.0
     assert found["length_before"] == found["length_after"] and found["ended_before"] == found["ended_after"]
@@ -59,7 +59,7 @@ def test_the_same_policy_twice_is_not_shown_to_differ(sampler, start, model_fold
 
 def test_a_planted_better_policy_is_found_and_its_kl_is_that_of_its_answers(sampler, start, better):
     before, after = sampler.answers(start, start, PROMPTS), sampler.answers(better, start, PROMPTS)
-    found = compared(before, after, (rewards_of(before), rewards_of(after)))
+    found = comparison_of(before, after, (rewards_of(before), rewards_of(after)))
     assert found["verdict"] == "grew" and found["difference_low"] > 0 and found["win_rate"] > 0.8
     expected = (logps_of(better, after.answers) - logps_of(start, after.answers)).numpy()
     assert after.kl == pytest.approx(expected, abs=1e-3) and found["kl"] == pytest.approx(expected.mean(), abs=1e-3)
@@ -107,5 +107,5 @@ def test_what_length_does_not_explain_is_after_minus_before():
     sides = [Answers([Answer([9], [1] * size, "", True) for size in some], np.zeros(60)) for some in sizes]
     before = random.normal(size=60)
     after = before + 0.7 * (np.log(sizes[1]) - np.log(sizes[0])) - 0.4 + 0.01 * random.normal(size=60)
-    found = compared(*sides, (before, after))["difference_at_equal_length"]
+    found = comparison_of(*sides, (before, after))["difference_at_equal_length"]
     assert found["difference"] == pytest.approx(-0.4, abs=0.01) and found["low"] < -0.39 and found["high"] > -0.41

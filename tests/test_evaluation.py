@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.evaluation import (
+from utils.evaluation.statistics import (
     at_equal_length,
     calibration,
     comparison,

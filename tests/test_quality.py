@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from utils.controls import shuffled_prompts, without_prompts
 from utils.data.processed import HALVES, half, unique_prompts
-from utils.judging import fit_win_scale, lines_of, shortcuts_right, surface_weights
+from utils.evaluation.baselines import SHORTCUT_NAMES, SURFACE, fit_logistic, shuffled_prompts, surface, without_prompts
+from utils.evaluation.predictions import fit_win_scale, prediction_lines, shortcuts_right, surface_weights
+from utils.evaluation.reward_report import format_summary, length_bands, report
 from utils.models.reward_model import RewardHead
-from utils.quality import NAMES, length_bands, report, told
-from utils.shortcuts import SURFACE, fit_logistic, surface
 
 
 def planted_rows(count: int, longer_wins: float, seed: int = 0) -> Dataset:
@@ -40,7 +39,7 @@ def outputs_for(rows: Dataset, content: float, length: float, seed: int = 1) -> 
 
 
 def report_of(rows: Dataset, outputs: np.ndarray) -> tuple[dict, list[dict]]:
-    lines = lines_of(rows, outputs, RewardHead("scalar"), shortcuts_right(rows, surface_weights(rows)))
+    lines = prediction_lines(rows, outputs, RewardHead("scalar"), shortcuts_right(rows, surface_weights(rows)))
     return report(lines), lines
 
 
@@ -71,11 +70,13 @@ def test_better_than_the_best_shortcut_means_better_than_each():
     nested, other = np.arange(200) < 112, np.arange(200) >= 95
     few = np.where(np.arange(200) < 9, 1.0, np.nan)
     rivals = {"longer": nested, "surface": other & (np.arange(200) % 21 > 0), "untrained_head": few}
-    found = report(lines_of(rows, outputs, RewardHead("scalar"), {n: r.astype(float) for n, r in rivals.items()}))
+    found = report(
+        prediction_lines(rows, outputs, RewardHead("scalar"), {n: r.astype(float) for n, r in rivals.items()})
+    )
     shortcuts = found["shortcuts"]
     assert found["best_shortcut"] == "longer" and shortcuts["longer"]["p_value"] < 0.05
     assert shortcuts["surface"]["difference"] > 0.08 and found["verdict"].startswith(
-        f"not shown to be better than {NAMES['surface']}"
+        f"not shown to be better than {SHORTCUT_NAMES['surface']}"
     )
     assert shortcuts["untrained_head"]["accuracy"] == 1.0, "of nine pairs: said, and no rival"
 
@@ -88,7 +89,9 @@ def test_the_best_of_many_shortcuts_is_partly_lucky():
     more = right | (np.arange(200) % 20 == 1)  # on 10 more: p = 0.002
     for ahead, said in ((better, "not shown to be better than 'longer wins'"), (more, "worse than 'longer wins'")):
         rivals = {"longer": ahead, "surface": right, "more_list_items": ~right}
-        found = report(lines_of(rows, outputs, RewardHead("scalar"), {n: r.astype(float) for n, r in rivals.items()}))
+        found = report(
+            prediction_lines(rows, outputs, RewardHead("scalar"), {n: r.astype(float) for n, r in rivals.items()})
+        )
         assert found["verdict"].startswith(said) and found["verdict"].endswith("corrected for 3 shortcuts")
         p = found["shortcuts"]["longer"]["p_value"]
         assert f"p = {min(1, 3 * p):.2g}" in found["verdict"]
@@ -128,7 +131,7 @@ def test_the_report_is_a_function_of_the_lines_and_the_lines_are_json(tmp_path):
     assert found["reward_std"] == pytest.approx(np.std(rewards))
     margins = [line["chosen"] - line["rejected"] for line in found["worst_mistakes"]]
     assert margins == sorted(margins) and all(margin < 0 for margin in margins)
-    assert told(found).splitlines()[-1] == found["verdict"]
+    assert format_summary(found).splitlines()[-1] == found["verdict"]
     assert set(found["shortcuts"]) == {"longer", "longer_in_window", "more_list_items", "surface"}
 
 
@@ -153,7 +156,7 @@ def test_a_shortcut_measured_on_some_pairs_is_compared_on_those():
     rows = planted_rows(40, 0.5)
     partly = np.where(np.arange(40) < 10, 1.0, np.nan)
     right = {"longer": np.zeros(40), "untrained_head": partly}
-    lines = lines_of(rows, outputs_for(rows, 9.0, 0.0), RewardHead("scalar"), right)
+    lines = prediction_lines(rows, outputs_for(rows, 9.0, 0.0), RewardHead("scalar"), right)
     found = report(lines)["shortcuts"]["untrained_head"]
     assert found["pairs"] == 10 and found["accuracy"] == 1.0 and found["difference"] == 0.0
 

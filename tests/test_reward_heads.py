@@ -14,7 +14,7 @@ from extras import evaluate, make_report
 from tests.conftest import run_script
 from utils.data.processed import closed_answers, load_pairs, ratings_of
 from utils.data.tokens import render
-from utils.judging import trained_on
+from utils.evaluation.predictions import trained_on
 from utils.models.reward_model import HEADS, RewardHead, RewardModel, RewardPairs, new_reward_head, start_model
 from utils.models.shared_prompt import PairCollator
 from utils.runs import write_json

@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import train_reward_model
 from benchmarks.stock_trl import reward_trainer
 from tests.conftest import SAMPLE, run_script
-from utils import quality_plots
 from utils.data.processed import load_pairs
 from utils.data.tokens import render
+from utils.evaluation import reward_report
 from utils.models.loading import add_lora, load_classifier, plain, save_with_proof
 from utils.models.reward_model import RewardHead, RewardModel
 from utils.runs import Run
@@ -150,7 +150,7 @@ def test_what_fails_after_training_does_not_cost_the_training(
 ):
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"} | constants
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the disk is full"):
-        patch.setattr(quality_plots, "write_results", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(reward_report, "write_results", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         run_script(train_reward_model, **options)
     steps_before = (tmp_path / "run/metrics.jsonl").read_text()
     weights = load_file(tmp_path / "run/model.safetensors")

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import train_reward_model
 from tests.conftest import ROOT, run_script
-from utils import judging, training
+from utils import training
 from utils.data.processed import load_pairs, ratings_of
+from utils.evaluation import predictions
 from utils.models.reward_model import new_reward_head
 from utils.models.shared_prompt import PairCollator
 from utils.training.losses import PairLoss
@@ -39,13 +40,13 @@ def data_with_test(sample_folder, folder):
 
 def test_the_best_epoch_is_kept_and_measured_on_test_rows(model_folder, sample_folder, tmp_path, monkeypatch):
     accuracies = iter([0.4, 0.9, 0.6])
-    real = judging.pairs_right
+    real = predictions.pairs_right
 
     def planned(outputs, reading):
         right = real(outputs, reading)
         return right * 0 + next(accuracies, 0.0)
 
-    monkeypatch.setattr(judging, "pairs_right", planned)
+    monkeypatch.setattr(predictions, "pairs_right", planned)
     monkeypatch.setattr(training.shutil, "rmtree", lambda folder, **_: None)
     options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 3, "MODEL": model_folder, "CONTROL_PAIRS": 0, "SAVE_EVERY_STEPS": 10}
     data, run = data_with_test(sample_folder, tmp_path / "data"), tmp_path / "run"
@@ -118,7 +119,7 @@ def test_a_run_does_not_go_on_over_another_model_of_the_same_name(model_folder, 
     shutil.copytree(model_folder, start)
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": start, "OUTPUT_DIR": tmp_path / "run", "USE_LORA": "true"}
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(judging, "judged", lambda *_: 1 / 0)
+        patch.setattr(predictions, "predict_pairs", lambda *_: 1 / 0)
         run_script(train_reward_model, **options)
     assert last_checkpoint(tmp_path / "run")
     weights = load_file(start / "model.safetensors")
@@ -132,7 +133,7 @@ def test_an_epoch_whose_evaluation_was_killed_is_still_compared(model_folder, sa
     options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 2, "DATA_DIR": sample_folder, "MODEL": model_folder}
     options |= {"SAVE_EVERY_STEPS": 10, "OUTPUT_DIR": tmp_path / "run"}  # 40 pairs are 10 steps an epoch
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(judging, "pairs_right", lambda *_: 1 / 0)
+        patch.setattr(predictions, "pairs_right", lambda *_: 1 / 0)
         run_script(train_reward_model, **options)
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-10")
     run_script(train_reward_model, **options)

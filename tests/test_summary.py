@@ -13,8 +13,8 @@ import dataset_summary
 import load_helpsteer_dataset
 from tests.conftest import ROOT, run_script
 from utils.data.preferences import hundredths
-from utils.evaluation import wins
-from utils.shortcuts import SHORTCUTS, bands_of, list_items
+from utils.evaluation.baselines import SHORTCUTS, bands_of, list_items
+from utils.evaluation.statistics import wins
 
 FIGURES = {"token_lengths.png", "rating_gaps.png", "shortcuts.png", "length_by_gap.png"}
 REAL_ROWS = ROOT.parent / "shared" / "data" / "helpsteer2_rows.parquet"
@@ -171,7 +171,7 @@ def test_the_figures_are_pictures_and_nothing_half_written_is_left(sample_summar
     ],
 )
 def test_no_bar_of_the_gaps_crosses_a_band(gaps, step, starts, centres):
-    from utils.plots import bars_of
+    from utils.evaluation.plots import bars_of
 
     found = bars_of(np.array(gaps, dtype=float))
     assert (found[0], found[1].tolist()) == (step, starts)

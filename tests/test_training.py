@@ -20,7 +20,7 @@ from benchmarks.stock_trl import whole_rows
 from tests import toys
 from tests.conftest import ROOT, run_script
 from tests.toys import toy_rows
-from utils.curves import curves
+from utils.evaluation.plots import plot_curves
 from utils.models.loading import load_classifier
 from utils.models.reward_model import RewardHead, RewardPairs
 from utils.models.shared_prompt import TOKENS_AT_ONCE, PairCollator, forward_pairs
@@ -202,7 +202,7 @@ def test_memory_that_tensors_left_goes_back_to_the_system():
 def test_curves_show_what_was_measured_on_validation():
     lines = [{"step": step, "loss": 0.7, "rewards/accuracies": 0.5} for step in (2, 4)]
     lines += [{"step": 4, "eval_loss": 0.6, "eval_accuracy": 0.75}]
-    figure = curves(lines, ("loss", "rewards/accuracies"), {}, "A run", "a step")
+    figure = plot_curves(lines, ("loss", "rewards/accuracies"), {}, "A run", "a step")
     shown = [
         [line.get_ydata().tolist() for line in axis.lines if line.get_label() == "on validation"]
         for axis in figure.axes

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from torch import nn
 
-from utils.comparing import Answers, Sampler, compared, rewards_of
 from utils.data.preferences import Message, with_persona
-from utils.evaluation import interval, mean_kl, paired_difference
+from utils.evaluation.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
+from utils.evaluation.policy_report import Answers, Sampler, comparison_of, rewards_of
+from utils.evaluation.statistics import interval, mean_kl, paired_difference
 from utils.models.reward_model import RewardModel
-from utils.plots import BLUE, INK, MUTED, ORANGE, in_style, new_figure, save
 from utils.runs import READ, read_json, write_json, write_lines
 from utils.script import stop
 
@@ -117,7 +117,7 @@ def side_by_side(
             low, high = interval(mine)
             figures[name][judge] = {"mean": float(mine.mean()), "low": low, "high": high}
             if name != START:
-                figures[name][judge] |= compared(answers[START], side, (all_scores[START], mine))
+                figures[name][judge] |= comparison_of(answers[START], side, (all_scores[START], mine))
     return scores, figures
 
 

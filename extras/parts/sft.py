@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from utils.curves import training_curves
-from utils.evaluation import change
+from utils.evaluation.plots import training_curves
+from utils.evaluation.statistics import change
 from utils.runs import Run, write_json, write_text
 from utils.training import trainer as training
 from utils.training.trainer import LengthSampler

@@ -10,7 +10,7 @@ import numpy as np
 
 from extras.rating.items import shown
 from extras.rating.ratings import CRITERIA, PREFERENCES, is_complete
-from utils.evaluation import interval, paired_difference, share_right, verdict, wins
+from utils.evaluation.statistics import interval, paired_difference, share_right, verdict, wins
 
 
 def duels_of(items: dict[str, dict], ratings: list[dict], conditions: list[str]) -> list[dict]:

@@ -1,5 +1,7 @@
-"""What a trained policy is worth: figures on pairs, answers before and after, and the files that show them."""
+"""Is a policy better than its start? Answers before and after, their metrics, and the files that show them."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from utils.comparing import Sampler, compared, rewards_of
-from utils.curves import training_curves
+from utils.data.preferences import Message
 from utils.data.processed import same_prompt
-from utils.evaluation import mean_kl, share_right, wins
+from utils.evaluation.plots import training_curves
+from utils.evaluation.statistics import at_equal_length, comparison, mean_kl, share_right, wins
+from utils.models.generation import Answer, generate, logps_of, prompt_ids_of, repetition
 from utils.models.guidance import Guidance
 from utils.models.loading import PROOF_ROWS, load_causal, save_with_proof
 from utils.models.policies import PolicyPairs
@@ -20,7 +23,144 @@ from utils.models.shared_prompt import PairCollator
 from utils.runs import write_json, write_lines, write_text
 from utils.training.losses import PolicyPairLoss
 
+# Numbers of compared answers count from here, those of training from 0: a policy that met the random numbers of its
+# training again would be pushed towards and away from just the tokens that they favour, and seem to have learned more
+FIRST_NUMBER = 2**40
+
 SHOWN = 2  # samples in the model card
+
+
+@dataclass
+class Answers:
+    """What a policy answered to some prompts, in their order.
+
+    kl [prompts]: log pi - log start of each answer; None where its mean would be no KL: for greedy answers, and for
+    the best of several, of which only a bound of the KL is known (kl_bound, nats an answer).
+    """
+
+    answers: list[Answer]
+    kl: np.ndarray | None
+    kl_bound: float | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each answer [prompts]."""
+        return np.array([len(answer.ids) for answer in self.answers], dtype=float)
+
+    def figures(self) -> dict[str, float]:
+        """Means over the answers.
+
+        length: tokens. ended: share that came to an end of turn. repetition: share of the runs of three tokens that
+        stood in the same answer before.
+        """
+        return {
+            "length": float(self.lengths.mean()),
+            "ended": float(np.mean([answer.ended for answer in self.answers])),
+            "repetition": float(np.mean([repetition(answer.ids) for answer in self.answers])),
+        }
+
+
+@dataclass
+class Sampler:
+    """How policies answer, the same for all of them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int  # tokens of a prompt; a longer one loses its start
+    max_new_tokens: int
+    temperature: float  # 0 = greedy, without log-probs
+    seed: int  # the luck is another one than that of a training with this seed
+    precision: str
+    batch_size: int = 8
+
+    def answers(
+        self,
+        policy: nn.Module,
+        start: nn.Module,
+        prompts: list[list[Message]],
+        guidances: tuple[Guidance, Guidance] = (Guidance(), Guidance()),
+        progress: str = "answers",
+        seen: list[list[Message]] | None = None,
+    ) -> Answers:
+        """The policy's answers, and their log-probs against those of the start.
+
+        guidances: of start and policy. seen: the prompts as the policy sees them, where the start sees others.
+        """
+        if policy is start and seen is None:
+            written = self.write(start, prompts, guidances[0], progress)
+            return Answers(written, np.zeros(len(prompts)) if self.temperature else None)
+        written = self.write(policy, prompts if seen is None else seen, guidances[1], progress)
+        if not self.temperature:
+            return Answers(written, None)
+        asked = self.ids(prompts, guidances[0])
+        sides = [
+            logps_of(model, said, self.temperature, self.precision, guidance).double().numpy()
+            for model, said, guidance in (
+                (policy, written, guidances[1]),
+                (start, with_prompt_ids(written, asked), guidances[0]),
+            )
+        ]
+        return Answers(written, sides[0] - sides[1])
+
+    def ids(self, prompts: list[list[Message]], guidance: Guidance) -> list[list[int]]:
+        return prompt_ids_of(self.tokenizer, prompts, self.max_length, guidance)
+
+    def write(
+        self,
+        policy: nn.Module,
+        prompts: list[list[Message]],
+        guidance: Guidance,
+        progress: str,
+        seed: int | None = None,
+    ) -> list[Answer]:
+        return generate(
+            policy,
+            self.tokenizer,
+            self.ids(prompts, guidance),
+            self.max_new_tokens,
+            self.temperature,
+            self.seed if seed is None else seed,
+            self.batch_size,
+            self.precision,
+            guidance,
+            progress,
+            range(FIRST_NUMBER, FIRST_NUMBER + len(prompts)),
+        )
+
+    def best_of(self, count: int, start: nn.Module, prompts: list[list[Message]], judge: RewardModel) -> Answers:
+        """Of `count` answers of the start to each prompt that with the highest reward, with a bound of the KL.
+
+        ln n - (n - 1) / n bounds the KL of best of n from above (https://arxiv.org/abs/2401.01879). The first answers
+        are the start's own in this comparison, so that best of 1 is the start.
+        """
+        tries = [
+            self.write(start, prompts, Guidance(), f"best of {count}: {i + 1}", self.seed + i) for i in range(count)
+        ]
+        scores = np.stack([rewards_of(judge, prompts, answers) for answers in tries])  # [count, prompts]
+        best = [tries[i][place] for place, i in enumerate(scores.argmax(axis=0))]
+        return Answers(best, None, math.log(count) - (count - 1) / count)
+
+
+def with_prompt_ids(answers: list[Answer], prompts: list[list[int]]) -> list[Answer]:
+    """The answers behind other prompts (ids)."""
+    return [Answer(ids, a.ids, a.text, a.ended) for a, ids in zip(answers, prompts, strict=True)]
+
+
+def rewards_of(judge: RewardModel, prompts: list[list[Message]], answers: list[Answer]) -> np.ndarray:
+    """Rewards [prompts] of answers, on the prompts without guidance."""
+    said = [[*prompt, {"role": "assistant", "content": a.text}] for prompt, a in zip(prompts, answers, strict=True)]
+    return judge.score(said).double().numpy()
+
+
+def comparison_of(before: Answers, after: Answers, rewards: tuple[np.ndarray, np.ndarray]) -> dict[str, object]:
+    """Return the fields of a comparison in eval.json: `evaluation.comparison`, and the figures of both sides' answers.
+
+    difference_at_equal_length: the difference of rewards that remains for two answers of equal length.
+    """
+    found = comparison(*rewards, after.kl)
+    for side, which in (("before", before), ("after", after)):
+        found |= {f"{name}_{side}": value for name, value in which.figures().items()}
+    longer = np.log(after.lengths) - np.log(before.lengths)
+    return found | {"difference_at_equal_length": at_equal_length(rewards[1] - rewards[0], longer)}
 
 
 def pair_figures(outputs: dict[str, np.ndarray], rows: Dataset, loss: PolicyPairLoss) -> dict[str, float]:
@@ -54,7 +194,7 @@ def pair_figures(outputs: dict[str, np.ndarray], rows: Dataset, loss: PolicyPair
     return found
 
 
-def before_and_after(
+def compare_before_and_after(
     start: nn.Module,
     policy: nn.Module,
     rows: Dataset,
@@ -81,11 +221,11 @@ def before_and_after(
         scores = [rewards_of(judge, prompts, side.answers) for side in (before, after)]
         for line, *pair in zip(lines, *scores, strict=True):
             line |= {f"{name}_before": float(pair[0]), f"{name}_after": float(pair[1])}
-        found[name] = compared(before, after, tuple(scores))
+        found[name] = comparison_of(before, after, tuple(scores))
     return lines, {**mean_kl(after.kl), **found}
 
 
-def save(
+def save_policy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Dataset, collator: PairCollator
 ) -> None:
     """The policy as a plain folder, proved by the mean log-prob of a token in each answer of the first rows.
@@ -102,7 +242,7 @@ def save(
     save_with_proof(model, tokenizer, folder, load_causal, score)
 
 
-def told(result: dict) -> str:
+def format_summary(result: dict) -> str:
     """The result in a few lines."""
     lines = []
     if "accuracy" in result:
@@ -115,13 +255,13 @@ def told(result: dict) -> str:
         error = "" if result["kl_error"] is None else f" +- {result['kl_error']:.2f}"
         lines.append(f"KL to the start {result['kl']:.2f}{error} nats an answer")
     sides = {"reward": result.get("comparison", result), "a judge's reward": result.get("judge", {})}
-    lines += [told_comparison(found, name) for name, found in sides.items() if "mean_reward_after" in found]
+    lines += [format_comparison(found, name) for name, found in sides.items() if "mean_reward_after" in found]
     if "length_after" in sides["reward"]:
-        lines.append(told_answers(sides["reward"]))
+        lines.append(format_answers(sides["reward"]))
     return "\n".join(lines)
 
 
-def told_comparison(found: dict, name: str) -> str:
+def format_comparison(found: dict, name: str) -> str:
     """One line: the means before and after, how sure that is, and the verdict."""
     return (
         f"{name} on {found['prompts']} prompts: {found['mean_reward_before']:.3f} before, "
@@ -131,7 +271,7 @@ def told_comparison(found: dict, name: str) -> str:
     )
 
 
-def told_answers(found: dict) -> str:
+def format_answers(found: dict) -> str:
     """One line on the answers themselves: a reward can grow while they get worse."""
     figures = {"tokens": ("length", 1), "came to an end": ("ended", 2), "repetition": ("repetition", 3)}
     return "answers before and after: " + ", ".join(
@@ -144,7 +284,7 @@ def write_results(folder: Path, result: dict, lines: list[dict], file: str, head
     """eval.json, `file` with a line for each prompt, and the model card: `head`, the result, some answers."""
     write_json(folder / "eval.json", result)
     write_lines(folder / file, lines)
-    card = f"{head}\n\n{told(result)}\n"
+    card = f"{head}\n\n{format_summary(result)}\n"
     for line in lines[:SHOWN]:
         card += f"\n> {line['prompt'][:300]}\n\nbefore: {line['before'][:400]}\n\nafter: {line['after'][:400]}\n"
     write_text(folder / "README.md", card)

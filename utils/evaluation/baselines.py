@@ -1,14 +1,17 @@
-"""Shortcuts: surface measures that tell the chosen answer on many pairs, without reading a word of it.
-
-A reward model has learned more than a shortcut only where its pair accuracy is above the shortcut's.
-"""
+"""Shortcuts and controls: what a reward model has to beat to have learned more than form."""
 
 import re
 
 import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from utils.data.tokens import prompt_ids
 
 LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+•◦]|\d{1,3}[.)])[ \t]+\S", re.MULTILINE)  # "- a", "* a", "12. a", "3) a"
+
 WORD = re.compile(r"\w+")
+
 APOLOGY = re.compile(r"\b(?:sorry|apolog(?:i[sz]e|ies)|unfortunately|can(?:no|')t|unable to|as an ai)\b", re.IGNORECASE)
 
 GAP_BANDS = {  # name: from, up to (not included), in hundredths of a rating point
@@ -16,6 +19,23 @@ GAP_BANDS = {  # name: from, up to (not included), in hundredths of a rating poi
     "0.5-1.0": (50, 100),
     ">=1.0": (100, float("inf")),
 }
+
+SURFACE = (  # the measures of `surface`, in this order
+    "log_length", "line_breaks", "list_items", "code_fences", "bold_marks",
+    "distinct_words", "words_of_the_prompt", "apology", "question_marks",
+)  # fmt: skip
+
+SHORTCUT_NAMES = {  # key in eval.json: its name on plots and pages
+    "longer": "'longer wins'",
+    "longer_in_window": "'longer inside the window wins'",
+    "more_list_items": "'more list items win'",
+    "surface": "nine surface measures",
+    "untrained_head": "an untrained head",
+    "without_prompt": "itself without the prompts",
+    "shuffled_prompt": "itself with the prompts of other pairs",
+}
+
+CONTROL_NAMES = ("without_prompt", "shuffled_prompt")  # show whether the model reads the prompt; they are no rivals
 
 
 def list_items(text: str) -> int:
@@ -32,12 +52,6 @@ SHORTCUTS = {  # name: measure of an answer's text; the answer with the larger o
 def bands_of(gaps: np.ndarray) -> dict[str, np.ndarray]:
     """For each of GAP_BANDS a mask [pairs]. gaps: rating differences in whole hundredths [pairs], NaN is in none."""
     return {name: (low <= gaps) & (gaps < high) for name, (low, high) in GAP_BANDS.items()}
-
-
-SURFACE = (  # the measures of `surface`, in this order
-    "log_length", "line_breaks", "list_items", "code_fences", "bold_marks",
-    "distinct_words", "words_of_the_prompt", "apology", "question_marks",
-)  # fmt: skip
 
 
 def surface(prompt: str, answer: str) -> list[float]:
@@ -76,3 +90,31 @@ def fit_logistic(differences: np.ndarray, ridge: float = 1.0) -> np.ndarray:
         return np.logaddexp(0, -z).sum() + ridge / 2 * weights @ weights, -x.T @ expit(-z) + ridge * weights
 
     return minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x / scale
+
+
+def without_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return the rows with an empty user turn as the prompt."""
+    window = len(rows[0]["input_ids"])
+    empty = prompt_ids(tokenizer, [{"role": "user", "content": ""}])
+    padding = window - len(empty)
+    ids, mask = empty + [tokenizer.pad_token_id] * padding, [1] * len(empty) + [0] * padding
+    return replace_prompts(rows, [ids] * len(rows), [mask] * len(rows))
+
+
+def shuffled_prompts(rows: Dataset, seed: int = 0) -> Dataset:
+    """Return the rows, each with the prompt of another row; a single row keeps its own."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)  # one cycle through all rows, so that no row keeps its own
+    prompts = rows.select(other).select_columns(["input_ids", "attention_mask"])
+    return replace_prompts(rows, list(prompts["input_ids"]), list(prompts["attention_mask"]))
+
+
+def replace_prompts(rows: Dataset, ids: list[list[int]], masks: list[list[int]]) -> Dataset:
+    """Return the rows with other prompts, as padded ids and attention masks."""
+    columns = {"input_ids": ids, "attention_mask": masks}
+    kinds = {name: rows.features[name] for name in columns}
+    rows = rows.remove_columns(list(columns))
+    for name, values in columns.items():
+        rows = rows.add_column(name, values, feature=kinds[name])
+    return rows

@@ -1,7 +1,7 @@
-"""Figures: each function returns a matplotlib Figure, `save` writes it; nothing of pyplot's global state.
+"""Figures: each function returns a matplotlib Figure and `save` writes it, without pyplot's global state.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart;
-the bands of rating gaps are three steps of one blue, so that they keep their order in grey too.
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart. The
+bands of rating gaps are three shades of one blue, so they keep their order in grey.
 """
 
 import functools
@@ -16,11 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from utils.shortcuts import GAP_BANDS, bands_of
+from utils.evaluation.baselines import GAP_BANDS, bands_of
+from utils.runs import read_lines
 
 INK, MUTED, PALE = "#222222", "#5F6368", "#CBCFD4"
+
 BLUE, ORANGE = "#0072B2", "#D55E00"
+
 BAND_COLORS = dict(zip(GAP_BANDS, ("#8CC4E8", "#2F8AC4", "#00456F"), strict=True))
+
 STYLE = {
     "font.size": 11,
     "text.color": INK,
@@ -36,8 +40,14 @@ STYLE = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
 }
+
 WIDTH, DPI = 9.0, 200  # inches, dots per inch: 1,800 pixels, made to be read at 900
+
 LEAST, MOST = 10, 1000  # pairs from which a median is drawn, single pairs that are drawn
+
+ON_VALIDATION = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}  # the same under another name there
+
+WINDOW = 10  # logged lines that the smooth line averages
 
 
 def in_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -88,13 +98,13 @@ def percent(share: float) -> str:
     return f"{share:.0%}".replace("%", " %")
 
 
-def told(band: str) -> str:
+def band_label(band: str) -> str:
     """A band of gaps in words."""
     return band.replace("<", "below ").replace("-", " to ") if ">=" not in band else f"{band[2:]} or more"
 
 
 @in_style
-def token_lengths(m: dict[str, np.ndarray], section: dict, window: int) -> Figure:
+def plot_token_lengths(m: dict[str, np.ndarray], section: dict, window: int) -> Figure:
     """Lengths before and in the window: prompt, chosen, rejected, and the prompt with the longer answer.
 
     m: token lengths [pairs]; section: their part of summary.json. One bar is a quarter of an octave.
@@ -115,7 +125,7 @@ def token_lengths(m: dict[str, np.ndarray], section: dict, window: int) -> Figur
     first, last = np.log2(np.array(ends) / (window + 0.5)) * 4
     edges = (window + 0.5) * 2 ** (np.arange(np.floor(first), np.ceil(last) + 1) / 4)  # the window is one of them
     for axes, (name, label) in zip(panels, names.items(), strict=True):
-        before_and_after(axes, m[name], m[f"{name}_in_window"], edges)
+        draw_before_and_after(axes, m[name], m[f"{name}_in_window"], edges)
         axes.axvline(window + 0.5, color=ORANGE, linewidth=1.4)
         axes.set_title(f"{label}: {percent(cut[name])} cut", loc="left", fontsize=11)
     panels[0].annotate(
@@ -135,7 +145,7 @@ def token_lengths(m: dict[str, np.ndarray], section: dict, window: int) -> Figur
     return figure
 
 
-def before_and_after(axes: Axes, before: np.ndarray, after: np.ndarray, edges: np.ndarray) -> None:
+def draw_before_and_after(axes: Axes, before: np.ndarray, after: np.ndarray, edges: np.ndarray) -> None:
     """Two histograms over each other, as shares: `before` grey, `after` blue."""
     weights = np.full(len(before), 1 / len(before))
     axes.hist(before, edges, weights=weights, color=PALE)
@@ -147,7 +157,7 @@ def before_and_after(axes: Axes, before: np.ndarray, after: np.ndarray, edges: n
 
 
 @in_style
-def rating_gaps(gap: np.ndarray, section: dict) -> Figure:
+def plot_rating_gaps(gap: np.ndarray, section: dict) -> Figure:
     """How often each rating gap occurs, with the bands. gap: hundredths of a point [pairs], no NaN."""
     gaps, bands = section["rating_gap"], section["rating_gap"]["bands"]
     close = percent(bands["<0.5"]["share"]) + " of the pairs differ" if bands["<0.5"]["pairs"] else "No pair differs"
@@ -160,7 +170,7 @@ def rating_gaps(gap: np.ndarray, section: dict) -> Figure:
     step, starts, centres = bars_of(gap)
     counts = np.histogram(gap, [*starts, np.inf])[0]
     for band, inside in bands_of(starts).items():
-        label = f"gap {told(band)}: {bands[band]['pairs']:,} pairs, {percent(bands[band]['share'])}"
+        label = f"gap {band_label(band)}: {bands[band]['pairs']:,} pairs, {percent(bands[band]['share'])}"
         if inside.any():
             axes.bar(centres[inside], counts[inside], width=0.86 * step / 100, color=BAND_COLORS[band], label=label)
     axes.legend(loc="upper right", frameon=True, facecolor="white", edgecolor="white", framealpha=1)
@@ -187,7 +197,7 @@ def bars_of(gap: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 @in_style
-def shortcuts(section: dict, names: dict[str, str]) -> Figure:
+def plot_shortcuts(section: dict, names: dict[str, str]) -> Figure:
     """Pair accuracy of each shortcut with its 95 % interval, over all pairs and by rating gap, against a coin.
 
     names: a label for each of section["shortcuts"].
@@ -205,7 +215,7 @@ def shortcuts(section: dict, names: dict[str, str]) -> Figure:
     for name, label in names.items():
         found = section["shortcuts"][name]
         rows = [(label, found, INK)]
-        rows += [(f"gap {told(band)}", part, BAND_COLORS[band]) for band, part in found["by_gap"].items()]
+        rows += [(f"gap {band_label(band)}", part, BAND_COLORS[band]) for band, part in found["by_gap"].items()]
         for text, part, color in rows:
             axes.plot([part["low"], part["high"]], [y, y], color=color, linewidth=2.6, solid_capstyle="round")
             axes.plot(part["accuracy"], y, "o", color=color, markersize=7.5)
@@ -229,13 +239,15 @@ def shortcuts(section: dict, names: dict[str, str]) -> Figure:
 
 
 @in_style
-def length_by_gap(m: dict[str, np.ndarray], section: dict) -> Figure:
+def plot_length_by_gap(m: dict[str, np.ndarray], section: dict) -> Figure:
     """How much longer the chosen answer is, by rating gap: each pair, and medians with quartiles.
 
     m: gap (hundredths, no NaN), chosen_longer and rejected_longer (characters), all [pairs].
     """
     ratio = m["chosen_longer"] / m["rejected_longer"]
-    medians = [(np.median(ratio[inside]), told(band)) for band, inside in bands_of(m["gap"]).items() if inside.any()]
+    medians = [
+        (np.median(ratio[inside]), band_label(band)) for band, inside in bands_of(m["gap"]).items() if inside.any()
+    ]
     title = "The chosen answer is {:.1f} times as long as the rejected one where the gap is {}".format(*medians[-1])
     if len(medians) > 1:
         title += ", and {:.1f} times where it is {}".format(*medians[0])
@@ -274,3 +286,57 @@ def times(ratio: float, _: int) -> str:
     if ratio == 1:
         return "equal"
     return f"{ratio:g} x" if ratio > 1 else f"1/{1 / ratio:g}"
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Mean of each value and those before it, WINDOW at most."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - WINDOW)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+@in_style
+def plot_curves(
+    metrics: list[dict], names: tuple[str, ...], baselines: dict[str, tuple[float, str]], title: str, dots: str
+) -> Figure:
+    """One axes a metric over the steps: values, their moving mean, values on validation, and a line to compare with.
+
+    baselines: metric -> (value, what it is). dots: what a value is.
+    """
+    subtitle = f"dots: {dots}; line: mean of the last {WINDOW} of them"
+    figure, axes = new_figure(title, subtitle, height=1.6 + 2.2 * len(names), rows=len(names), gap=0.15, left=0.14)
+    for axis, name in zip(axes, names, strict=True):
+        steps, values = np.array([(line["step"], line[name]) for line in metrics if line.get(name) is not None]).T
+        axis.plot(steps, values, ".", color=BLUE, alpha=0.35, markersize=5)
+        axis.plot(steps, smooth(values), color=BLUE, linewidth=2)
+        key = f"eval_{ON_VALIDATION.get(name, name)}"
+        checked = [(line["step"], line[key]) for line in metrics if key in line]
+        if checked:
+            axis.plot(*zip(*checked, strict=True), "o-", color=ORANGE, markersize=5, label="on validation")
+            axis.legend(loc="best")
+        if name in baselines:
+            value, what = baselines[name]
+            axis.axhline(value, color=MUTED, linestyle="--", linewidth=1)
+            axis.annotate(
+                f"{what} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                textcoords="offset points", ha="right", color=INK, fontsize=9.5,
+            )  # fmt: skip
+        axis.set_ylabel(name.replace("/", "/\n"))
+        axis.grid(axis="y")
+    axes[-1].set_xlabel("optimizer steps")
+    return figure
+
+
+def training_curves(
+    folder: Path,
+    names: tuple[str, ...],
+    baselines: dict[str, tuple[float, str]],
+    title: str,
+    dots: str = "mean over the pairs since the last log",
+) -> None:
+    """Write training_curves.png beside metrics.jsonl; no picture where nothing was logged."""
+    metrics = read_lines(folder / "metrics.jsonl")
+    logged = tuple(name for name in names if any(line.get(name) is not None for line in metrics))
+    if logged:
+        save(plot_curves(metrics, logged, baselines, title, dots), folder / "training_curves.png")

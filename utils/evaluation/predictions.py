@@ -1,4 +1,4 @@
-"""Predictions of a reward model and of shortcuts on the same pairs: the lines of predictions.jsonl."""
+"""Predictions of a reward model and of the shortcuts on the same pairs: the lines of predictions.jsonl."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,21 +8,21 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.controls import shuffled_prompts, without_prompts
 from utils.data.processed import answer_tokens, half, load_pairs, same_prompt
-from utils.evaluation import wins
+from utils.evaluation.baselines import SHORTCUTS, fit_logistic, shuffled_prompts, surface_differences, without_prompts
+from utils.evaluation.statistics import wins
 from utils.models.reward_model import RewardHead
 from utils.runs import read_json
 from utils.script import say
-from utils.shortcuts import SHORTCUTS, fit_logistic, surface_differences
 
 SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters kept in predictions.jsonl
+
 FITTED_ON = 500  # pairs that fit_win_scale uses, at most
 
 Outputs = Callable[..., np.ndarray]  # from rows (and a model, by default the trained one) to [pairs, 2, n]
 
 
-def judged(
+def predict_pairs(
     outputs_of: Outputs,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -39,7 +39,7 @@ def judged(
     """
     right = shortcuts_right(rows, surface_weights)
     right |= controls_right(outputs_of, untrained, rows, tokenizer, reading, control_pairs)
-    return lines_of(rows, outputs_of(rows), reading, right)
+    return prediction_lines(rows, outputs_of(rows), reading, right)
 
 
 def trained_on(folder: str, rows: Dataset) -> int | None:
@@ -112,7 +112,9 @@ def controls_right(
     return found
 
 
-def lines_of(rows: Dataset, outputs: np.ndarray, reading: RewardHead, right: dict[str, np.ndarray]) -> list[dict]:
+def prediction_lines(
+    rows: Dataset, outputs: np.ndarray, reading: RewardHead, right: dict[str, np.ndarray]
+) -> list[dict]:
     """Return one line of predictions.jsonl for each pair.
 
     outputs [pairs, 2, n], chosen first; right: {shortcut: [pairs]}, NaN where it was not measured.

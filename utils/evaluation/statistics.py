@@ -1,10 +1,13 @@
-"""Exact metrics with intervals: each pair counts once, a tie counts half, and chance is excluded by tests."""
+"""Exact metrics with intervals and tests: each pair counts once, a tie counts half."""
 
 import numpy as np
 
 RESAMPLES = 2000  # of the bootstrap and of the permutation test
+
 LEVEL = 0.95
+
 BINS = 10  # of a reliability curve
+
 DRAWS = 400  # of labels that a calibrated model would meet
 
 
