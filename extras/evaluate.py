@@ -135,7 +135,7 @@ def compare_policies(
     """
     from dataclasses import replace
 
-    from extras.parts import frontier
+    from extras.lib import frontier
     from utils.data import processed
     from utils.data.processed import unique_prompts
     from utils.evaluation import policy_report
@@ -176,7 +176,7 @@ def main(settings: dict) -> None:
     if not DATASET:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
         pick(splits_of(DATA_DIR), "SPLIT", SPLIT)
-    from extras.parts import frontier
+    from extras.lib import frontier
     from utils.data import processed
     from utils.evaluation import predictions, reward_report
     from utils.models import loading, reward_model
@@ -199,7 +199,7 @@ def main(settings: dict) -> None:
         run = Run(OUTPUT_DIR, settings, resume=False, **facts)
         frontier.write_results(run.folder, result, *found)
         for way, figures in result["policies"].items():
-            say(f"\n{way}:\n{frontier.told(figures, tuple(judges))}")
+            say(f"\n{way}:\n{frontier.format_table(figures, tuple(judges))}")
     # 3. or judge a reward model
     else:
         model = reward_model.RewardModel.load(REWARD_MODEL, DEVICE, precision)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from extras.parts.generated import Asked, Written
+    from extras.lib.generated import Asked, Written
     from utils.data.preferences import Ledger
     from utils.models.reward_model import RewardModel
 
@@ -82,7 +82,7 @@ def answer(
 
     prompts: {number: ids}.
     """
-    from extras.parts.generated import Written, whole_letters
+    from extras.lib.generated import Written, whole_letters
     from utils.models.generation import generate
 
     count = ANSWERS_PER_PROMPT if judge else 1
@@ -105,7 +105,7 @@ def answer_all(
     """Return {number: answers} of all batches; read what an earlier start has written, write the rest to `path`."""
     from tqdm import tqdm
 
-    from extras.parts.generated import append_written, read_written
+    from extras.lib.generated import append_written, read_written
 
     written = read_written(path, batches)
     total = sum(map(len, batches))
@@ -133,7 +133,7 @@ def write_pairs(
 
     made: see generated.pairs_of. source: metadata of DATA_DIR. figures: see generated.figures_of.
     """
-    from extras.parts.generated import left_open
+    from extras.lib.generated import left_open
     from utils.data import processed, tokens
     from utils.data.sources import Source
 
@@ -163,7 +163,7 @@ def write_pairs(
 def main(settings: dict) -> None:
     # 1. check
     check()
-    from extras.parts import generated
+    from extras.lib import generated
     from utils.data import processed, tokens
     from utils.data.preferences import Ledger
     from utils.models import loading, policies, reward_model

@@ -14,7 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from extras.parts.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
+from extras.lib.oasst import Node, answer_rows, check_language, enter, finished_answer, mark, pair_rows, read_nodes
 from utils.config import override_constants
 from utils.data.preferences import Ledger, finished_row
 from utils.data.processed import (
@@ -83,7 +83,7 @@ def main(settings: dict) -> None:
     at_least(0, MAX_ROWS=MAX_ROWS, SEED=SEED)
     if not 0 <= VALIDATION_SHARE < 1:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
-    from extras.parts.answers import divide
+    from extras.lib.sft import divide
     from utils.data.tokens import check_window, load_tokenizer, tokenised
 
     folder = Path(OUTPUT_DIR).expanduser().resolve()  # of a link the folder that it names is replaced, not the link

@@ -106,7 +106,7 @@ def over_seeds(runs: list[dict]) -> list[dict]:
         mine = {run["name"]: run for run in runs if run["record"].get("script") == made_by and run["result"]}
         if len(mine) < 2:
             continue  # saves the import, which takes seconds
-        from extras.parts.frontier import recipes, spread
+        from extras.lib.frontier import recipes, spread
 
         for names in recipes({name: name for name in mine}).values():
             values = {figure: [mine[name]["result"].get(figure) for name in names] for figure in figures}
@@ -130,7 +130,7 @@ def page(runs: list[dict], seeds: list[dict], data: list[dict], absent: list[str
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from extras.parts.questions import questions
+    from extras.lib.questions import questions
     from utils.evaluation.baselines import SHORTCUT_NAMES
 
     environment = Environment(

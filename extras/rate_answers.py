@@ -17,8 +17,8 @@ import random
 import time
 from pathlib import Path
 
-from extras.rating import items, ratings
-from extras.rating.labels import LABELS as WORDS
+from extras.lib import ratings
+from extras.lib.labels import LABELS as WORDS
 from utils.config import override_constants
 from utils.data.preferences import prompt_text, with_persona
 from utils.data.processed import refuse_sft_rows, splits_of
@@ -68,7 +68,7 @@ def take_folder(folder: Path, chosen: dict) -> bool:
     """Return True where the folder holds the items of this recipe; move others aside with their ratings."""
     before = read_json(folder / "settings.json")
     if before and before["recipe"] == chosen:
-        return (folder / items.ITEMS_FILE).exists()
+        return (folder / ratings.ITEMS_FILE).exists()
     if before:
         aside = free_name(f"{folder.resolve()}-{time.strftime('%Y%m%d-%H%M%S')}")
         os.rename(folder.resolve(), aside)
@@ -124,20 +124,20 @@ def answer_prompts(prompts: list[dict]) -> None:
         how = {"precision": precision, "progress": f"answers of {name}"}
         answers = generation.generate(model, tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
         for entry, answer in zip(prompts, answers, strict=True):
-            entry["answers"][name] = items.clean(answer.text)
+            entry["answers"][name] = ratings.clean(answer.text)
 
 
 def make_items(folder: Path, chosen: dict) -> None:
     """Write settings.json, then items.jsonl, which makes the folder one to rate."""
-    prompts, names = items.read_samples(Path(SAMPLES)) if SAMPLES else (random_prompts(), list(conditions()))
-    layout = items.complete_layout(LAYOUT, names, HUMAN, any(entry["human"] for entry in prompts))
+    prompts, names = ratings.read_samples(Path(SAMPLES)) if SAMPLES else (random_prompts(), list(conditions()))
+    layout = ratings.complete_layout(LAYOUT, names, HUMAN, any(entry["human"] for entry in prompts))
     if not SAMPLES:
         answer_prompts(prompts)
-    made = items.make_items(prompts, names, layout, HUMAN, SEED)
+    made = ratings.make_items(prompts, names, layout, HUMAN, SEED)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": chosen, "conditions": [*names, items.HUMAN], "made": time.strftime("%F %T")}
+    about = {"recipe": chosen, "conditions": [*names, ratings.HUMAN], "made": time.strftime("%F %T")}
     write_json(folder / "settings.json", about)
-    write_lines(folder / items.ITEMS_FILE, made)
+    write_lines(folder / ratings.ITEMS_FILE, made)
     say(f"{len(prompts)} prompts, {len(made)} items ({layout}) in {folder}, answered by: {', '.join(names)}")
 
 
@@ -151,12 +151,12 @@ def page(asked: list[dict]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     seen = [
-        {"id": item["id"], "human": items.shown(item["human"])}
-        | {"turns": [{"role": turn["role"], "content": items.shown(turn["content"])} for turn in item["turns"]]}
-        | {"answers": [items.shown(answer) for answer in item["answers"]]}
+        {"id": item["id"], "human": ratings.shown(item["human"])}
+        | {"turns": [{"role": turn["role"], "content": ratings.shown(turn["content"])} for turn in item["turns"]]}
+        | {"answers": [ratings.shown(answer) for answer in item["answers"]]}
         for item in asked
     ]
-    data = {"kind": ratings.PAGE_KIND, "file": items.fingerprint(asked), "rater": RATER, "language": LABELS}
+    data = {"kind": ratings.PAGE_KIND, "file": ratings.fingerprint(asked), "rater": RATER, "language": LABELS}
     data |= {"criteria": ratings.CRITERIA, "words": WORDS[LABELS], "items": seen}
     folder = FileSystemLoader(Path(__file__).parent / "rating")
     environment = Environment(
@@ -169,7 +169,7 @@ def page(asked: list[dict]) -> str:
 def read_back(folder: Path, asked: list[dict]) -> list[dict]:
     """Take in the ratings of IMPORT, all of them or, where one is unusable, none; return all ratings of the folder."""
     own, file = {item["id"]: item for item in asked}, folder / ratings.RATINGS_FILE
-    given = [(name, ratings.read_ratings(Path(name), own, items.fingerprint(asked))) for name in IMPORT]
+    given = [(name, ratings.read_ratings(Path(name), own, ratings.fingerprint(asked))) for name in IMPORT]
     known = ratings.read_own(file, own)
     for name, new in given:
         known, added, replaced = ratings.merged(known, new)
@@ -190,7 +190,7 @@ def with_rewards(asked: list[dict]) -> list[dict]:
 
 def report(folder: Path, asked: list[dict], known: list[dict]) -> None:
     """Print what the ratings show, write ratings.json and, where TO_ROWS names a file, the preference rows."""
-    from extras.rating import agreement
+    from extras.lib import agreement
 
     own, conditions = {item["id"]: item for item in asked}, read_json(folder / "settings.json")["conditions"]
     if not known:
@@ -213,14 +213,14 @@ def report(folder: Path, asked: list[dict], known: list[dict]) -> None:
 def main(settings: dict) -> None:
     # 1. check
     pick(WORDS, "LABELS", LABELS)
-    pick(dict.fromkeys(items.HUMANS), "HUMAN", HUMAN)
-    pick({"": 0, **items.LAYOUTS}, "LAYOUT", LAYOUT)
+    pick(dict.fromkeys(ratings.HUMANS), "HUMAN", HUMAN)
+    pick({"": 0, **ratings.LAYOUTS}, "LAYOUT", LAYOUT)
     at_least(1, PROMPTS=PROMPTS, MAX_LENGTH=MAX_LENGTH, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
     at_least(0, TEMPERATURE=TEMPERATURE)
     folder = Path(OUTPUT_DIR)
     # 2. read ratings back
     if IMPORT or TO_ROWS:
-        asked = items.read_items(needs(folder / items.ITEMS_FILE, made_by="-m extras.rate_answers").parent)
+        asked = ratings.read_items(needs(folder / ratings.ITEMS_FILE, made_by="-m extras.rate_answers").parent)
         known = read_back(folder, asked)
         report(folder, with_rewards(asked) if REWARD_MODEL else asked, known)
         return
@@ -230,7 +230,7 @@ def main(settings: dict) -> None:
         say(f"{folder} holds the answers of an earlier start with the same settings: they are kept")
     else:
         make_items(folder, chosen)
-    write_text(folder / "rate.html", page(items.read_items(folder)))
+    write_text(folder / "rate.html", page(ratings.read_items(folder)))
     # 4. print where it is
     say(f"written: {folder / 'rate.html'}: open it in a browser, or send it to a person; it needs nothing else")
     say(f"next: python -m extras.rate_answers --output_dir {OUTPUT_DIR} --import FILE, the download of the page")

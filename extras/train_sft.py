@@ -77,24 +77,24 @@ def check() -> None:
 
 def load() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset, dict]:
     """Return (tokenizer, training rows, validation rows, facts for run.json)."""
-    from extras.parts import answers
+    from extras.lib import sft
     from utils.data import processed, tokens
 
-    least = answers.least_rating(MIN_RATING)
+    least = sft.least_rating(MIN_RATING)
     if DATASET:
         tokenizer = tokens.load_tokenizer(MODEL, CHAT_TEMPLATE, "MODEL")
         tokens.check_window(tokenizer, MAX_LENGTH, "")
-        found, ledger = answers.answers_of_source(DATASET, tokenizer, MAX_LENGTH, VALIDATION_SHARE, SEED, MAX_ROWS)
+        found, ledger = sft.answers_of_source(DATASET, tokenizer, MAX_LENGTH, VALIDATION_SHARE, SEED, MAX_ROWS)
         facts = {"dataset_name": DATASET, "max_length": MAX_LENGTH, "counts": ledger.totals() | ledger.counts()}
         facts["data_fingerprint"] = processed.fingerprint(found)
     else:
         tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
-        found = {name: answers.load_answers(DATA_DIR, name, MAX_ROWS) for name in ("train", "validation")}
+        found = {name: sft.load_answers(DATA_DIR, name, MAX_ROWS) for name in ("train", "validation")}
         facts = {"dataset_name": metadata["dataset_name"], "max_length": metadata["max_length"]}
         facts["data_fingerprint"] = metadata["fingerprint"]
     origin = DATASET or DATA_DIR
-    rows, left_out = answers.learnable(found["train"], least, f"{origin}, train")
-    validation, _ = answers.learnable(found["validation"], least, f"{origin}, validation")
+    rows, left_out = sft.learnable(found["train"], least, f"{origin}, train")
+    validation, _ = sft.learnable(found["validation"], least, f"{origin}, validation")
     return tokenizer, rows, validation, facts | {"train_rows": len(rows), "left_out": left_out}
 
 
@@ -144,7 +144,7 @@ def main(settings: dict) -> None:
     check()
     from transformers import set_seed
 
-    from extras.parts import sft
+    from extras.lib import sft
     from utils.data import processed
     from utils.evaluation import policy_report
     from utils.models import loading, policies, shared_prompt

@@ -3,7 +3,7 @@
 import json
 
 from extras import rate_answers
-from extras.rating import items, ratings
+from extras.lib import ratings
 from tests.conftest import run_script
 
 TOPICS = ("rain", "bread", "a lost key", "the tram", "two cats", "an old map")
@@ -32,13 +32,13 @@ def preferring(item, name):
 
 def rated(folder, rater, grade, names=None):
     """A page's download in which `rater` prefers names[i] on item i, and gives all criteria grade(condition)."""
-    asked, entries = items.read_items(folder), []
+    asked, entries = ratings.read_items(folder), []
     for i, item in enumerate(asked):
         grades = [dict.fromkeys(ratings.CRITERIA, grade(name)) for name in item["conditions"]]
         entry = {"item": item["id"], "rater": rater, "grades": grades, "at": "2026-03-01T10:00:00.000Z"}
         wanted = names[i] if names else None
         entries.append(entry | {"preference": preferring(item, wanted) if wanted in item["conditions"] else wanted})
-    content = {"kind": ratings.PAGE_KIND, "file": items.fingerprint(asked), "rater": rater, "ratings": entries}
+    content = {"kind": ratings.PAGE_KIND, "file": ratings.fingerprint(asked), "rater": rater, "ratings": entries}
     path = folder.parent / f"ratings-{rater}.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path

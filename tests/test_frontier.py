@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import ttest_ind
 
 from extras import evaluate, make_report
-from extras.parts.frontier import names_of, over_seeds, p_over_seeds, recipes, spread
-from extras.parts.questions import questions
+from extras.lib.frontier import names_of, over_seeds, p_over_seeds, recipes, spread
+from extras.lib.questions import questions
 from tests.browser import Browser
 from tests.conftest import run_script
 from utils.runs import write_json

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import train_dpo
 from extras import generate_pairs, load_oasst_dataset
-from extras.parts import generated
-from extras.parts.generated import Asked, Written, in_batches, left_open, pairs_of, read_written
+from extras.lib import generated
+from extras.lib.generated import Asked, Written, in_batches, left_open, pairs_of, read_written
 from tests.conftest import run_script
 from tests.loading import tree, write_lines
 from utils.data.preferences import Ledger

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from extras.lib.questions import improved, reward_model_of, why
 from extras.make_report import find_runs
-from extras.parts.questions import improved, reward_model_of, why
 from utils.runs import write_json
 
 

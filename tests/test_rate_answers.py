@@ -5,8 +5,8 @@ import json
 import pytest
 
 from extras import rate_answers
-from extras.rating import items, ratings
-from extras.rating.labels import LABELS
+from extras.lib import ratings
+from extras.lib.labels import LABELS
 from tests.conftest import run_script
 from tests.rating_toys import TOPICS, made, rated, read_back, six_pairs
 from utils.models import generation
@@ -28,7 +28,7 @@ def island(folder):
 
 
 def test_items_are_blind_in_random_order_and_the_same_at_another_start(folder):
-    asked = items.read_items(folder)
+    asked = ratings.read_items(folder)
     assert len(asked) == 6 and {tuple(item["conditions"]) for item in asked} == {
         ("before", "after"),
         ("after", "before"),
@@ -40,7 +40,7 @@ def test_items_are_blind_in_random_order_and_the_same_at_another_start(folder):
         assert [reward is not None for reward in item["rewards"]] == [True, True] and item["human"]
     seen = island(folder)
     assert [set(item) for item in seen["items"]] == [{"id", "human", "turns", "answers"}] * 6, "nothing to tell them by"
-    assert seen["words"] == LABELS["en"] and seen["file"] == items.fingerprint(asked)
+    assert seen["words"] == LABELS["en"] and seen["file"] == ratings.fingerprint(asked)
     before = (folder / "items.jsonl").read_bytes()
     run_script(rate_answers, SAMPLES=folder.parent / "samples.jsonl", OUTPUT_DIR=folder, LABELS="ru")
     assert (folder / "items.jsonl").read_bytes() == before and island(folder)["words"] == LABELS["ru"]
@@ -52,7 +52,7 @@ def test_other_items_move_the_old_ones_and_their_ratings_aside(folder, capsys):
     (aside,) = folder.parent.glob("out-*")
     assert (aside / "ratings.jsonl").exists() and not (folder / "ratings.jsonl").exists()
     assert "moved aside" in capsys.readouterr().out
-    assert items.fingerprint(items.read_items(aside)) != items.fingerprint(items.read_items(folder))
+    assert ratings.fingerprint(ratings.read_items(aside)) != ratings.fingerprint(ratings.read_items(folder))
     (folder.parent / "mine").mkdir()
     (folder.parent / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(SystemExit, match="holds files but no items of this script"):
@@ -71,7 +71,7 @@ def test_a_policy_that_was_trained_again_is_asked_again(tmp_path, monkeypatch):
 def test_single_answers_and_the_human_as_one_of_them(folder):
     options = {"SAMPLES": folder.parent / "samples.jsonl", "LAYOUT": "single", "HUMAN": "rate"}
     run_script(rate_answers, **options, OUTPUT_DIR=folder.parent / "single")
-    asked = items.read_items(folder.parent / "single")
+    asked = ratings.read_items(folder.parent / "single")
     assert sorted(item["conditions"][0] for item in asked) == sorted(["before", "after", "human"] * 6)
     assert not any(item["human"] for item in asked) and all(len(item["answers"]) == 1 for item in asked)
     grades = {"before": 2, "after": 3, "human": 5}
@@ -111,7 +111,7 @@ def test_a_policy_answers_on_the_spot_with_and_without_a_persona(model_folder, s
         [False] * 3,
         [True] * 3,
     ]
-    asked = items.read_items(tmp_path / "out")
+    asked = ratings.read_items(tmp_path / "out")
     assert len(asked) == 3 and all(item["human"] and item["turns"][-1]["role"] == "user" for item in asked)
     assert {name for item in asked for name in item["conditions"]} == {model_folder, f"{model_folder} with persona"}
     assert "pirate" not in (tmp_path / "out" / "rate.html").read_text(encoding="utf-8"), "blind"
@@ -125,8 +125,8 @@ def test_a_policy_answers_on_the_spot_with_and_without_a_persona(model_folder, s
 
 
 def test_what_steers_a_terminal_is_spelled_out():
-    assert items.shown("a\tb\r\nc\x1b[2J\x00\x9b\u202e") == "a\tb\nc[U+001B][2J[U+0000][U+009B][U+202E]"
-    assert items.clean("half \ud800") == "half ?"
+    assert ratings.shown("a\tb\r\nc\x1b[2J\x00\x9b\u202e") == "a\tb\nc[U+001B][2J[U+0000][U+009B][U+202E]"
+    assert ratings.clean("half \ud800") == "half ?"
 
 
 def test_both_languages_have_the_same_words():

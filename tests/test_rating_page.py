@@ -6,7 +6,7 @@ import re
 import pytest
 
 from extras import rate_answers
-from extras.rating import items, ratings
+from extras.lib import ratings
 from tests.browser import Browser, chromium
 from tests.conftest import ROOT, run_script
 from utils.runs import write_lines
@@ -35,7 +35,7 @@ def browser(tmp_path_factory):
 
 
 def test_page_is_rated_saved_downloaded_and_read_back(folder, browser, tmp_path):
-    asked, page = items.read_items(folder), folder / "rate.html"
+    asked, page = ratings.read_items(folder), folder / "rate.html"
     browser.open(page)
     assert browser.texts("#done") == ["0 / 3 rated"] and browser.texts("#place") == ["1 / 3"]
     browser.press(*"1234554321")
@@ -77,7 +77,7 @@ def test_texts_are_shown_and_never_run(folder, browser):
     for _ in range(3):
         seen += browser.texts(".text")
         browser.press("ArrowRight")
-    shown = items.shown(EVIL)
+    shown = ratings.shown(EVIL)
     assert seen.count(shown) == 3 and "[U+001B][2J[U+0000]" in shown, "question, human answer, answer"
     assert "<b>bold</b>" in seen and "owned" not in browser.value("document.title")
     assert browser.value("document.querySelectorAll('img, .text *').length") == 0

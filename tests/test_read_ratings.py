@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from extras import rate_answers
-from extras.rating import agreement, items, ratings
+from extras.lib import agreement, ratings
 from tests.conftest import run_script
 from tests.rating_toys import rated, read_back, six_pairs
 from utils.data.preferences import Ledger, checked_pairs
@@ -32,7 +32,7 @@ def test_import_says_who_wins_and_whether_the_reward_model_agrees(folder, capsys
     assert entry["p_value"] == pytest.approx(12 / 32)  # 5 signs: 5 or more of +-4, and of +-5, on both sides
     assert found["means"]["after"]["style"] == {"mean": 4.0, "low": 4.0, "high": 4.0, "prompts": 6}
     agree = 0.0
-    for item, name in zip(items.read_items(folder), names, strict=True):
+    for item, name in zip(ratings.read_items(folder), names, strict=True):
         model = item["conditions"][int(np.argmax(item["rewards"]))]
         agree += 0.5 if name == "tie" else float(name == model)
     assert found["reward_model"]["accuracy"] == pytest.approx(agree / 6)
@@ -56,7 +56,7 @@ def test_a_reward_model_is_compared_with_the_person(folder, tmp_path, tokenizer)
     path = rated(folder, "Ann", lambda name: 3, names)
     found = read_back(folder, path, REWARD_MODEL=tmp_path / "judge", DEVICE="cpu")
     model, agree = RewardModel.load(str(tmp_path / "judge"), "cpu"), 0
-    for item, name in zip(items.read_items(folder), names, strict=True):
+    for item, name in zip(ratings.read_items(folder), names, strict=True):
         sides = dict(zip(item["conditions"], item["answers"], strict=True))
         said = [[*item["turns"], {"role": "assistant", "content": sides[side]}] for side in ("before", "after")]
         before, after = model.score(said).tolist()
@@ -83,7 +83,7 @@ def test_importing_again_changes_nothing_and_a_later_rating_counts(folder, capsy
 def test_two_raters_and_a_ratings_file_of_another_machine(folder, tmp_path):
     ann = rated(folder, "Ann", {"before": 2, "after": 4}.get, ["after"] * 6)
     ben = rated(folder, "Ben", {"before": 3, "after": 4}.get, ["after"] * 3 + ["before"] * 3)
-    file = items.fingerprint(items.read_items(folder))
+    file = ratings.fingerprint(ratings.read_items(folder))
     moved = tmp_path / "moved.jsonl"
     write_lines(moved, [entry | {"file": file} for entry in json.loads(ben.read_text())["ratings"]])
     found = read_back(folder, ann, moved)

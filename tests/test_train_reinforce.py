@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train_reinforce
-from extras.parts.frontier import check_judge
+from extras.lib.frontier import check_judge
 from tests.conftest import ROOT, run_script
 from utils.runs import write_json
 from utils.training import reinforce

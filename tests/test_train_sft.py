@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import train_dpo
 from extras import load_oasst_dataset, train_sft
-from extras.parts import sft
-from extras.parts.answers import answers_of_source, as_answers, learnable, least_rating, load_answers
+from extras.lib import sft
+from extras.lib.sft import answers_of_source, as_answers, learnable, least_rating, load_answers
 from tests.conftest import ROOT, run_script
 from tests.loading import tree, write_lines
 from tests.toys import toy_arguments

@@ -8,8 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from extras.rating.items import shown
-from extras.rating.ratings import CRITERIA, PREFERENCES, is_complete
+from extras.lib.ratings import CRITERIA, PREFERENCES, is_complete, shown
 from utils.evaluation.statistics import interval, paired_difference, share_right, verdict, wins
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from extras.parts.answers import load_answers
+from extras.lib.sft import load_answers
 from utils.data.preferences import Ledger, Message, finished_row, is_text
 from utils.data.sources import Record
 from utils.data.tokens import end_of_turn

@@ -21,6 +21,7 @@ from utils.runs import READ, read_json, write_json, write_lines
 from utils.script import stop
 
 START = "start"
+
 NOT_THE_WORK = {
     "SEED",
     "OUTPUT_DIR",
@@ -31,6 +32,7 @@ NOT_THE_WORK = {
     "EVAL_PROMPTS",
     "JUDGE_MODEL",
 }  # in which runs of one recipe may differ
+
 Prompts = list[list[Message]]
 
 
@@ -218,7 +220,7 @@ def name_dots(axes: Axes, dots: dict[str, tuple[float, float]]) -> None:
         axes.annotate(name, dot, (7, 5 + up), textcoords="offset points", color=INK, fontsize=9.5)
 
 
-def told(figures: dict[str, dict], judges: tuple[str, ...]) -> str:
+def format_table(figures: dict[str, dict], judges: tuple[str, ...]) -> str:
     """The figures of one way of sampling as a table, and a verdict for each policy."""
     width = max(map(len, figures))
     lines = [f"{'':{width}}  " + "  ".join(f"{judge:>7}" for judge in judges) + "       kl  tokens  ended  repetition"]
