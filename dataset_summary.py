@@ -21,6 +21,7 @@ import numpy as np
 
 from utils.data.preferences import hundredths
 from utils.data.processed import next_command, refuse_sft_rows
+from utils.data.split import first_rows, leaking_groups, repeats
 from utils.evaluation.baselines import bands_of
 from utils.evaluation.data_report import (
     LENGTHS,
@@ -28,14 +29,13 @@ from utils.evaluation.data_report import (
     describe_lengths,
     describe_shortcut,
     example_text,
-    find_repeats,
     measure,
     near_duplicates,
     share,
     summary_text,
 )
 from utils.runs import write_json, write_text
-from utils.script import at_least, needs, say, script, stop
+from utils.script import check, needs, say, script, stop
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,6 +101,13 @@ def describe_gaps(gap: np.ndarray) -> dict | None:
     return {"mean": mean, "median": median, "bands": bands, "pairs_kept_by_min_rating_gap": kept}
 
 
+def find_repeats(parts: dict[str, Dataset], measures: dict, groups: dict[str, np.ndarray]) -> dict:
+    """Return duplicates and leaks (see `split.repeats`), and EXAMPLES prompts that leak into training."""
+    found = [first_rows(groups, group) for group in leaking_groups(groups)[:EXAMPLES]]
+    leaked = [{"rows": rows, "prompt": parts["train"][rows["train"]]["prompt"][:200]} for rows in found]
+    return repeats(measures, groups) | {"leaked_prompts": leaked}
+
+
 def examples_of(parts: dict[str, Dataset]) -> list[dict]:
     """Return EXAMPLES pairs at random from all splits; texts of more than 600 characters are cut there."""
     rows = [(name, row) for name, part in parts.items() for row in range(len(part))]
@@ -155,7 +162,7 @@ def main(settings: dict) -> None:
     folder, output = needs(DATA_DIR, made_by="load_helpsteer_dataset.py"), Path(OUTPUT_DIR)
     metadata, parts = load_data(folder)
     tokenizer, _ = matching_tokenizer(DATA_DIR, "TOKENIZER", TOKENIZER or metadata["tokenizer"])
-    at_least(0, EXAMPLES=EXAMPLES, SEED=SEED)
+    check(settings)
     output.mkdir(parents=True, exist_ok=True)
     # 2. measure every pair
     with tqdm(desc="measuring", total=sum(map(len, parts.values())), unit=" pairs") as progress:

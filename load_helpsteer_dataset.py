@@ -32,7 +32,7 @@ from utils.data.processed import (
 from utils.data.sources import Source, first_of, head_of, open_source
 from utils.data.split import near_duplicate_groups, split_indices
 from utils.runs import write_json
-from utils.script import at_least, pick, script, stop
+from utils.script import check, pick, script, stop
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 # data
 DATASET = "nvidia/HelpSteer2"  # hub name owner/name[/folder or split], or a local file or folder
-RATING = "average"  # what the five grades are weighed into: average | goodness | helpfulness | ... (utils/rows.py)
+RATING = (
+    "average"  # weights of the five grades: average | goodness | helpfulness | ... (RATINGS, utils/data/preferences.py)
+)
 MIN_RATING_GAP = 0.0  # leave out pairs whose ratings differ by less
 SYSTEM_PROMPT = ""  # system turn (a persona) that every row begins with, "" = as the source has it
 MAX_ROWS = 0  # read the first so many rows of each split only, 0 = all of them
@@ -56,7 +58,7 @@ OUTPUT_DIR = "processed_helpsteer"  # written beside its name and renamed when w
 
 
 def setup_tokenizer(name: str, chat_template: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or folder, with a pad token and a chat template (see utils.tokens)."""
+    """The tokenizer of a hub name or folder, with a pad token and a chat template (see utils/data/tokens.py)."""
     from utils.data.tokens import load_tokenizer
 
     return load_tokenizer(name, chat_template)
@@ -77,7 +79,7 @@ def split_dataset(dataset: Dataset, test_size: float, seed: int, never_train: tu
 
 
 def process_dataset(train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple:
-    """(train, validation) with token columns, see utils.data.tokens.token_columns; chosen and rejected are message lists."""
+    """(train, validation) with token columns, see `tokens.token_columns`; chosen and rejected are message lists."""
     from utils.data.tokens import tokenised
 
     return tokenised(train, tokenizer, max_length), tokenised(validation, tokenizer, max_length)
@@ -129,7 +131,7 @@ def split_and_tokenise(
 def main(settings: dict) -> None:
     # 1. check
     pick(RATINGS, "RATING", RATING)
-    at_least(0, MIN_RATING_GAP=MIN_RATING_GAP, MAX_ROWS=MAX_ROWS, SEED=SEED)
+    check(settings)
     if 0 < MIN_RATING_GAP < 0.01:
         stop(f"MIN_RATING_GAP = {MIN_RATING_GAP}: ratings are compared in hundredths, expected 0 or 0.01 and more")
     if not 0 <= VALIDATION_SHARE < 1:

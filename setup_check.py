@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import torch
     from packaging.requirements import Requirement
 
-    Step = tuple[float, dict[str, torch.Tensor]]  # loss, and the gradient of each parameter (float32, on the CPU)
-
 # what the next scripts will use
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder to look for
 DATASET = "nvidia/HelpSteer2"  # hub name, or a local file or folder, to look for

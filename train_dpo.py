@@ -16,14 +16,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
-from utils.runs import Run
-from utils.script import at_least, first_process, needs, pick, processes, say, script, shares, stop
+from utils.runs import MODES, Run, run_names, short_model
+from utils.script import check, first_process, needs, pick, processes, say, script, stop
 
 if TYPE_CHECKING:
-    import torch
+    from datasets import Dataset
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from utils.models.guidance import Guidance
+    from utils.models.policies import PolicyPairs
+    from utils.models.shared_prompt import PairCollator
+    from utils.training.losses import PolicyLoss
+    from utils.training.trainer import PairTrainer
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
@@ -79,163 +84,156 @@ RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 
-def check_loss(name: str, guidance: str, train_policy: bool, path: str, smoothing: float) -> None:
-    """Stop the script if constants contradict each other, or if one that changes the loss would be ignored."""
+def check_loss() -> PolicyLoss:
+    """Return the entry of LOSS; stop where the constants of the loss contradict each other."""
     from utils.training.losses import POLICY_LOSSES
 
-    if name == "new_pref_po" and guidance == "none":
+    loss = pick(POLICY_LOSSES, "LOSS", LOSS)
+    pick(MODES, "GUIDANCE", GUIDANCE)
+    if LOSS == "new_pref_po" and GUIDANCE == "none":
         stop("LOSS = 'new_pref_po' learns from a preference in the prompt: set GUIDANCE = text or embedding")
-    if not 0 <= smoothing < 0.5:
-        stop(f"LABEL_SMOOTHING = {smoothing}: expected a share from 0 to below 0.5")
-    if smoothing and "LABEL_SMOOTHING" not in POLICY_LOSSES[name].uses:
-        users = ", ".join(other for other, it in POLICY_LOSSES.items() if "LABEL_SMOOTHING" in it.uses)
-        stop(f"LABEL_SMOOTHING = {smoothing} is for {users}, not for LOSS = {name!r}: set it to 0")
-    if not train_policy and (guidance != "embedding" or path):
-        stop("TRAIN_POLICY = False leaves nothing to train: set GUIDANCE = embedding without PROMPT_EMBEDDING_PATH")
-    if path and guidance != "embedding":
-        stop("PROMPT_EMBEDDING_PATH is for GUIDANCE = embedding: set that, or leave the path out")
+    if LABEL_SMOOTHING and "LABEL_SMOOTHING" not in loss.uses:
+        stop(f"LABEL_SMOOTHING = {LABEL_SMOOTHING} has no effect with LOSS = {LOSS!r}: set it to 0")
+    if PROMPT_EMBEDDING_PATH and GUIDANCE != "embedding":
+        stop("PROMPT_EMBEDDING_PATH needs GUIDANCE = embedding: set that, or remove the path")
+    if REWARD_MODEL and not SAMPLE_PROMPTS:
+        stop("REWARD_MODEL scores sampled answers, and SAMPLE_PROMPTS = 0 samples none: set one of them")
+    if not TRAIN_POLICY and (GUIDANCE != "embedding" or PROMPT_EMBEDDING_PATH or USE_LORA):
+        stop("TRAIN_POLICY = False trains the vectors only: set GUIDANCE = embedding, no path, and USE_LORA = False")
+    return loss
 
 
-def start_guidance(
-    kind: str, text: str, path: str, count: int, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> Guidance:
-    """The preference as GUIDANCE wants it: nothing, a text, or vectors that are loaded or start from the text."""
+def load_preference(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Guidance:
+    """Return what GUIDANCE puts into the prompts: nothing, a text, or vectors from a file or from the text."""
     from utils.models import guidance
 
-    if kind == "none":
-        return guidance.Guidance()
-    if kind == "text":
-        return guidance.text_guidance(text)
-    if path:
-        return guidance.vector_guidance(tokenizer, guidance.load_vectors(path, model.config.hidden_size))
-    return guidance.vector_guidance(tokenizer, guidance.start_vectors(model, tokenizer, text, count))
+    if GUIDANCE != "embedding":
+        return guidance.text_guidance(PREFERENCE_TEXT) if GUIDANCE == "text" else guidance.Guidance()
+    if PROMPT_EMBEDDING_PATH:
+        vectors = guidance.load_vectors(PROMPT_EMBEDDING_PATH, model.config.hidden_size)
+    else:
+        vectors = guidance.start_vectors(model, tokenizer, PREFERENCE_TEXT, PROMPT_EMBEDDING_TOKENS)
+    return guidance.vector_guidance(tokenizer, vectors)
+
+
+def load_rows(tokenizer: PreTrainedTokenizerBase, preference: Guidance, window: int) -> dict[str, Dataset]:
+    """Return the pairs of "train" and "validation", with the preference in their prompts."""
+    from utils.data.processed import load_pairs
+    from utils.models import guidance
+
+    rows = {split: load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation")}
+    if GUIDANCE == "none":
+        return rows
+    rows = {split: guidance.with_room(tokenizer, preference, window, pairs) for split, pairs in rows.items()}
+    rewrite = partial(guidance.guided_rows, both=LOSS == "new_pref_po")
+    return {split: rewrite(pairs, tokenizer, window, preference) for split, pairs in rows.items()}
+
+
+def start_run(settings: dict, metadata: dict, loss: PolicyLoss, **facts: object) -> Run:
+    """Open the run folder, which is named after the data, GUIDANCE, MODEL, LOSS, beta and ALPHA."""
+    beta, model = BETA or loss.beta, MODEL_SHORT_NAME or short_model(MODEL)
+    say(f"LOSS = {LOSS!r}, BETA = {beta}: {loss.beta_is}")
+    project, name = run_names(metadata["dataset_name"], MODES[GUIDANCE], model, LOSS, beta, ALPHA)
+    facts |= {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"], "beta": beta}
+    facts |= {"max_length": metadata["max_length"], "project": project, "run_name": name}
+    facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
+    return Run(OUTPUT_DIR or f"model_output/{project}/{name}", settings, RESUME, **facts)
+
+
+def build_policy(model: nn.Module, preference: Guidance, loss: PolicyLoss, settings: dict) -> PolicyPairs:
+    """Return the policy with its adapters, its vectors, and a reference where none is cached."""
+    from utils.models import loading, policies
+
+    model = loading.prepare_model(model if TRAIN_POLICY else model.requires_grad_(False), "CAUSAL_LM", settings)
+    train_vectors = preference.vectors is not None and not PROMPT_EMBEDDING_PATH
+    reference = policies.reference_of(model, TRAIN_POLICY) if loss.reference and not REFERENCE_CACHE else None
+    return policies.PolicyPairs(model, preference.vectors, train_vectors, reference)
+
+
+def build_trainer(policy: PolicyPairs, rows: dict, collator: PairCollator, loss: PolicyLoss, run: Run) -> PairTrainer:
+    """Return the trainer of the policy on the pairs of `rows`, with the loss of LOSS."""
+    from utils.evaluation.policy_report import pair_metrics
+    from utils.training import trainer as training
+    from utils.training.losses import Knobs, PolicyPairLoss
+
+    knobs = Knobs(run.record["beta"], LABEL_SMOOTHING, GAMMA, ALPHA, LAMBDA_KL)
+    fresh = training.last_checkpoint(run.folder) is None
+    pair_loss = PolicyPairLoss(policy, loss, knobs, SFT_WEIGHT, run.record["precision"], fresh)
+    metrics, rates = partial(pair_metrics, loss=pair_loss), {"vectors": PROMPT_LEARNING_RATE}
+    return training.PairTrainer(policy, rows, collator, pair_loss, run, metrics, rates)
+
+
+def compare_answers(
+    policy: PolicyPairs, preference: Guidance, tokenizer: PreTrainedTokenizerBase, trainer: PairTrainer, judges: dict
+) -> tuple[list[dict], dict]:
+    """Sample answers to SAMPLE_PROMPTS validation prompts before and after training; return them and their metrics."""
+    from utils.data.processed import unique_prompts
+    from utils.evaluation.policy_report import Sampler, compare_before_and_after
+    from utils.models.loading import load_causal
+
+    record, start = trainer.run.record, load_causal(MODEL).to(trainer.accelerator.device)
+    sampler = Sampler(tokenizer, record["max_length"], MAX_NEW_TOKENS, TEMPERATURE, SEED, record["precision"])
+    guidances = preference, preference.with_vectors(policy.vectors)
+    if LOSS == "new_pref_po":  # which learns to do without the preference
+        guidances = type(preference)(), type(preference)()
+    rows = unique_prompts(trainer.validation, SAMPLE_PROMPTS)
+    samples, metrics = compare_before_and_after(start, policy.model, rows, sampler, judges, guidances)
+    if judges:
+        metrics["comparison"] = metrics.pop("reward")
+    return samples, metrics
 
 
 @script
 def main(settings: dict) -> None:
     # 1. check
-    at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
-    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
-    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY, BETA=BETA, SFT_WEIGHT=SFT_WEIGHT)
-    shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
-    at_least(0, SAMPLE_PROMPTS=SAMPLE_PROMPTS, TEMPERATURE=TEMPERATURE, PROMPT_EMBEDDING_TOKENS=PROMPT_EMBEDDING_TOKENS)
-    at_least(1, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
+    check(settings)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-    from transformers import TrainingArguments, set_seed
+    from transformers import set_seed
 
-    from utils import runs
-    from utils.data import processed
+    from utils.data.processed import matching_tokenizer
     from utils.evaluation import policy_report
     from utils.models import guidance, loading, policies, reward_model, shared_prompt
-    from utils.training import losses
     from utils.training import trainer as training
-    from utils.training.losses import POLICY_LOSSES, Knobs
 
-    loss, mode = pick(POLICY_LOSSES, "LOSS", LOSS), pick(runs.MODES, "GUIDANCE", GUIDANCE)
-    check_loss(LOSS, GUIDANCE, TRAIN_POLICY, PROMPT_EMBEDDING_PATH, LABEL_SMOOTHING)
-    schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
-    training.check_tracker(REPORT_TO)
+    loss = check_loss()
+    training.check_training(settings)
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
-    judges = reward_model.load_judges(REWARD_MODEL, "", DEVICE, precision) if REWARD_MODEL else {}
+    judges = reward_model.load_judges(REWARD_MODEL, "", DEVICE, precision)
     # 2. load
-    tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
-    window, both = metadata["max_length"], LOSS == "new_pref_po"
+    tokenizer, metadata = matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     set_seed(SEED)
     model = loading.without_dropout(loading.load_causal(MODEL))
-    said = start_guidance(GUIDANCE, PREFERENCE_TEXT, PROMPT_EMBEDDING_PATH, PROMPT_EMBEDDING_TOKENS, model, tokenizer)
-    rows, validation = (processed.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
-    if GUIDANCE != "none":
-        rows, validation = (guidance.with_room(tokenizer, said, window, some) for some in (rows, validation))
-        rows, validation = (guidance.guided_rows(some, tokenizer, window, said, both) for some in (rows, validation))
-    weights = policies.weights_digest(model)
-    keys = [policies.cache_key(some, said.vectors, weights, precision) for some in (rows, validation)]
-    policies.check_architecture(model, rows)
-    collator = shared_prompt.PairCollator(tokenizer.pad_token_id, shared_prompt.row_multiple(device))
-    shared_prompt.check_shared_rows(model, rows[0], collator)
-    if USE_LORA and TRAIN_POLICY:
-        model = loading.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
-    if not TRAIN_POLICY:
-        model.requires_grad_(False)
-    if GRADIENT_CHECKPOINTING:
-        loading.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
+    preference = load_preference(model, tokenizer)
+    rows = load_rows(tokenizer, preference, metadata["max_length"])
+    collator = shared_prompt.collator_for(tokenizer, device)
+    policies.check_architecture(model, rows["train"])
+    shared_prompt.check_shared_rows(model, rows["train"][0], collator)
     # 3. build
-    beta = BETA or loss.beta
-    say(f"LOSS = {LOSS!r}, BETA = {beta}: {loss.beta_is}")
-    project, name = runs.run_names(
-        metadata["dataset_name"], mode, MODEL_SHORT_NAME or runs.short_model(MODEL), LOSS, beta, ALPHA
-    )
-    facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"], "beta": beta}
-    facts |= {"max_length": window, "train_pairs": len(rows), "project": project, "run_name": name}
-    facts["start"] = policies.cache_key(rows, said.vectors, weights, "")  # in any precision, as on another GPU
-    facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
-    facts |= {"device": str(device), "precision": precision}
-    run = Run(OUTPUT_DIR or f"model_output/{project}/{name}", settings, RESUME, **facts)
-    args = training.training_arguments(
-        TrainingArguments,
-        run.folder,
-        device,
-        precision,
-        num_train_epochs=EPOCHS,
-        max_steps=MAX_STEPS,
-        per_device_train_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type=schedule,
-        warmup_steps=WARMUP_SHARE,
-        weight_decay=WEIGHT_DECAY,
-        logging_steps=LOG_EVERY_STEPS,
-        eval_steps=EVAL_EVERY_STEPS,
-        save_steps=SAVE_EVERY_STEPS,
-        report_to=REPORT_TO,
-        project=project,
-        run_name=name,
-        seed=SEED,
-    )
-    trains_vectors = said.vectors is not None and not PROMPT_EMBEDDING_PATH
-    on_the_fly = loss.reference and not REFERENCE_CACHE
-    reference = policies.reference_of(model, TRAIN_POLICY) if on_the_fly else None
-    module = policies.PolicyPairs(model, said.vectors, trains_vectors, reference)
-    knobs = Knobs(beta, LABEL_SMOOTHING, GAMMA, ALPHA, LAMBDA_KL)
-    fresh = training.last_checkpoint(run.folder) is None
-    pair_loss = losses.PolicyPairLoss(module, loss, knobs, SFT_WEIGHT, precision, fresh)
-
-    def figures() -> dict:
-        outputs = shared_prompt.forward_pairs(
-            trainer.model_wrapped, validation, collator, 2 * BATCH_SIZE, trainer.accelerator
-        )
-        return policy_report.pair_figures(outputs, validation, pair_loss)
-
-    rates = {"vectors": PROMPT_LEARNING_RATE}
-    trainer = training.PairTrainer(module, args, rows, collator, pair_loss, run, figures, rates)
+    weights = policies.weights_digest(model)
+    start = policies.cache_key(rows["train"], preference.vectors, weights, "")  # the same in any precision
+    policy = build_policy(model, preference, loss, settings).to(device)
+    facts = {"start": start, "train_pairs": len(rows["train"]), "device": str(device), "precision": precision}
+    run = start_run(settings, metadata, loss, **facts)
+    trainer = build_trainer(policy, rows, collator, loss, run)
     if loss.reference and REFERENCE_CACHE:
-        where = {"accelerator": trainer.accelerator, "cache": REFERENCE_CACHE, "batch_size": 2 * BATCH_SIZE}
-        keep = partial(policies.add_reference_logps, module=module.to(device), collator=collator, **where)
-        validation, trainer.train_dataset = keep(validation, key=keys[1]), keep(rows, key=keys[0])
+        training.cache_reference(trainer, REFERENCE_CACHE, weights)
+    say(f"{MODEL}: {loading.count_parameters(policy)}, on {len(rows['train'])} pairs")
     # 4. train
     training.train(trainer, run)
     # 5. evaluate
-    result = figures()
+    result, samples = trainer.validate(), []
+    if SAMPLE_PROMPTS and first_process():
+        samples, metrics = compare_answers(policy, preference, tokenizer, trainer, judges)
+        result |= metrics
     # 6. save
     if first_process():
-        samples = []
-        if SAMPLE_PROMPTS:
-            start = loading.load_causal(MODEL).to(device)
-            spoken = (guidance.Guidance(),) * 2 if both else (said, said.with_vectors(module.vectors))
-            few = processed.unique_prompts(validation, SAMPLE_PROMPTS)
-            sampler = policy_report.Sampler(tokenizer, window, MAX_NEW_TOKENS, TEMPERATURE, SEED, precision)
-            samples, compared = policy_report.compare_before_and_after(start, model, few, sampler, judges, spoken)
-            if judges:
-                compared["comparison"] = compared.pop("reward")
-            result |= compared
-        if trains_vectors:
-            guidance.save_vectors(module.vectors, run.folder)
-        policy_report.save_policy(model, tokenizer, run.folder, rows, collator)
+        if policy.trains_vectors:
+            guidance.save_vectors(policy.vectors, run.folder)
+        policy_report.save_policy(policy.model, tokenizer, run.folder, rows["train"], collator)
         policy_report.write_pair_results(run.folder, result, samples, run.record)
     training.close(run, trainer.accelerator)
-    # 7. say where it is
-    say(policy_report.format_summary(result))
-    say(f"written: {run.folder}")
+    # 7. say where it is and what to run next
+    say(f"{policy_report.format_summary(result)}\nwritten: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}")
 
 

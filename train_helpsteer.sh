@@ -40,7 +40,7 @@ one_of TRAINING_MODE "$TRAINING_MODE" none text embedding
 one_of LOSS_NAME "$LOSS_NAME" dpo ipo hinge sipa orpo simpo new_pref_po
 case "$CONFIG" in *fsdp* | *zero3*) fail "CONFIG = '$CONFIG' takes the weights apart, which sampling and saving need whole" ;; esac
 if [[ "$BETA" =~ ^0*\.?0*$ ]]; then
-    case "$LOSS_NAME" in new_pref_po) BETA=0.05 ;; simpo) BETA=2.0 ;; *) BETA=0.1 ;; esac # as in utils/losses.py
+    case "$LOSS_NAME" in new_pref_po) BETA=0.05 ;; simpo) BETA=2.0 ;; *) BETA=0.1 ;; esac # as in utils/training/losses.py
 fi
 [ "$LOSS_NAME" != new_pref_po ] || [ "$TRAINING_MODE" != none ] ||
     fail "LOSS_NAME = new_pref_po learns from a preference in the prompt: set TRAINING_MODE = text or embedding"
@@ -52,7 +52,7 @@ fi
 [ -f "$DATA_DIR/metadata.json" ] ||
     fail "$DATA_DIR is not there yet: run \`python load_helpsteer_dataset.py --tokenizer $POLICY_MODEL_PATH --output_dir $DATA_DIR\` first"
 
-read -r PROJECT RUN < <("$PYTHON" -m utils.names "$DATA_DIR" "$TRAINING_MODE" "$MODEL_SHORT_NAME" "$POLICY_MODEL_PATH" \
+read -r PROJECT RUN < <("$PYTHON" -m utils.runs "$DATA_DIR" "$TRAINING_MODE" "$MODEL_SHORT_NAME" "$POLICY_MODEL_PATH" \
     "$LOSS_NAME" "$BETA" "$ALPHA")
 echo "project  $PROJECT"
 echo "run      $RUN"

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 
 from utils.config import override_constants
 from utils.runs import Run
-from utils.script import Interrupt, at_least, bar_off, first_process, needs, pick, processes, say, script, shares, stop
+from utils.script import Interrupt, bar_off, check, first_process, needs, pick, processes, say, script, stop
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
 
     from utils.data.preferences import Message
+    from utils.models.reward_model import RewardModel
     from utils.training.reinforce import Actor, Baseline, Engine, Sample, Scoring
 
 # data
@@ -163,87 +165,84 @@ def train_policy(
     run.note(baseline=baseline.value)
 
 
-def check() -> None:
-    """Stop the script if a constant is out of its bounds or contradicts another one."""
-    at_least(1, BATCH_SIZE=BATCH_SIZE, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, GENERATION_BATCH=GENERATION_BATCH)
-    at_least(1, MAX_STEPS=MAX_STEPS, LORA_RANK=LORA_RANK)
-    at_least(0, MAX_ROWS=MAX_ROWS, EVAL_PROMPTS=EVAL_PROMPTS, KL_BETA=KL_BETA, KL_LIMIT=KL_LIMIT, SEED=SEED)
-    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY, MAX_GRAD_NORM=MAX_GRAD_NORM)
-    at_least(0, SAVE_EVERY_STEPS=SAVE_EVERY_STEPS, SAMPLE_EVERY_STEPS=SAMPLE_EVERY_STEPS)
-    at_least(2, MAX_NEW_TOKENS=MAX_NEW_TOKENS)  # answers of one token would stop the run: reinforce.MIN_MEAN_LENGTH
-    shares(BASELINE_DECAY=BASELINE_DECAY, WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
+def check_algorithm() -> None:
+    """Stop where the constants of the algorithm contradict each other."""
+    from utils.training.reinforce import BASELINES, NORMS
+
+    pick(BASELINES, "BASELINE", BASELINE)
+    pick(NORMS, "ADVANTAGE_NORM", ADVANTAGE_NORM)
+    if MAX_STEPS < 1 or MAX_NEW_TOKENS < 2:
+        stop(f"MAX_STEPS = {MAX_STEPS}, MAX_NEW_TOKENS = {MAX_NEW_TOKENS}: expected at least 1 step and 2 tokens")
+    if TEMPERATURE <= 0:
+        stop(f"TEMPERATURE = {TEMPERATURE}: expected more than 0, since greedy answers have no log-probs to push")
     if BATCH_SIZE * ANSWERS_PER_PROMPT % processes():
         stop(f"BATCH_SIZE x ANSWERS_PER_PROMPT must be a multiple of the {processes()} processes")
     if BASELINE == "leave_one_out" and ANSWERS_PER_PROMPT < 2:
         stop("BASELINE = 'leave_one_out' compares the answers to one prompt: set ANSWERS_PER_PROMPT to 2 or more")
-    if TEMPERATURE <= 0:
-        stop(f"TEMPERATURE = {TEMPERATURE}: expected more than 0, since greedy answers have no log-probs to push")
-    needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-    from utils.training import reinforce
-    from utils.training import trainer as training
 
-    pick(reinforce.BASELINES, "BASELINE", BASELINE)
-    pick(reinforce.NORMS, "ADVANTAGE_NORM", ADVANTAGE_NORM)
-    pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
-    training.check_tracker(REPORT_TO)
+
+def compare_answers(actor: Actor, rows: Dataset, judges: dict[str, RewardModel]) -> tuple[list[dict], dict]:
+    """Sample answers to the prompts of `rows` before and after training; return them and the content of eval.json."""
+    from utils.evaluation.policy_report import Sampler, compare_before_and_after
+    from utils.models.loading import load_causal
+
+    start = actor.reference
+    if start == "adapter":
+        start = load_causal(MODEL).to(actor.model.device)
+    how = MAX_NEW_TOKENS, TEMPERATURE, SEED, actor.precision, GENERATION_BATCH
+    sampler = Sampler(actor.tokenizer, actor.window, *how)
+    lines, result = compare_before_and_after(start, actor.model, rows, sampler, judges)
+    return lines, result | result.pop("reward")
 
 
 @script
 def main(settings: dict) -> None:
     # 1. check
-    check()
+    check(settings)
+    check_algorithm()
+    needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import set_seed
 
-    from utils.data import processed
+    from utils.data.processed import load_pairs, matching_tokenizer, unique_prompts
     from utils.evaluation import policy_report
     from utils.models import loading, policies, reward_model, shared_prompt
     from utils.training import reinforce
-    from utils.training.trainer import SCHEDULES, close
+    from utils.training import trainer as training
 
+    training.check_training(settings)
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION, deepspeed=False)
     judges = reward_model.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
     scorer = judges["reward"]
     reinforce.check_risk(scorer.reading, RISK, REWARD_MODEL)
     # 2. load
-    tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
-    rows = processed.load_pairs(DATA_DIR, "train", MAX_ROWS)
-    held_out = processed.unique_prompts(processed.load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
+    tokenizer, metadata = matching_tokenizer(DATA_DIR, "MODEL", MODEL)
+    rows = load_pairs(DATA_DIR, "train", MAX_ROWS)
+    held_out = unique_prompts(load_pairs(DATA_DIR, "validation"), EVAL_PROMPTS)
     set_seed(SEED)
     model = loading.without_dropout(loading.load_causal(MODEL))
     policies.check_architecture(model, rows)
-    if USE_LORA:
-        model = loading.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
-    reference = policies.reference_of(model, trained=True)
-    if GRADIENT_CHECKPOINTING:
-        loading.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows)} prompts; {len(held_out)} held out for evaluation")
     # 3. build
+    model = loading.prepare_model(model, "CAUSAL_LM", settings)
+    reference = policies.reference_of(model, trained=True)
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
-    facts |= {"train_prompts": len(rows), "reward_head": scorer.reading.head, "device": str(device)}
+    facts |= {"train_prompts": len(rows), "reward_head": scorer.reading.head}
     facts |= {"start": policies.weights_digest(model), "reward_weights": policies.weights_digest(scorer.model)}
-    run = Run(OUTPUT_DIR, settings, RESUME, **facts, precision=precision)
-    rates = {"rate": LEARNING_RATE, "decay": WEIGHT_DECAY, "schedule": SCHEDULES[SCHEDULE]}
-    rates |= {"warmup_share": WARMUP_SHARE, "steps": MAX_STEPS, "tracker": REPORT_TO}
-    trainer = reinforce.start_engine(reinforce.Policy(model, TEMPERATURE), device, precision, run, **rates)
+    run = Run(OUTPUT_DIR, settings, RESUME, device=str(device), precision=precision, **facts)
+    engine = reinforce.start_engine(reinforce.Policy(model, TEMPERATURE), run)
     actor = reinforce.Actor(model, reference, tokenizer, metadata["max_length"], precision)
     baseline, scoring = reinforce.Baseline(BASELINE, BASELINE_DECAY), reinforce.Scoring(scorer, RISK, CUT_PENALTY)
+    say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows)} prompts; {len(held_out)} held out for evaluation")
     # 4. train
-    train_policy(run, trainer, actor, baseline, [messages[:-1] for messages in rows["chosen"]], scoring)
-    # 5. evaluate
+    train_policy(run, engine, actor, baseline, [messages[:-1] for messages in rows["chosen"]], scoring)
     result = {}
     if first_process():
-        start = loading.load_causal(MODEL).to(device) if reference == "adapter" else reference
-        how = (MAX_NEW_TOKENS, TEMPERATURE, SEED, precision, GENERATION_BATCH)
-        sampler = policy_report.Sampler(tokenizer, metadata["max_length"], *how)
-        lines, result = policy_report.compare_before_and_after(start, model, held_out, sampler, judges)
-        result |= result.pop("reward")
+        # 5. evaluate
+        lines, result = compare_answers(actor, held_out, judges)
         # 6. save
-        policy_report.save_policy(
-            model, tokenizer, run.folder, rows, shared_prompt.PairCollator(tokenizer.pad_token_id)
-        )
+        policy_report.save_policy(model, tokenizer, run.folder, rows, shared_prompt.collator_for(tokenizer, device))
         policy_report.write_reinforce_results(run.folder, result, lines, run.record)
-    close(run, trainer.accelerator)
-    trainer.accelerator.end_training()  # trackers are closed, and processes no longer wait for each other
+    training.close(run, engine.accelerator)
+    engine.accelerator.end_training()  # trackers are closed, and processes no longer wait for each other
     # 7. say where it is and what to run next
     say(f"{policy_report.format_summary(result)}\nwritten: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}")

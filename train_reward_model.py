@@ -1,4 +1,4 @@
-"""Train a reward model on the pairs of step 1 and test whether it has learned more than a shortcut.
+"""Train a reward model on the pairs of step 1, and say whether it has learned more than a shortcut.
 
 Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py)
 Writes : outputs/reward_model/ (the model, eval.json, predictions.jsonl, metrics.jsonl, run.json, plots, README.md)
@@ -17,13 +17,17 @@ from typing import TYPE_CHECKING
 
 from utils.config import override_constants
 from utils.runs import Run
-from utils.script import at_least, first_process, needs, pick, processes, say, script, shares, stop
+from utils.script import check, first_process, needs, pick, processes, say, script, stop
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
+    from utils.models.reward_model import RewardHead
+    from utils.models.shared_prompt import PairCollator
+    from utils.training.trainer import PairTrainer
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
@@ -67,144 +71,141 @@ RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 
-def check_loss(head: str, loss: str, rated: bool, attributed: bool, **options: float) -> None:
-    """End the script if the options of the loss do not fit the head or the rows."""
+def check_head() -> str:
+    """Return the name of the loss; stop where HEAD, PAIR_LOSS and RATING do not go together."""
+    from utils.data.preferences import RATINGS
+    from utils.training.losses import PAIR_LOSSES
+
+    losses = pick(PAIR_LOSSES, "HEAD", HEAD)
+    pair_loss = PAIR_LOSS or next(iter(losses))
+    pick(losses, "PAIR_LOSS", pair_loss)
+    if RATING and HEAD != "attributes":
+        stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
+    if RATING:
+        pick(RATINGS, "RATING", RATING)
+    heads = {"LABEL_SMOOTHING": ("scalar", "distribution"), "CENTRING": ("scalar",), "RATING_WEIGHT": ("distribution",)}
+    options = {"LABEL_SMOOTHING": LABEL_SMOOTHING, "CENTRING": CENTRING, "RATING_WEIGHT": RATING_WEIGHT}
+    for name, value in options.items():
+        if value and HEAD not in heads[name]:
+            stop(f"{name} = {value} is for HEAD = {' or '.join(heads[name])}, not for {HEAD}: set it to 0")
+    return pair_loss
+
+
+def load_rows(tokenizer: PreTrainedTokenizerBase, metadata: dict) -> dict[str, Dataset]:
+    """Return the pairs of "train", "validation" and, where validation chooses the epoch, "test"."""
+    from utils.data.processed import HALVES, closed_answers, half, load_pairs
+
+    splits = ["train", "validation"]
+    if EPOCHS > 1 and metadata["test_size"]:  # validation chooses the epoch, so it cannot measure it too
+        splits.append("test")
+    rows = {split: load_pairs(DATA_DIR, split, MAX_ROWS) for split in splits}
+    if HALF:
+        pick(HALVES, "HALF", HALF)
+        rows["train"] = half(rows["train"], HALF)
+    return {split: closed_answers(pairs, tokenizer) for split, pairs in rows.items()}
+
+
+def new_head(rows: Dataset, rating: str, pair_loss: str) -> RewardHead:
+    """Return the head for HEAD; stop where the training rows lack the ratings or attributes that it learns from."""
+    from utils.data.processed import ratings_of
+    from utils.models.reward_model import new_reward_head
     from utils.training.losses import NEED_RATINGS
 
-    fits = {"LABEL_SMOOTHING": ("scalar", "distribution"), "CENTRING": ("scalar",), "RATING_WEIGHT": ("distribution",)}
-    for name, value in options.items():
-        if value and head not in fits[name]:
-            stop(f"{name} = {value} is for HEAD = {' or '.join(fits[name])}, not for {head}: set it to 0")
-    shares(**options)
-    if (loss in NEED_RATINGS or options["RATING_WEIGHT"]) and not rated:
-        stop(f"not all of these rows have ratings, which PAIR_LOSS = {loss!r} or RATING_WEIGHT needs: leave both out")
-    if head == "attributes" and not attributed:
+    ratings, means = ratings_of(rows)
+    if (pair_loss in NEED_RATINGS or RATING_WEIGHT) and len(ratings) < 2 * len(rows):
+        stop(f"not all of these rows have ratings, which PAIR_LOSS = {pair_loss!r} or RATING_WEIGHT needs")
+    if HEAD == "attributes" and means is None:
         stop("these rows have no attributes, which HEAD = attributes learns: load nvidia/HelpSteer2, or use scalar")
+    return new_reward_head(HEAD, RATING or rating, ratings, means)
+
+
+def build_trainer(
+    model: nn.Module, head_rate: float, rows: dict, collator: PairCollator, head: RewardHead, run: Run
+) -> PairTrainer:
+    """Return the trainer; head_rate: the learning rate of the head."""
+    from utils.evaluation.predictions import pairs_right
+    from utils.models.reward_model import RewardPairs
+    from utils.training.losses import PairLoss
+    from utils.training.trainer import PairTrainer
+
+    def accuracy(outputs: dict[str, np.ndarray], _: Dataset) -> dict[str, float]:
+        return {"accuracy": float(pairs_right(outputs["outputs"], head).mean())}
+
+    loss = PairLoss(head, run.record["pair_loss"], LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
+    return PairTrainer(RewardPairs(model), rows, collator, loss, run, accuracy, {"score": head_rate})
+
+
+def predict(trainer: PairTrainer, rows: dict, tokenizer: PreTrainedTokenizerBase, head: RewardHead) -> tuple:
+    """Return (the lines of predictions.jsonl for the held-out pairs, weights of the surface measures)."""
+    from utils.evaluation import predictions
+    from utils.models.reward_model import RewardPairs, random_head_model
+
+    def outputs_of(pairs: Dataset, model: nn.Module | None = None) -> np.ndarray:
+        return trainer.outputs_on(pairs, RewardPairs(model) if model else None)["outputs"]
+
+    held_out = rows.get("test", rows["validation"])
+    if HEAD == "attributes":  # the other heads learn the size of a difference from their pairs
+        predictions.fit_win_scale(head, rows["validation" if "test" in rows else "train"], outputs_of)
+    weights = predictions.surface_weights(rows["train"])
+    untrained = partial(random_head_model, MODEL, head, trainer.accelerator.device, SEED)
+    return predictions.predict_pairs(
+        outputs_of, held_out, tokenizer, head, weights, CONTROL_PAIRS, untrained
+    ), weights.tolist()
 
 
 @script
 def main(settings: dict) -> None:
     # 1. check
-    at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
-    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
-    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
-    shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
-    at_least(0, CONTROL_PAIRS=CONTROL_PAIRS, HEAD_LEARNING_RATE=HEAD_LEARNING_RATE)
+    check(settings)
+    pair_loss = check_head()
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-    from transformers import TrainingArguments, set_seed
+    from transformers import set_seed
 
-    from utils.data import processed
-    from utils.data.preferences import RATINGS
-    from utils.evaluation import predictions, reward_report
+    from utils.data.processed import matching_tokenizer, next_command
+    from utils.evaluation import reward_report
     from utils.models import loading, policies, reward_model, shared_prompt
-    from utils.training import losses
     from utils.training import trainer as training
-    from utils.training.losses import PAIR_LOSSES
 
-    named = pick(PAIR_LOSSES, "HEAD", HEAD)
-    pair_loss = PAIR_LOSS or next(iter(named))
-    pick(named, "PAIR_LOSS", pair_loss)
-    if HALF:
-        pick(processed.HALVES, "HALF", HALF)
-    if RATING:
-        pick(RATINGS, "RATING", RATING)
-        if HEAD != "attributes":
-            stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
-    schedule = pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
-    training.check_tracker(REPORT_TO)
+    training.check_training(settings)
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
     # 2. load
-    tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
-    rows, validation = (processed.load_pairs(DATA_DIR, split, MAX_ROWS) for split in ("train", "validation"))
-    rows = processed.half(rows, HALF) if HALF else rows
-    judged, measured_on = validation, "validation"
-    if EPOCHS > 1 and metadata["test_size"]:  # the epoch is chosen on validation, so it cannot measure too
-        judged, measured_on = processed.load_pairs(DATA_DIR, "test", MAX_ROWS), "test"
-    rows, judged, validation = (processed.closed_answers(some, tokenizer) for some in (rows, judged, validation))
-    ratings, means = processed.ratings_of(rows)
-    reading = reward_model.new_reward_head(HEAD, RATING or metadata["rating"], ratings, means)
-    check_loss(
-        HEAD,
-        pair_loss,
-        len(ratings) == 2 * len(rows),
-        means is not None,
-        LABEL_SMOOTHING=LABEL_SMOOTHING,
-        CENTRING=CENTRING,
-        RATING_WEIGHT=RATING_WEIGHT,
-    )
-    collator = shared_prompt.PairCollator(tokenizer.pad_token_id, shared_prompt.row_multiple(device))
+    tokenizer, metadata = matching_tokenizer(DATA_DIR, "MODEL", MODEL)
+    rows = load_rows(tokenizer, metadata)
+    head = new_head(rows["train"], metadata["rating"], pair_loss)
     set_seed(SEED)
-    model = reward_model.start_model(MODEL, tokenizer, reading)
-    shared_prompt.check_shared_rows(model, rows[0], collator)
-    start = policies.weights_digest(model)
-    head_rate = LEARNING_RATE if model.score.weight.any() else HEAD_LEARNING_RATE or LEARNING_RATE
-    if USE_LORA:
-        model = loading.add_lora(model, "SEQ_CLS", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS, "score")
-    if GRADIENT_CHECKPOINTING:
-        loading.use_gradient_checkpointing(model)
-    say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows)} pairs, {len(validation)} for validation")
+    model = reward_model.start_model(MODEL, tokenizer, head)
+    collator = shared_prompt.collator_for(tokenizer, device)
+    shared_prompt.check_shared_rows(model, rows["train"][0], collator)
     # 3. build
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
-    facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows), "pair_loss": pair_loss, "start": start}
-    facts["rows_per_step"] = BATCH_SIZE * ACCUMULATION * processes()
+    facts |= {"max_length": metadata["max_length"], "train_pairs": len(rows["train"]), "pair_loss": pair_loss}
+    facts |= {"start": policies.weights_digest(model), "rows_per_step": BATCH_SIZE * ACCUMULATION * processes()}
+    head_rate = LEARNING_RATE if model.score.weight.any() else HEAD_LEARNING_RATE or LEARNING_RATE
+    model = loading.prepare_model(model, "SEQ_CLS", settings, head="score")
     run = Run(OUTPUT_DIR, settings, RESUME, device=str(device), precision=precision, **facts)
-    args = training.training_arguments(
-        TrainingArguments,
-        run.folder,
-        device,
-        precision,
-        num_train_epochs=EPOCHS,
-        max_steps=MAX_STEPS,
-        per_device_train_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type=schedule,
-        warmup_steps=WARMUP_SHARE,
-        weight_decay=WEIGHT_DECAY,
-        logging_steps=LOG_EVERY_STEPS,
-        eval_steps=EVAL_EVERY_STEPS,
-        save_steps=SAVE_EVERY_STEPS,
-        report_to=REPORT_TO,
-        run_name=run.folder.name,
-        seed=SEED,
-    )
-
-    def outputs_of(some: Dataset, other: torch.nn.Module | None = None) -> np.ndarray:
-        module = reward_model.RewardPairs(other) if other else trainer.model_wrapped
-        return shared_prompt.forward_pairs(module, some, collator, 2 * BATCH_SIZE, trainer.accelerator)["outputs"]
-
-    def accuracy() -> dict[str, float]:
-        return {"accuracy": float(predictions.pairs_right(outputs_of(validation), reading).mean())}
-
-    loss = losses.PairLoss(reading, pair_loss, LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
-    module, rates = reward_model.RewardPairs(model), {"score": head_rate}
-    trainer = training.PairTrainer(module, args, rows, collator, loss, run, accuracy, rates)
-    best = training.BestEpoch(trainer, run.folder, accuracy) if EPOCHS > 1 else None
+    trainer = build_trainer(model, head_rate, rows, collator, head, run)
+    best = training.BestEpoch(trainer, run.folder) if EPOCHS > 1 else None
+    say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows['train'])} pairs")
     # 4. train
     training.train(trainer, run)
     epochs = best.restore() if best else {}
     # 5. evaluate
-    unused = rows if measured_on == "validation" else validation  # rewards of training pairs are too sure
-    if HEAD == "attributes":  # the other heads learn the size of a difference from their pairs
-        predictions.fit_win_scale(reading, unused, outputs_of)
-    weights = predictions.surface_weights(rows)
-    untrained = partial(reward_model.random_head_model, MODEL, reading, device, SEED)
-    lines = predictions.predict_pairs(outputs_of, judged, tokenizer, reading, weights, CONTROL_PAIRS, untrained)
+    lines, weights = predict(trainer, rows, tokenizer, head)
+    measured_on = "test" if "test" in rows else "validation"
     result = reward_report.report(lines) | {"measured_on": measured_on, "epochs": epochs}
     result["selection_shares_rows"] = bool(epochs) and measured_on == "validation"
     # 6. save
     if first_process():
-        facts = {"max_length": metadata["max_length"], "surface_weights": weights.tolist()}
-        facts |= {n: result[n] for n in ("reward_mean", "reward_std")}
-        reward_model.save_reward_model(model, tokenizer, run.folder, reading, rows, collator, **facts)
+        facts = {"max_length": metadata["max_length"], "surface_weights": weights}
+        facts |= {name: result[name] for name in ("reward_mean", "reward_std")}
+        reward_model.save_reward_model(model, tokenizer, run.folder, head, rows["train"], collator, **facts)
         reward_report.write_results(run.folder, result, lines, run.record)
     training.close(run, trainer.accelerator)
-    # 7. say where it is
-    say(reward_report.format_summary(result))
-    say(f"written: {run.folder}")
+    # 7. say where it is and what to run next
+    say(f"{reward_report.format_summary(result)}\nwritten: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}    # the whole report as one page")
     policy = f"python train_dpo.py --reward_model {run.folder}"
-    say(f"      {processed.next_command(policy, DATA_DIR, MODEL, metadata['tokenizer'])}")
+    say(f"      {next_command(policy, DATA_DIR, MODEL, metadata['tokenizer'])}")
 
 
 if __name__ == "__main__":

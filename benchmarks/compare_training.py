@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer
 
+    from utils.runs import Run
+
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
 MAX_ROWS = 24  # training pairs that each variant trains on, once
@@ -52,72 +54,70 @@ FLAGS = {  # what each variant asks of its trainer
 }
 
 
-def build(
-    method: str, variant: str, data_dir: str, max_rows: int, model: str, same: dict, place: torch.device
-) -> tuple[Trainer, float]:
-    """(the trainer of a variant over the first max_rows training pairs, seconds that the reference took before).
+SHARED = {  # constants that all variants train with
+    **{"EPOCHS": 2, "MAX_STEPS": 0, "ACCUMULATION": 1, "SCHEDULE": "linear", "WARMUP_SHARE": 0.0, "WEIGHT_DECAY": 0.0},
+    **{"LOG_EVERY_STEPS": 1, "EVAL_EVERY_STEPS": 0, "SAVE_EVERY_STEPS": 0, "REPORT_TO": "none"},
+}
 
-    same: training arguments that all variants share.
-    """
-    from transformers import TrainingArguments, set_seed
 
-    from utils.data import processed
+def build(variant: str, settings: dict, device: torch.device) -> tuple[Trainer, float]:
+    """Return (the trainer of a variant on MAX_ROWS training pairs, seconds that its reference took before)."""
+    from transformers import set_seed
+
+    from utils.data.processed import load_pairs, matching_tokenizer
     from utils.models import loading, shared_prompt
     from utils.runs import Run
     from utils.training import trainer as training
 
-    flags, work = FLAGS[variant], Path(tempfile.mkdtemp())
-    tokenizer, _ = processed.matching_tokenizer(data_dir, "MODEL", model)
-    rows = processed.load_pairs(data_dir, "train", max_rows)
-    set_seed(same["seed"])
+    tokenizer, _ = matching_tokenizer(DATA_DIR, "MODEL", MODEL)
+    rows = load_pairs(DATA_DIR, "train", MAX_ROWS)
+    set_seed(SEED)
+    precision, _ = loading.choose_precision(FLAGS[variant].get("precision", ""), device)
+    folder = Path(tempfile.mkdtemp()) / variant
+    run = Run(folder, SHARED | settings, device=str(device), precision=precision)
     if variant.startswith("trl"):
-        return trl_trainer(method, model, rows, tokenizer, work, place, same | flags), 0.0
-    precision, _ = loading.choose_precision(flags.get("precision", ""), place)
-    args = training.training_arguments(TrainingArguments, work, place, precision, save_steps=0, eval_steps=0, **same)
-    collator = shared_prompt.PairCollator(tokenizer.pad_token_id, shared_prompt.row_multiple(place))
-    module, loss = ours(method, model, tokenizer)
-    trainer = training.PairTrainer(module, args, rows, collator, loss, Run(work, {}), dict)
+        return trl_trainer(variant, rows, tokenizer, run), 0.0
+    module, loss = ours(tokenizer, precision)
+    collator = shared_prompt.collator_for(tokenizer, device)
+    parts = {"train": rows, "validation": rows.select([])}
+    trainer = training.PairTrainer(module.to(device), parts, collator, loss, run, lambda *_: {})
     began = time.perf_counter()
-    if method == "dpo":
-        from utils.models.policies import add_reference_logps
-
-        trainer.train_dataset = add_reference_logps(
-            rows, module.to(place), collator, 2 * same["per_device_train_batch_size"], trainer.accelerator, work, "key"
-        )
+    if METHOD == "dpo":
+        training.cache_reference(trainer, str(run.folder), "weights")
     return trainer, time.perf_counter() - began
 
 
-def ours(method: str, model: str, tokenizer: object) -> tuple[torch.nn.Module, Callable]:
-    """(module, loss of a pair) of this toolkit."""
+def ours(tokenizer: object, precision: str) -> tuple[torch.nn.Module, Callable]:
+    """Return (module, loss of a pair) of this toolkit."""
     from utils.models import loading, policies, reward_model
     from utils.training import losses
 
-    if method == "reward":
-        reading = reward_model.RewardHead("scalar")
-        module = reward_model.RewardPairs(reward_model.start_model(model, tokenizer, reading))
-        return module, losses.PairLoss(reading, "bradley_terry")
-    module = policies.PolicyPairs(loading.load_causal(model))
-    return module, losses.PolicyPairLoss(module, losses.POLICY_LOSSES["dpo"], losses.Knobs(0.1), 0.0, "bf16", True)
+    if METHOD == "reward":
+        head = reward_model.RewardHead("scalar")
+        module = reward_model.RewardPairs(reward_model.start_model(MODEL, tokenizer, head))
+        return module, losses.PairLoss(head, "bradley_terry")
+    module = policies.PolicyPairs(loading.load_causal(MODEL))
+    return module, losses.PolicyPairLoss(module, losses.POLICY_LOSSES["dpo"], losses.Knobs(0.1), 0.0, precision, True)
 
 
-def trl_trainer(
-    method: str, model: str, rows: object, tokenizer: object, work: Path, place: torch.device, options: dict
-) -> Trainer:
-    """Stock TRL with its own precision and checkpointing where `options` does not say otherwise."""
+def trl_trainer(variant: str, rows: object, tokenizer: object, run: Run) -> Trainer:
+    """Return stock TRL with its own precision and checkpointing, unless FLAGS say otherwise."""
     from benchmarks import stock_trl
     from utils.models import loading, reward_model
-    from utils.runs import Run
+
+    settings = run.record["settings"]
 
     def arguments(kind: type, **more: object) -> object:
         more.pop("gradient_checkpointing", None)
-        named = {"use_cpu": place.type == "cpu", "save_strategy": "no", "disable_tqdm": True} | more | options
-        return kind(str(work), **named)
+        named = {"per_device_train_batch_size": settings["BATCH_SIZE"], "learning_rate": settings["LEARNING_RATE"]}
+        named |= {"num_train_epochs": settings["EPOCHS"], "seed": settings["SEED"], "logging_steps": 1}
+        named |= {"use_cpu": run.record["device"] == "cpu", "save_strategy": "no", "report_to": "none"}
+        return kind(str(run.folder), disable_tqdm=True, **named | more | FLAGS[variant])
 
-    if method == "reward":
-        network = reward_model.start_model(model, tokenizer, reward_model.RewardHead("scalar"))
-        return stock_trl.reward_trainer(network, rows, tokenizer, Run(work, {}), arguments)
-    network = loading.load_causal(model)
-    return stock_trl.dpo_trainer(network, rows, tokenizer, Run(work, {}), arguments, "dpo", 0.1)
+    if METHOD == "reward":
+        model = reward_model.start_model(MODEL, tokenizer, reward_model.RewardHead("scalar"))
+        return stock_trl.reward_trainer(model, rows, tokenizer, run, arguments)
+    return stock_trl.dpo_trainer(loading.load_causal(MODEL), rows, tokenizer, run, arguments, "dpo", 0.1)
 
 
 def measure(trainer: Trainer, before: float) -> dict[str, float]:
@@ -176,9 +176,7 @@ def main(settings: dict) -> None:
     if CHILD:
         from utils.models.loading import choose_device
 
-        same = {"per_device_train_batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, "seed": SEED}
-        same |= {"report_to": "none", "logging_steps": 1, "num_train_epochs": 2}
-        trainer, before = build(METHOD, CHILD, DATA_DIR, MAX_ROWS, MODEL, same, choose_device(DEVICE))
+        trainer, before = build(CHILD, settings, choose_device(DEVICE))
         print(json.dumps(measure(trainer, before)))
         return
     figures = {}

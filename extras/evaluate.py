@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from utils.config import override_constants
 from utils.data.processed import splits_of
 from utils.runs import Run, check_run_folder, read_json
-from utils.script import at_least, needs, pick, say, script, stop
+from utils.script import check, needs, pick, say, script, stop
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -168,8 +168,7 @@ def compare_policies(
 def main(settings: dict) -> None:
     began = time.monotonic()
     # 1. check
-    at_least(1, BATCH_SIZE=BATCH_SIZE, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
-    at_least(0, MAX_ROWS=MAX_ROWS, CONTROL_PAIRS=CONTROL_PAIRS, PROMPTS=PROMPTS, BEST_OF_N=BEST_OF_N)
+    check(settings)
     if TEMPERATURE <= 0:
         stop(f"TEMPERATURE = {TEMPERATURE}: expected more than 0; greedy answers are compared anyway")
     check_run_folder(OUTPUT_DIR, settings)

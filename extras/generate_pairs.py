@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from utils.config import override_constants
 from utils.runs import Run, write_json
-from utils.script import Interrupt, at_least, bar_off, needs, pick, say, script, stop
+from utils.script import Interrupt, bar_off, check, needs, pick, say, script, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,10 +54,8 @@ ANSWERS_DIR = "outputs/generated_answers"  # the run folder; an unfinished run r
 RESUME = True  # resume an unfinished run of the same settings, model and data
 
 
-def check() -> None:
-    """End the script where constants are out of range or do not go together."""
-    at_least(1, ANSWERS_PER_PROMPT=ANSWERS_PER_PROMPT, MAX_NEW_TOKENS=MAX_NEW_TOKENS, BATCH_SIZE=BATCH_SIZE)
-    at_least(0, MAX_ROWS=MAX_ROWS, TEMPERATURE=TEMPERATURE, TOP_K=TOP_K)
+def check_sampling() -> None:
+    """Stop where the constants of the sampling contradict each other."""
     if "train" not in SPLITS or set(SPLITS) - {"train", "validation", "test"}:
         stop(f"SPLITS = {','.join(SPLITS)!r}: expected train, and perhaps validation and test")
     if not 0 < TOP_P <= 1:
@@ -162,7 +160,8 @@ def write_pairs(
 @script
 def main(settings: dict) -> None:
     # 1. check
-    check()
+    check(settings)
+    check_sampling()
     from extras.lib import generated
     from utils.data import processed, tokens
     from utils.data.preferences import Ledger

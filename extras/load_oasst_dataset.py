@@ -29,7 +29,7 @@ from utils.data.processed import (
 )
 from utils.data.sources import TREE_LAYOUTS, Source, first_of, open_source
 from utils.runs import write_json
-from utils.script import at_least, pick, script, stop
+from utils.script import check, pick, script, stop
 
 # data
 DATASET = "OpenAssistant/oasst1"  # hub name owner/name[/file], or a local file or folder of flat or nested messages
@@ -80,7 +80,7 @@ def main(settings: dict) -> None:
     # 1. check
     make_rows, finish = pick(ROW_MAKERS, "ROWS", ROWS)
     all_turns = pick(ALL_TURNS, "TURNS", TURNS)
-    at_least(0, MAX_ROWS=MAX_ROWS, SEED=SEED)
+    check(settings)
     if not 0 <= VALIDATION_SHARE < 1:
         stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected 0 or more, and less than 1")
     from extras.lib.sft import divide

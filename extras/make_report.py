@@ -134,7 +134,7 @@ def page(runs: list[dict], seeds: list[dict], data: list[dict], absent: list[str
     from utils.evaluation.baselines import SHORTCUT_NAMES
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "lib"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

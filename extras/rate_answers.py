@@ -23,7 +23,7 @@ from utils.config import override_constants
 from utils.data.preferences import prompt_text, with_persona
 from utils.data.processed import refuse_sft_rows, splits_of
 from utils.runs import free_name, read_json, write_json, write_lines, write_text
-from utils.script import at_least, needs, pick, say, script, stop
+from utils.script import check, needs, pick, say, script, stop
 
 # what is rated
 SAMPLES = ""  # samples.jsonl of a run (prompt, before, after, perhaps human), "" = POLICY answers prompts of DATA_DIR
@@ -158,12 +158,12 @@ def page(asked: list[dict]) -> str:
     ]
     data = {"kind": ratings.PAGE_KIND, "file": ratings.fingerprint(asked), "rater": RATER, "language": LABELS}
     data |= {"criteria": ratings.CRITERIA, "words": WORDS[LABELS], "items": seen}
-    folder = FileSystemLoader(Path(__file__).parent / "rating")
+    folder = FileSystemLoader(Path(__file__).parent / "lib")
     environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["source_hash"] = source_hash
-    return environment.get_template("page.html.jinja").render(data=data)
+    return environment.get_template("ratings_page.html.jinja").render(data=data)
 
 
 def read_back(folder: Path, asked: list[dict]) -> list[dict]:
@@ -215,8 +215,7 @@ def main(settings: dict) -> None:
     pick(WORDS, "LABELS", LABELS)
     pick(dict.fromkeys(ratings.HUMANS), "HUMAN", HUMAN)
     pick({"": 0, **ratings.LAYOUTS}, "LAYOUT", LAYOUT)
-    at_least(1, PROMPTS=PROMPTS, MAX_LENGTH=MAX_LENGTH, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
-    at_least(0, TEMPERATURE=TEMPERATURE)
+    check(settings)
     folder = Path(OUTPUT_DIR)
     # 2. read ratings back
     if IMPORT or TO_ROWS:

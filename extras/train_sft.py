@@ -11,17 +11,13 @@ python train_dpo.py --model outputs/sft    # the folder is a start, and a refere
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.config import override_constants
 from utils.runs import Run, read_json
-from utils.script import at_least, first_process, needs, pick, processes, say, script, shares, stop
+from utils.script import check, first_process, needs, processes, say, script, stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
     from datasets import Dataset
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -63,18 +59,6 @@ RESUME = True  # resume an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 
-def check() -> None:
-    """End the script where a constant is out of range."""
-    at_least(1, BATCH_SIZE=BATCH_SIZE, ACCUMULATION=ACCUMULATION, LORA_RANK=LORA_RANK, LOG_EVERY_STEPS=LOG_EVERY_STEPS)
-    at_least(0, MAX_ROWS=MAX_ROWS, MAX_STEPS=MAX_STEPS, EPOCHS=EPOCHS, SEED=SEED)
-    at_least(0, LEARNING_RATE=LEARNING_RATE, WEIGHT_DECAY=WEIGHT_DECAY)
-    shares(WARMUP_SHARE=WARMUP_SHARE, LORA_DROPOUT=LORA_DROPOUT)
-    if not 0 < VALIDATION_SHARE < 1:
-        stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected more than 0 and less than 1")
-    if not DATASET:
-        needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
-
-
 def load() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset, dict]:
     """Return (tokenizer, training rows, validation rows, facts for run.json)."""
     from extras.lib import sft
@@ -98,50 +82,24 @@ def load() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset, dict]:
     return tokenizer, rows, validation, facts | {"train_rows": len(rows), "left_out": left_out}
 
 
-def build_model(rows: Dataset) -> tuple[nn.Module, str]:
+def build_model(rows: Dataset, settings: dict) -> tuple[nn.Module, str]:
     """Return (the model to train, digest of the weights that it starts from)."""
     from utils.models import loading, policies
 
     model = loading.load_causal(MODEL)
     policies.check_architecture(model, rows)
     digest = policies.weights_digest(model)
-    if USE_LORA:
-        model = loading.add_lora(model, "CAUSAL_LM", LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS)
-    if GRADIENT_CHECKPOINTING:
-        loading.use_gradient_checkpointing(model)
-    return model, digest
-
-
-def arguments(run: Run, device: torch.device, precision: str) -> Callable:
-    """Return a function from a class of TrainingArguments to our arguments of that class."""
-    from utils.training import trainer as training
-
-    return partial(
-        training.training_arguments,
-        folder=run.folder,
-        device=device,
-        precision=precision,
-        num_train_epochs=EPOCHS,
-        max_steps=MAX_STEPS,
-        per_device_train_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type=training.SCHEDULES[SCHEDULE],
-        warmup_steps=WARMUP_SHARE,
-        weight_decay=WEIGHT_DECAY,
-        logging_steps=LOG_EVERY_STEPS,
-        eval_steps=EVAL_EVERY_STEPS,
-        save_steps=SAVE_EVERY_STEPS,
-        report_to=REPORT_TO,
-        run_name=run.folder.name,
-        seed=SEED,
-    )
+    return loading.prepare_model(model, "CAUSAL_LM", settings), digest
 
 
 @script
 def main(settings: dict) -> None:
     # 1. check
-    check()
+    check(settings)
+    if not 0 < VALIDATION_SHARE < 1:
+        stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected more than 0 and less than 1")
+    if not DATASET:
+        needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import set_seed
 
     from extras.lib import sft
@@ -150,18 +108,17 @@ def main(settings: dict) -> None:
     from utils.models import loading, policies, shared_prompt
     from utils.training import trainer as training
 
-    pick(training.SCHEDULES, "SCHEDULE", SCHEDULE)
-    training.check_tracker(REPORT_TO)
+    training.check_training(settings)
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
     # 2. load
     tokenizer, rows, validation, facts = load()
     set_seed(SEED)
-    model, facts["start"] = build_model(rows)
+    model, facts["start"] = build_model(rows, settings)
     say(f"{MODEL}: {loading.count_parameters(model)}, on {len(rows)} answers, {len(validation)} for validation")
     # 3. build
     facts |= {"device": str(device), "precision": precision, "rows_per_step": BATCH_SIZE * ACCUMULATION * processes()}
     run = Run(OUTPUT_DIR, settings, RESUME, **facts)
-    collator = shared_prompt.PairCollator(tokenizer.pad_token_id, shared_prompt.row_multiple(device))
+    collator = shared_prompt.collator_for(tokenizer, device)
     module = policies.PolicyPairs(model)
 
     def scored(what: str) -> dict:
@@ -170,7 +127,7 @@ def main(settings: dict) -> None:
     def figures() -> dict[str, float]:
         return {"loss": sft.mean_nll(scored("scoring validation"))}
 
-    trainer = sft.answer_trainer(model, rows, tokenizer, run, arguments(run, device, precision), figures)
+    trainer = sft.answer_trainer(model, rows, tokenizer, run, figures)
     module.to(trainer.accelerator.device)
     before = scored("perplexity before")
     # 4. train

@@ -13,7 +13,7 @@ from utils.config import override_constants
 from utils.data.preferences import with_persona
 from utils.data.processed import refuse_sft_rows
 from utils.runs import read_json
-from utils.script import at_least, needs, say, script, stop
+from utils.script import check, needs, say, script, stop
 
 DATA_DIR = "outputs/quickstart/data"  # rows made by load_helpsteer_dataset.py
 MIN_RATING_GAP = 1.0  # leave out pairs whose ratings differ by less
@@ -62,7 +62,7 @@ def answer_of_policy(conversation: list[dict]) -> str:
 
 @script
 def main(settings: dict) -> None:
-    at_least(1, BATCH_SIZE=BATCH_SIZE, MAX_NEW_TOKENS=MAX_NEW_TOKENS)
+    check(settings)
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from utils.models.reward_model import RewardModel
 

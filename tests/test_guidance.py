@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.data.processed import load_pairs
+from utils.models import shared_prompt
 from utils.models.generation import batch_of, float32_head, generate, logps_of, prompt_ids_of, stop_ids
 from utils.models.guidance import (
     Guidance,
@@ -126,11 +127,9 @@ def test_files_that_hold_no_such_vectors_are_named_in_one_line(tmp_path):
 
 
 def test_chunked_log_probs_equal_the_models_own(model, monkeypatch):
-    import utils.logps
-
     ids = torch.randint(3, 600, (1, 40))
     assert check_head(model, ids) < 1e-4
-    monkeypatch.setattr(utils.logps, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(shared_prompt, "ROWS_AT_ONCE", 7)
     assert check_head(model, ids) < 1e-4
     hidden, targets = torch.randn(20, 32, requires_grad=True), torch.randint(0, 600, (20,))
     gradients = []

@@ -11,12 +11,12 @@ import torch
 from transformers import set_seed
 
 from benchmarks.stock_trl import DPO_LOSSES, dpo_trainer
-from tests.toys import MARKS, toy_arguments, toy_rows, toy_trainer
+from tests.toys import MARKS, toy_rows, toy_run, toy_trainer
 from utils.models.loading import add_lora, load_causal
 from utils.models.policies import PolicyPairs, reference_of
 from utils.models.shared_prompt import PairCollator, forward_pairs
-from utils.runs import Run
 from utils.training.losses import POLICY_LOSSES, Knobs, LogProbs, PolicyPairLoss, two_way_kl
+from utils.training.trainer import training_arguments
 
 POLICY = [[-40.0, -55.0], [-30.0, -21.0], [-8.0, -8.0]]  # sums of log-probs, chosen first
 REFERENCE = [[-42.0, -50.0], [-28.0, -25.0], [-9.0, -7.5]]
@@ -131,7 +131,7 @@ def test_every_loss_with_every_guidance_solves_the_toy_problem(model_folder, tmp
     held = [copy.deepcopy(model.state_dict()) for model in module.frozen]
     rows = toy_rows(96, guidance=guidance, both=both)
     trainer = toy_trainer(
-        module, loss, rows, tmp_path / "run", {"vectors": 1e-2}, batch=8, max_steps=80, learning_rate=1e-2
+        module, loss, rows, tmp_path / "run", {"vectors": 1e-2}, batch_size=8, max_steps=80, learning_rate=1e-2
     )
     trainer.train()
     held_out = toy_rows(64, seed=1, guidance=guidance, both=both)
@@ -153,7 +153,7 @@ def test_with_a_frozen_policy_only_the_vectors_move_and_the_loss_falls(model_fol
     module, loss = make(model_folder, name, "embedding", train_policy=False, beta=1.0)
     before = copy.deepcopy(module.state_dict())
     rows = toy_rows(32, guidance="embedding", both=both)
-    trainer = toy_trainer(module, loss, rows, tmp_path / "run", {"vectors": 5e-2}, batch=8, max_steps=60)
+    trainer = toy_trainer(module, loss, rows, tmp_path / "run", {"vectors": 5e-2}, batch_size=8, max_steps=60)
 
     def guided_loss():
         outputs = forward_pairs(module, rows, PairCollator(2, 8), 16, trainer.accelerator)
@@ -191,10 +191,11 @@ def test_ours_and_trl_give_equal_losses_and_equal_weights(model_folder, tokenize
         module, loss = make(model_folder, name, lora=lora, reference=engine == "ours")
         folder = tmp_path / engine
         if engine == "ours":
-            trainer = toy_trainer(module, loss, rows, folder, batch=len(rows))
+            trainer = toy_trainer(module, loss, rows, folder, batch_size=len(rows))
         else:
-            arguments = partial(toy_arguments, folder, batch=len(rows), num_train_epochs=5)
-            trainer = dpo_trainer(module.model, rows, tokenizer, Run(folder, {"SEED": 0}), arguments, name, 0.1)
+            run = toy_run(folder, batch_size=len(rows), epochs=5)
+            arguments = partial(training_arguments, run)
+            trainer = dpo_trainer(module.model, rows, tokenizer, run, arguments, name, 0.1)
         trainer.train()
         logged = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         trained = {key: value.detach() for key, value in module.named_parameters() if value.requires_grad}
@@ -210,8 +211,8 @@ def test_the_reference_of_trl_is_the_model_as_it_is_given(model_folder, tokenize
     module, _ = make(model_folder, "dpo", reference=False)
     with torch.no_grad():
         module.model.model.norm.weight += 0.5
-    arguments = partial(toy_arguments, tmp_path, batch=2, num_train_epochs=1)
-    run = Run(tmp_path / "run", {"SEED": 0})
+    run = toy_run(tmp_path / "run", batch_size=2, epochs=1)
+    arguments = partial(training_arguments, run)
     trainer = dpo_trainer(module.model, toy_rows(2), tokenizer, run, arguments, "dpo", 0.1)
     assert trainer.ref_model is not module.model
     torch.testing.assert_close(trainer.ref_model.state_dict(), module.model.state_dict())

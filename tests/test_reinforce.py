@@ -7,19 +7,18 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
 import train_reinforce
-from tests.toys import sample_of
+from tests.toys import sample_of, toy_run
 from train_reinforce import advantages, rewards, rollout, update
 from utils.models.generation import Answer, batch_of, generate, logps_and_entropies_of, logps_of, parts_of
 from utils.models.loading import add_lora, use_gradient_checkpointing, without_dropout
 from utils.models.policies import reference_of
 from utils.models.shared_prompt import TOKENS_AT_ONCE, answer_logps, answer_logps_and_entropies
-from utils.runs import Run
 from utils.training.reinforce import Actor, Baseline, Policy, Sample, start_engine
 
 
 def engine_of(model, folder, rate=1e-2, steps=100):
-    rates = {"rate": rate, "decay": 0.0, "schedule": "constant", "warmup_share": 0.0, "steps": steps}
-    return start_engine(Policy(model, 1.0), torch.device("cpu"), "fp32", Run(folder, {}), **rates)
+    run = toy_run(folder, learning_rate=rate, max_steps=steps, schedule="constant")
+    return start_engine(Policy(model, 1.0), run)
 
 
 # the gradient

@@ -14,12 +14,12 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import train_reward_model
 from benchmarks.stock_trl import reward_trainer
 from tests.conftest import SAMPLE, run_script
+from tests.toys import toy_run
 from utils.data.processed import load_pairs
 from utils.data.tokens import render
 from utils.evaluation import reward_report
 from utils.models.loading import add_lora, load_classifier, plain, save_with_proof
 from utils.models.reward_model import RewardHead, RewardModel
-from utils.runs import Run
 from utils.training.trainer import training_arguments
 
 SMALL = {
@@ -106,10 +106,9 @@ def test_trl_gets_every_row_whole_also_those_over_its_own_limit(model_folder, to
     ids = list(range(3, 203))
     row = {"input_ids": ids, "attention_mask": [1] * 200, "chosen_ids": ids * 5, "rejected_ids": ids[:9]}
     rows = Dataset.from_list([row, row | {"chosen_ids": ids[:5]}])
-    arguments = partial(training_arguments, folder=tmp_path, device=torch.device("cpu"), precision="fp32", max_steps=1)
-    arguments = partial(arguments, save_steps=0, eval_steps=0, report_to="none")
+    run = toy_run(tmp_path / "run", max_steps=1)
     model = load_classifier(model_folder, 1)
-    trainer = reward_trainer(model, rows, tokenizer, Run(tmp_path / "run", {"SEED": 0}), arguments)
+    trainer = reward_trainer(model, rows, tokenizer, run, partial(training_arguments, run))
     lengths = [(len(one["chosen_ids"]), len(one["rejected_ids"])) for one in trainer.train_dataset]
     assert lengths == [(1200, 209), (205, 209)]
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import train_reward_model
 from tests.conftest import ROOT, run_script
-from utils import training
 from utils.data.processed import load_pairs, ratings_of
 from utils.evaluation import predictions
 from utils.models.reward_model import new_reward_head
 from utils.models.shared_prompt import PairCollator
+from utils.training import trainer as training
 from utils.training.losses import PairLoss
 from utils.training.trainer import last_checkpoint
 

@@ -21,7 +21,7 @@ PACKAGES = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES} |
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "matplotlib", "scipy", "pandas"}
 LIGHT_MODULES = (  # importable without torch
     *("utils.config", "utils.runs", "utils.rows", "utils.sources", "utils.pairing", "utils.split", "utils.processed"),
-    "extras.parts.oasst",
+    "extras.lib.oasst",
 )
 MAIN_LINES = 60  # at most
 LONG_MAINS = {"train_dpo", "train_reward_model"}  # to be shortened

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dpo
 from tests.conftest import ROOT, run_script
-from utils import references
 from utils.models import policies
 from utils.runs import run_names, short_dataset, short_model
 
@@ -86,8 +85,8 @@ def test_the_run_folder_is_complete_and_a_plain_model(options, model_folder, tmp
 
 def test_a_second_run_reads_the_reference_from_the_cache_and_ends_the_same(options, tmp_path, monkeypatch):
     forwards = []
-    real = references.forward_pairs
-    monkeypatch.setattr(references, "forward_pairs", lambda *a: forwards.append(1) or real(*a))
+    real = policies.forward_pairs
+    monkeypatch.setattr(policies, "forward_pairs", lambda *a: forwards.append(1) or real(*a))
     run_script(train_dpo, **options)
     assert len(forwards) == 2, "train and validation"
     run_script(train_dpo, **options | {"OUTPUT_DIR": tmp_path / "again"})
@@ -107,8 +106,8 @@ def test_the_cache_is_never_stale(options, model_folder, tokenizer_folder, tmp_p
     from tests.conftest import SAMPLE
 
     forwards = []
-    real = references.forward_pairs
-    monkeypatch.setattr(references, "forward_pairs", lambda *a: forwards.append(1) or real(*a))
+    real = policies.forward_pairs
+    monkeypatch.setattr(policies, "forward_pairs", lambda *a: forwards.append(1) or real(*a))
     options = options | {"SAMPLE_PROMPTS": 0, "MAX_STEPS": 2}
 
     def computed(**changes):

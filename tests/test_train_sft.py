@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from extras.lib import sft
 from extras.lib.sft import answers_of_source, as_answers, learnable, least_rating, load_answers
 from tests.conftest import ROOT, run_script
 from tests.loading import tree, write_lines
-from tests.toys import toy_arguments
+from tests.toys import toy_run
 from utils.models.loading import add_lora, load_causal
 from utils.runs import Run
 from utils.training.trainer import last_checkpoint, train, trained_state
@@ -37,8 +36,7 @@ def lines_of(path):
 
 
 def trainer_of(folder, model, tokenizer, rows, **options):
-    arguments, run = partial(toy_arguments, folder, **options), Run(folder, {"SEED": 0})
-    return sft.answer_trainer(model, rows, tokenizer, run, arguments, dict)
+    return sft.answer_trainer(model, rows, tokenizer, toy_run(folder, **options), dict)
 
 
 def plain_nll(folder, rows):

@@ -38,7 +38,9 @@ def toy_trainer(model_folder, folder, rows, batch=4, accumulation=1, losses=LOSS
         from utils.models.loading import add_lora
 
         model = add_lora(model, "SEQ_CLS", 4, 8, 0.0, ("q_proj", "v_proj"), head="score")
-    return toys.toy_trainer(RewardPairs(model), losses, rows, folder, batch=batch, accumulation=accumulation, **options)
+    return toys.toy_trainer(
+        RewardPairs(model), losses, rows, folder, batch_size=batch, accumulation=accumulation, **options
+    )
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -117,11 +119,13 @@ def test_trackers_get_the_names_and_keep_their_files(tmp_path, monkeypatch):
     for name in ("WANDB_PROJECT", "TENSORBOARD_LOGGING_DIR"):
         monkeypatch.delenv(name, raising=False)
     names = {"project": "HelpSteer_dpo_Plain", "run_name": "HelpSteer-Plain-x"}
-    args = toys.toy_arguments(tmp_path / "run", **names)
+    run = toys.toy_run(tmp_path / "run")
+    run.record |= names
+    args = training.training_arguments(run)
     assert (args.project, args.run_name) == tuple(names.values()) and os.environ["WANDB_PROJECT"] == names["project"]
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "run/tensorboard")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    toys.toy_arguments(tmp_path / "run", **names)
+    training.training_arguments(run)
     assert os.environ["WANDB_PROJECT"] == "mine", "the user's wins"
 
 

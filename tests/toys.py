@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
-from transformers import TrainingArguments
 
 from utils.models.generation import Answer
 from utils.models.shared_prompt import PairCollator
 from utils.runs import Run
 from utils.training.reinforce import Sample
-from utils.training.trainer import PairTrainer, training_arguments
+from utils.training.trainer import PairTrainer
 
 MARKS = [0, 0, 0]  # ids whose embeddings vectors take the place of
 
@@ -42,21 +40,23 @@ def toy_rows(count: int, seed: int = 0, guidance: str = "none", both: bool = Fal
     return Dataset.from_list(rows)
 
 
-def toy_arguments(
-    folder: Path, kind: type = TrainingArguments, batch: int = 4, accumulation: int = 1, **options: object
-):
-    """Training arguments for a few steps on the CPU in float32."""
-    options = {"max_steps": 5, "learning_rate": 3e-3, "save_steps": 0, "eval_steps": 0, "logging_steps": 1} | options
-    return training_arguments(
-        kind, Path(folder), torch.device("cpu"), "fp32", per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation, report_to="none", seed=0, **options,
-    )  # fmt: skip
+TRAINING = {  # the constants that every training shares: a few steps
+    **{"EPOCHS": 3, "MAX_STEPS": 5, "BATCH_SIZE": 4, "ACCUMULATION": 1, "LEARNING_RATE": 3e-3, "WEIGHT_DECAY": 0.0},
+    **{"SCHEDULE": "linear", "WARMUP_SHARE": 0.0, "SEED": 0, "REPORT_TO": "none"},
+    **{"LOG_EVERY_STEPS": 1, "EVAL_EVERY_STEPS": 0, "SAVE_EVERY_STEPS": 0},
+}
 
 
-def toy_trainer(module, losses, rows, folder, rates=None, **options) -> PairTrainer:
-    """PairTrainer over toy rows."""
-    args, run = toy_arguments(folder, **options), Run(folder, {"SEED": 0})
-    return PairTrainer(module, args, rows, PairCollator(2, 8), losses, run, dict, rates)
+def toy_run(folder: Path, **settings: object) -> Run:
+    """Open a run on the CPU in float32; settings: constants of TRAINING in lower case, with other values."""
+    settings = {name.upper(): value for name, value in settings.items()}
+    return Run(folder, TRAINING | settings, device="cpu", precision="fp32")
+
+
+def toy_trainer(module, losses, rows, folder, rates=None, **settings) -> PairTrainer:
+    """Return a PairTrainer on toy rows."""
+    parts = {"train": rows, "validation": rows}
+    return PairTrainer(module, parts, PairCollator(2, 8), losses, toy_run(folder, **settings), lambda *_: {}, rates)
 
 
 def sample_of(ids: list[int], number: int = 0, ended: bool = True, **more: float) -> Sample:

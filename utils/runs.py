@@ -11,19 +11,13 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from utils.data.processed import reload_command
 from utils.script import first_process, lock_folder, processes, release, say, stop
 
 MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
-
 INPUTS = (*MODELS, "DATA_DIR", "DATASET")  # constants that name what a run reads
-
 READ = ("data_fingerprint", "reward_weights", "start", "rows_per_step")  # facts: whether the same was read under these
-
 PACKAGES = ("torch", "transformers", "datasets", "trl", "peft", "accelerate")
-
 DATASETS = (("helpsteer", "HelpSteer"), ("ultrafeedback", "UFB"), ("oasst", "OASST"))  # in a dataset's name: short
-
 MODES = {"none": "Plain", "text": "Text", "embedding": "Emb"}  # what GUIDANCE may name: what runs are called by it
 
 
@@ -214,21 +208,11 @@ def run_names(dataset: str, mode: str, model: str, loss: str, beta: float, alpha
 
 
 def main(words: list[str]) -> None:
-    """Print project and run for DATA_DIR, GUIDANCE, MODEL_SHORT_NAME, MODEL, LOSS, BETA, ALPHA: for shell scripts.
-
-    On stderr, where the rows were made for a model of another name: the command to run first if its tokenizer is
-    another one too, which only training can tell.
-    """
+    """Print project and run for DATA_DIR, GUIDANCE, MODEL_SHORT_NAME, MODEL, LOSS, BETA, ALPHA: for shell scripts."""
     data_dir, guidance, short, model, loss, beta, alpha = words
     metadata = read_json(Path(data_dir) / "metadata.json")
     mode, name = MODES[guidance], short or short_model(model)
     print(*run_names(metadata["dataset_name"], mode, name, loss, float(beta), float(alpha)))
-    if metadata["tokenizer"] != model:
-        first = reload_command(metadata, data_dir, model)
-        print(
-            f"{data_dir} has the tokens of {metadata['tokenizer']}; if {model} has others, run `{first}` first",
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":

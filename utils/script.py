@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
 import signal
 import sys
@@ -12,19 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from utils.config import missing_package
+from utils.config import BOUNDS, missing_package
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # a GPU's words, a CPU's, Windows'
-
 SAVE_MEMORY = ("GRADIENT_CHECKPOINTING", "USE_LORA")
-
-TAKE_MEMORY = ("GENERATION_BATCH", "MAX_NEW_TOKENS", "MAX_LENGTH", "BATCH_SIZE")  # see TOKENS_AT_ONCE in utils/pairs.py
-
-LOCKS: dict[Path, "FileLock"] = {}  # run folders that this process holds
-
+TAKE_MEMORY = (
+    "GENERATION_BATCH",
+    "MAX_NEW_TOKENS",
+    "MAX_LENGTH",
+    "BATCH_SIZE",
+)
+LOCKS: dict[Path, FileLock] = {}  # run folders that this process holds
 ENVIRONMENT = {  # set before torch is imported; what the user has set wins
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # operations that Apple's GPU lacks run on the CPU
     "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",  # an error instead of a machine that swaps to death
@@ -81,18 +83,13 @@ def pick(options: dict, name: str, value: str):
     return options[value]
 
 
-def at_least(least: float, **constants: float) -> None:
-    """End the script where a constant is smaller than it can be."""
-    for name, value in constants.items():
-        if value < least:
-            stop(f"{name} = {value}: expected {least} or more")
-
-
-def shares(**constants: float) -> None:
-    """End the script where a constant is no share of a whole."""
-    for name, value in constants.items():
-        if not 0 <= value <= 1:
-            stop(f"{name} = {value}: expected a share from 0 to 1")
+def check(settings: dict) -> None:
+    """Stop where a shared constant is out of its BOUNDS. settings: what `override_constants` returns."""
+    for name, value in settings.items():
+        low, high = BOUNDS.get(name, (-math.inf, math.inf))
+        if name in BOUNDS and not low <= value <= high:
+            expected = f"{low} or more" if high == math.inf else f"a number from {low} to {high}"
+            stop(f"{name} = {value}: expected {expected}")
 
 
 def script(main: Callable) -> Callable:
@@ -160,7 +157,7 @@ class Interrupt:
     def __init__(self):
         self.asked = False
 
-    def __enter__(self) -> "Interrupt":
+    def __enter__(self) -> Interrupt:
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

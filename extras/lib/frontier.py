@@ -21,7 +21,6 @@ from utils.runs import READ, read_json, write_json, write_lines
 from utils.script import stop
 
 START = "start"
-
 NOT_THE_WORK = {
     "SEED",
     "OUTPUT_DIR",
@@ -32,7 +31,6 @@ NOT_THE_WORK = {
     "EVAL_PROMPTS",
     "JUDGE_MODEL",
 }  # in which runs of one recipe may differ
-
 Prompts = list[list[Message]]
 
 

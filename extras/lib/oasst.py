@@ -20,7 +20,6 @@ from utils.data.sources import Record
 from utils.script import stop
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
-
 BAD_TREES = ("aborted_low_grade", "halted_by_moderator")  # states of trees that the makers of the data gave up
 
 

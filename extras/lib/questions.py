@@ -3,30 +3,22 @@
 from pathlib import Path
 
 HEADS = ("scalar", "distribution")
-
 MISSING = "No run was trained against a reward model with HEAD = {}: run train_reinforce.py with one."
-
 NOT_COMPARED = "Two reward models are two scales: run extras.evaluate with POLICIES and a separate JUDGE_MODEL."
-
 MORE = (
     "Its spread shows how sure the model is of one answer: the reward can subtract it, and a judge can abstain. "
     "Two distributions give P(a beats b) with ties; for two scalars it depends on their difference alone."
 )
-
 AT_EQUAL = "; reward at equal length {difference:+.3f} ({low:+.3f} to {high:+.3f})."
-
 READING = (
     "The reward is the expected grade, the sum of k P(k) over the grades 1 to 10. Training knows the order of the "
     "grades, not their distances, so equal steps are our convention and a 7 is not a person's 7."
 )
-
 RLOO = "Its baseline is the mean of the other answers to a prompt; the assignment asks for a moving average over steps."
-
 COMPARED = (
     "{mean_reward_before:.3f} before, {mean_reward_after:.3f} after, {difference:+.3f} [{difference_low:+.3f}, "
     "{difference_high:+.3f}], p = {p_value:.2g}, wins on {win_rate:.2f} of {prompts} prompts: {verdict}"
 )
-
 CHANGED = (
     "{name}: answers of {length_before:.0f} tokens before, {length_after:.0f} after; finished {ended_before:.2f} and "
     "{ended_after:.2f}; repetition {repetition_before:.3f} and {repetition_after:.3f}"

@@ -12,25 +12,15 @@ from utils.data.sources import Record, read_json_lines
 from utils.script import stop
 
 LAYOUTS = {"pairs": 2, "single": 1}  # answers in an item
-
 HUMAN = "human"  # the condition of the answer that the data has
-
 HUMANS = ("show", "rate", "hide")  # what is done with it: seen beside the others, rated like one of them, or nothing
-
 SAMPLED = ("before", "after")  # conditions in a samples.jsonl
-
 ITEMS_FILE = "items.jsonl"
-
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # control and direction characters
-
 CRITERIA = ("relevance", "clarity", "completeness", "originality", "style")
-
 GRADES = (1, 2, 3, 4, 5)
-
 PREFERENCES = {"a": 0.0, "tie": 0.5, "b": 1.0}  # how much the second answer shown is preferred
-
 RATINGS_FILE = "ratings.jsonl"
-
 PAGE_KIND = "ratings of answers"  # kind of a download of the page
 
 

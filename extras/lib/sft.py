@@ -273,11 +273,11 @@ def answer_trainer(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     run: Run,
-    arguments: Callable,
     figures: Callable[[], dict[str, float]],
 ) -> AnswerTrainer:
-    """Return the trainer for rows of extras.parts.answers."""
-    args = arguments(
+    """Return the trainer for rows of `load_answers`."""
+    args = training.training_arguments(
+        run,
         SFTConfig,
         completion_only_loss=True,  # without it TRL learns the prompts of rows that are tokenised already
         max_length=None,  # the rows fit

@@ -11,7 +11,6 @@ from utils.data.sources import ATTRIBUTES, HIGHEST_ATTRIBUTE, Record, head_of
 from utils.runs import write_lines
 
 Message = dict  # {"role": "system" | "user" | "assistant", "content": str}
-
 RATINGS = {  # whole weights of the five attributes and their divisor: sums of 0.2 steps do not compare in floats
     "average": ((1, 1, 1, 1, 1), 5),
     "no_verbosity": ((1, 1, 1, 1, 0), 4),
@@ -21,11 +20,8 @@ RATINGS = {  # whole weights of the five attributes and their divisor: sums of 0
     "nvidia_70b": ((65, 80, 45, 55, -40), 100),  # the scalar scores of NVIDIA's 70B and 340B reward models
     "nvidia_340b": ((30, 74, 46, 47, -33), 100),
 }
-
 SPEAKER = re.compile(r"\n\n(Human|Assistant):[ \t\r]*")
-
 TURN_MARKER = re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)[ \t\r]*(?:\n|$)")
-
 PAIR_RATINGS = (  # names of the two rating columns in sources that have pairs
     ("chosen_rating", "rejected_rating"),
     ("chosen_score", "rejected_score"),

@@ -12,30 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, load_from_disk
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from utils.data.preferences import Ledger
 from utils.data.sources import Record, Source
-from utils.data.tokens import chat_template_sha256, closed, end_of_turn, load_tokenizer, tokenizer_sha256
 from utils.runs import read_json, versions
 from utils.script import needs, say, stop
 
 if TYPE_CHECKING:
-    from datasets import Features
+    from datasets import Dataset, Features
+    from transformers import PreTrainedTokenizerBase
 
 HASHED = (  # what the fingerprint is of, as far as rows have it
     *("prompt", "chosen_rating", "rejected_rating", "rating"),
     *("input_ids", "completion_mask", "chosen_ids", "rejected_ids"),
 )
-
 OURS = {"train", "validation", "test", "metadata.json", "dropped.jsonl"}  # what a processed folder holds
-
 CLUTTER = {".DS_Store", ".ipynb_checkpoints", "Thumbs.db", "desktop.ini"}  # what others put into every folder
-
 READ_BY_DEFAULT = "processed_helpsteer"  # DATA_DIR of the scripts
-
 MAKE_AGAIN = (
     "DATASET",
     "TOKENIZER",
@@ -44,14 +38,11 @@ MAKE_AGAIN = (
     "ROWS",
     "TURNS",
 )  # options of the loaders
-
 LEFT_OUT = {  # more of them, left out where they have this value
     **{"RATING": "average", "SYSTEM_PROMPT": "", "MIN_RATING_GAP": 0.0, "MAX_ROWS": 0, "CHAT_TEMPLATE": ""},
     **{"VALIDATION_SHARE": 0.2, "SEED": 42},
 }
-
 STARTED_FROM = "HuggingFaceTB/SmolLM2-135M-Instruct"  # MODEL of the scripts
-
 HALVES = {"even": 0, "odd": 1}  # value of HALF: its first prompt
 
 
@@ -246,6 +237,9 @@ def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
 
     Pairs that are equal in the window teach nothing and are left out; how many is printed.
     """
+    from datasets import disable_caching, load_from_disk
+
+    disable_caching()  # else each change of rows leaves a file in the processed folder, which is not ours to write in
     rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
     refuse_sft_rows(data_dir, read_json(Path(data_dir) / "metadata.json"))
     rows = rows.add_column("row", np.arange(len(rows)))
@@ -265,6 +259,8 @@ def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrai
 
     Compared by what tokenizer and template do, not by their names: hub, offline copy and SFT folder are the same.
     """
+    from utils.data.tokens import chat_template_sha256, load_tokenizer, tokenizer_sha256
+
     metadata = read_json(needs(Path(data_dir) / "metadata.json", made_by="load_helpsteer_dataset.py"))
     tokenizer = load_tokenizer(name, metadata["settings"].get("CHAT_TEMPLATE", ""), constant)
     now = {"tokenizer": tokenizer_sha256(tokenizer), "chat_template": chat_template_sha256(tokenizer)}
@@ -296,7 +292,9 @@ def prompt_of(row: dict) -> list[int]:
 
 
 def closed_answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return the rows with an end of turn behind cut answers too, as reward models need (see utils.data.tokens.closed)."""
+    """Return the rows with an end of turn behind cut answers too, as reward models need (see `tokens.closed`)."""
+    from utils.data.tokens import closed, end_of_turn
+
     closing = end_of_turn(tokenizer)
     for side in ("chosen", "rejected"):
         both = zip(rows[f"{side}_ids"], rows[f"{side}_cut"], strict=True)

@@ -18,15 +18,10 @@ from pathlib import Path
 from utils.script import say, stop
 
 MESSAGES_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|content)['"]\s*:""")  # in a CSV cell
-
 NUMPYS = re.compile(r"\}\s+\{|\barray\(")  # numpy's way to write a list: no commas
-
 Record = dict  # one row as the source has it
-
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of HelpSteer
-
 HIGHEST_ATTRIBUTE = 4  # people gave whole numbers from 0 to this
-
 LAYOUTS = {  # name: sets of columns, each enough to recognise the layout
     "attributes": [{"prompt", "response", *ATTRIBUTES}],
     "pairs": [{"chosen", "rejected"}],
@@ -35,26 +30,17 @@ LAYOUTS = {  # name: sets of columns, each enough to recognise the layout
         {"context", "response1", "response2", "overall_preference"},  # HelpSteer3
     ],
 }
-
 TREE_LAYOUTS = {  # messages of OpenAssistant: a record is a tree of them, or one
     "trees": [{"message_tree_id", "prompt"}, {"role", "text", "replies"}],
     "messages": [{"message_id", "parent_id", "role", "text"}],
 }
-
 ANSWER_LAYOUTS = {"messages": [{"messages"}], "completion": [{"prompt", "completion"}]}  # single answers, for SFT
-
 EXPORTS = ("*.messages.jsonl.gz", "*.trees.jsonl.gz")  # beside the tables of oasst1 and oasst2: the same rows again
-
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # names of a split that is not for training
-
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
-
 SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002, older ones with a hash after it
-
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json")
-
 HEAD = 100  # the first so many records show what columns there are: a single one may lack some
-
 REASONS = {  # errors of the hub's library in a user's words
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
     "HFValidationError": "neither a folder here nor a hub name",

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from scipy.cluster.hierarchy import DisjointSet
 
 SHINGLE_WORDS = 3  # prompts are compared by their runs of three words
-
 SIMILAR = 0.8  # Jaccard similarity of these runs from which two prompts count as near duplicates
 
 # Chinese and Japanese letters are a word each: no spaces part words there

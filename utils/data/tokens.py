@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Texts = tuple[str, list[str]]  # a prompt, and what the template writes after it for each answer
-
 STARTS = ("Yes", "1. No", "“Да”", "(def", "你好")  # beginnings of answers
-
 PLAIN_TEMPLATE = (  # CHAT_TEMPLATE = "plain": for tokenizers that have no template of their own
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}User: {{ message['content'] }}\n"
@@ -30,16 +28,13 @@ PLAIN_TEMPLATE = (  # CHAT_TEMPLATE = "plain": for tokenizers that have no templ
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-
 PROBES = (  # texts on which tokenizers differ: two that agree here on every id are taken as the same
     "Hello, world! It's 2024; 3.14 is pi.",
     "\n\n1. First\n\n\n2. Second\t\ttab   spaces",
     "def f(x):\n    return x ** 2  # comment",
     "Привет, мир! Как дела? 你好 🙂 naïve café",
 )
-
 ROWS_IN_MEMORY = 256  # rows tokenised at once
-
 LETTERS_PER_TOKEN = 16  # of a text that is cut at its start, so many letters are looked at for each id wanted
 
 

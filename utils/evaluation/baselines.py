@@ -9,22 +9,17 @@ from transformers import PreTrainedTokenizerBase
 from utils.data.tokens import prompt_ids
 
 LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+•◦]|\d{1,3}[.)])[ \t]+\S", re.MULTILINE)  # "- a", "* a", "12. a", "3) a"
-
 WORD = re.compile(r"\w+")
-
 APOLOGY = re.compile(r"\b(?:sorry|apolog(?:i[sz]e|ies)|unfortunately|can(?:no|')t|unable to|as an ai)\b", re.IGNORECASE)
-
 GAP_BANDS = {  # name: from, up to (not included), in hundredths of a rating point
     "<0.5": (0, 50),
     "0.5-1.0": (50, 100),
     ">=1.0": (100, float("inf")),
 }
-
 SURFACE = (  # the measures of `surface`, in this order
     "log_length", "line_breaks", "list_items", "code_fences", "bold_marks",
     "distinct_words", "words_of_the_prompt", "apology", "question_marks",
 )  # fmt: skip
-
 SHORTCUT_NAMES = {  # key in eval.json: its name on plots and pages
     "longer": "'longer wins'",
     "longer_in_window": "'longer inside the window wins'",
@@ -34,7 +29,6 @@ SHORTCUT_NAMES = {  # key in eval.json: its name on plots and pages
     "without_prompt": "itself without the prompts",
     "shuffled_prompt": "itself with the prompts of other pairs",
 }
-
 CONTROL_NAMES = ("without_prompt", "shuffled_prompt")  # show whether the model reads the prompt; they are no rivals
 
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataset_summary import EXAMPLES
 from utils.data.preferences import hundredths
-from utils.data.split import first_rows, leaking_groups, near_duplicate_groups, repeats
+from utils.data.split import near_duplicate_groups
 from utils.evaluation.baselines import SHORTCUTS, bands_of
 from utils.evaluation.statistics import interval, wins
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WIDTH = 100  # columns
-
 LENGTHS = {  # measure: its name in the table
     "prompt_raw": "prompt, raw text",
     "prompt_raw_cut": "  raw text, cut at the window",
@@ -34,22 +32,18 @@ LENGTHS = {  # measure: its name in the table
     "pair": "prompt + longer answer",
     "pair_in_window": "  in the window",
 }
-
 DECIMALS = {"mean": 1, "median": 0, "p90": 0, "max": 0}  # of lengths in the table
-
 CUTS = {
     "prompt": "prompts cut",
     "chosen": "chosen answers cut",
     "rejected": "rejected answers cut",
     "both_answers": "both answers of a pair cut",
 }
-
 SHORTCUT_LABELS = {
     "longer": "longer answer wins",
     "more_list_items": "more list items win",
     "longer_in_window": "longer inside the window wins",
 }
-
 REPEATS = {  # (what, where): its name in the table
     ("prompts", "within"): "prompts again in the same split",
     ("prompts", "across"): "prompts in two splits",
@@ -57,9 +51,7 @@ REPEATS = {  # (what, where): its name in the table
     ("near_duplicate_prompts", "across"): "near duplicates in two splits",
     ("answers", "across"): "answers in two splits",
 }
-
 LENGTH_BINS = {"<64": 0, "64-127": 64, "128-255": 128, "256+": 256}  # name: first length in it (tokens)
-
 BATCH_OF_ROWS = {"measure": 256, "prompts": 1000}  # rows held in memory at once
 
 
@@ -281,10 +273,3 @@ def near_duplicates(parts: dict[str, Dataset]) -> dict[str, np.ndarray]:
     groups = near_duplicate_groups(tqdm(prompts, "comparing prompts", total=pairs, unit=" pairs"))
     ends = np.cumsum([len(part) for part in parts.values()])[:-1]
     return dict(zip(parts, np.split(groups, ends), strict=True))
-
-
-def find_repeats(parts: dict[str, Dataset], measures: dict, groups: dict[str, np.ndarray]) -> dict:
-    """Return duplicates and leaks (see utils.leaks), and EXAMPLES prompts that leak into training, with their rows."""
-    found = [first_rows(groups, group) for group in leaking_groups(groups)[:EXAMPLES]]
-    leaked = [{"rows": rows, "prompt": parts["train"][rows["train"]]["prompt"][:200]} for rows in found]
-    return repeats(measures, groups) | {"leaked_prompts": leaked}

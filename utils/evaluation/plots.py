@@ -20,11 +20,8 @@ from utils.evaluation.baselines import GAP_BANDS, bands_of
 from utils.runs import read_lines
 
 INK, MUTED, PALE = "#222222", "#5F6368", "#CBCFD4"
-
 BLUE, ORANGE = "#0072B2", "#D55E00"
-
 BAND_COLORS = dict(zip(GAP_BANDS, ("#8CC4E8", "#2F8AC4", "#00456F"), strict=True))
-
 STYLE = {
     "font.size": 11,
     "text.color": INK,
@@ -40,13 +37,9 @@ STYLE = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
 }
-
 WIDTH, DPI = 9.0, 200  # inches, dots per inch: 1,800 pixels, made to be read at 900
-
 LEAST, MOST = 10, 1000  # pairs from which a median is drawn, single pairs that are drawn
-
 ON_VALIDATION = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}  # the same under another name there
-
 WINDOW = 10  # logged lines that the smooth line averages
 
 

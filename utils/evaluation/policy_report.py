@@ -26,7 +26,6 @@ from utils.training.losses import PolicyPairLoss
 # Numbers of compared answers count from here, those of training from 0: a policy that met the random numbers of its
 # training again would be pushed towards and away from just the tokens that they favour, and seem to have learned more
 FIRST_NUMBER = 2**40
-
 SHOWN = 2  # samples in the model card
 
 
@@ -163,7 +162,7 @@ def comparison_of(before: Answers, after: Answers, rewards: tuple[np.ndarray, np
     return found | {"difference_at_equal_length": at_equal_length(rewards[1] - rewards[0], longer)}
 
 
-def pair_figures(outputs: dict[str, np.ndarray], rows: Dataset, loss: PolicyPairLoss) -> dict[str, float]:
+def pair_metrics(outputs: dict[str, np.ndarray], rows: Dataset, loss: PolicyPairLoss) -> dict[str, float]:
     """Exact figures on pairs: accuracy of the implicit reward with its interval, margin, loss, mean log-probs.
 
     outputs: of forward_pairs over `rows`, which carry the reference's log-probs where outputs do not.

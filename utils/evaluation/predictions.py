@@ -16,9 +16,7 @@ from utils.runs import read_json
 from utils.script import say
 
 SHOWN_PROMPT, SHOWN_ANSWER = 400, 800  # characters kept in predictions.jsonl
-
 FITTED_ON = 500  # pairs that fit_win_scale uses, at most
-
 Outputs = Callable[..., np.ndarray]  # from rows (and a model, by default the trained one) to [pairs, 2, n]
 
 

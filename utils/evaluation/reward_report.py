@@ -12,9 +12,7 @@ from utils.evaluation.statistics import calibration, coverage, interval, paired_
 from utils.runs import write_json, write_lines, write_text
 
 MATCHED = 0.1  # below this difference, as a share of the longer answer, two answers are of equal length
-
 MUCH = 0.5  # from this difference on, one answer is much longer
-
 WORST = 10  # mistakes in eval.json
 
 
@@ -300,6 +298,6 @@ def model_card(result: dict, record: dict) -> str:
         f"wins' alone: {result['length_baseline']:.3f}; {SHORTCUT_NAMES[best]}, the best shortcut: "
         f"{result['shortcuts'][best]['accuracy']:.3f}. {result['verdict'].capitalize()}.\n\n"
         "![pair accuracy](accuracy.png)\n\n"
-        "Load it with `AutoModelForSequenceClassification.from_pretrained` or `utils.models.reward_model.RewardModel.load`; what "
-        "its outputs mean is in `reward_config.json`.\n"
+        "Load it with `AutoModelForSequenceClassification.from_pretrained` or `utils.models.reward_model."
+        "RewardModel.load`; what its outputs mean is in `reward_config.json`.\n"
     )

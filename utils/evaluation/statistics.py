@@ -3,11 +3,8 @@
 import numpy as np
 
 RESAMPLES = 2000  # of the bootstrap and of the permutation test
-
 LEVEL = 0.95
-
 BINS = 10  # of a reliability curve
-
 DRAWS = 400  # of labels that a calibrated model would meet
 
 

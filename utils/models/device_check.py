@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    Step = tuple[float, dict[str, torch.Tensor]]  # loss, and the gradient of each parameter (float32, on the CPU)
+
 # largest relative difference from the CPU in fp32 that rounding explains
 LIMITS = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 

@@ -15,7 +15,6 @@ from utils.data.tokens import encode_answers, ids_of, prompt_ids
 from utils.script import say, stop
 
 VECTORS_FILE = "prompt_embedding.safetensors"
-
 VECTORS_NAMES = ("prompt_embeddings", "embeddings")  # entries of a file that may hold the vectors
 
 

@@ -15,11 +15,8 @@ from utils.runs import read_json
 from utils.script import explain_missing, pick, say, stop
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 PROOF_ROWS = 8  # a saved model is proved on so many rows
-
 PROOF_ABSOLUTE = 1e-5  # largest difference after reloading the same weights
-
 PROOF_RELATIVE = 1e-3  # the same for merged adapters, where W + BA is rounded once more
 
 
@@ -186,6 +183,19 @@ def add_lora(
         modules_to_save=[head] if head else None,
     )
     return get_peft_model(model, config)
+
+
+def prepare_model(model: nn.Module, task: str, settings: dict, head: str = "") -> nn.Module:
+    """Return the model with the adapters and the gradient checkpointing that the constants ask for.
+
+    task and head: see `add_lora`. settings: the constants of the script.
+    """
+    if settings["USE_LORA"]:
+        names = ("LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS")
+        model = add_lora(model, task, *(settings[name] for name in names), head)
+    if settings["GRADIENT_CHECKPOINTING"]:
+        use_gradient_checkpointing(model)
+    return model
 
 
 def use_gradient_checkpointing(model: nn.Module) -> None:

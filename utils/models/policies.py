@@ -18,12 +18,10 @@ from utils.models.shared_prompt import PairCollator, answer_logps, check_head, f
 from utils.script import first_process, say, stop
 
 SHARED = ("input_ids", "segments", "position_ids")  # tensors of a batch that have a length
-
 REFERENCE_COLUMNS = {
     "logps": "reference",
     "guided_logps": "guided_reference",
 }  # output of PolicyPairs: column of the rows
-
 ID_COLUMNS = ("input_ids", "attention_mask", "chosen_ids", "rejected_ids", "guided_ids", "vectors_at", "guided_at")
 
 
@@ -52,6 +50,10 @@ class PolicyPairs(nn.Module):
     @property
     def config(self) -> object:
         return self.model.config
+
+    @property
+    def trains_vectors(self) -> bool:
+        return self.vectors is not None and self.vectors.requires_grad
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """logps (sums over the tokens of an answer) and tokens, [batch, 2] float32, chosen first.

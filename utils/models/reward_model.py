@@ -28,13 +28,9 @@ from utils.runs import read_json, write_json
 from utils.script import bar_off, explain_missing, say, stop
 
 GRADES = 10
-
 CONFIG_FILE = "reward_config.json"
-
 REMOVED = ("LENGTH_PENALTY", "ANSWERS_ONLY")  # options of older versions: their models would score differently now
-
 MIN_PROMPTS = 6  # prompts needed to show that a model is worse than a coin: 5 of 5 wrong is p = 0.06
-
 HUB_WINDOW = 4096  # largest window, prompt and answer, for a reward model of the hub
 
 
@@ -79,7 +75,7 @@ class RewardHead:
         return asdict(self) | {"grades": [int(w) for w in self.weights] if self.head == "distribution" else None}
 
     @classmethod
-    def of_json(cls, config: dict) -> "Reading":
+    def of_json(cls, config: dict) -> "RewardHead":
         """Return the reading in a reward_config.json; other entries are ignored."""
         return cls(**{entry.name: config[entry.name] for entry in fields(cls) if entry.name in config})
 
@@ -364,6 +360,8 @@ def load_hub_model(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, R
 
 def load_judges(reward_model: str, judge_model: str, device: str, precision: str) -> dict[str, RewardModel]:
     """Return {"reward": the model that a policy is trained on, "judge": JUDGE_MODEL if it is set}."""
+    if not reward_model:
+        return {}
     if judge_model and Path(judge_model).resolve() == Path(reward_model).resolve():
         stop(f"JUDGE_MODEL = {judge_model!r} is REWARD_MODEL itself: name a reward model that no policy was trained on")
     judges = {"reward": RewardModel.load(reward_model, device, precision)}

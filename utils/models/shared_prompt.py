@@ -11,19 +11,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset, disable_caching
+from datasets import Dataset
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from utils.data.processed import prompt_of
 from utils.models.loading import plain
 from utils.script import bar_off, stop
 
 PADDING, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3  # what a position of a shared row belongs to
-
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # positions in one pass: what keeps the device busy
-
 ROWS_AT_ONCE = 512  # answer tokens whose logits are in memory at once: 512 x 49,152 in float32 are 100 MB
 
 
@@ -87,9 +86,6 @@ def check_shared_rows(model: nn.Module, row: dict, collator: object) -> None:
             f"in this architecture an answer sees the other one of its pair (states differ by {difference:.2g}): pairs "
             "share a row here, and only attention can be told not to look"
         )
-
-
-disable_caching()  # else each change of rows leaves a file in the processed folder, which is not ours to write in
 
 
 def row_multiple(device: torch.device) -> int:
@@ -159,6 +155,11 @@ class PairCollator:
             ends[i] = torch.tensor([c - 1, r - 1])
         named = {"input_ids": input_ids, "segments": segments, "position_ids": position_ids, "ends": ends}
         return named | {"vectors_at": torch.tensor([row.get(at, -1) for row in rows])}
+
+
+def collator_for(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PairCollator:
+    """Return the collator for the pad token of a tokenizer and the row lengths that suit a device."""
+    return PairCollator(tokenizer.pad_token_id, row_multiple(device))
 
 
 def nan_if_none(value: float | None) -> float:

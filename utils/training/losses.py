@@ -14,11 +14,8 @@ from utils.models.reward_model import RewardHead, log_win
 from utils.script import stop
 
 NEED_RATINGS = ("margin", "scaled")  # losses that use the gap between the ratings
-
 SIPA_SFT_WEIGHT = 0.05
-
 PULL_SCALE = 2.0**12  # of a gradient on its way through fp16 activations, in which it would be rounded to 0
-
 ROUNDING = {"fp32": 2e-3, "bf16": 0.1, "fp16": 0.05}  # by which the first loss may differ, as a share of it
 
 

@@ -26,7 +26,7 @@ from utils.models.reward_model import RewardHead, RewardModel
 from utils.models.shared_prompt import TOKENS_AT_ONCE, answer_logps, row_multiple
 from utils.runs import Run
 from utils.script import first_process, say, stop
-from utils.training.trainer import COMPLETE, KEPT_CHECKPOINTS, last_checkpoint, release_memory, trained_state
+from utils.training.trainer import COMPLETE, KEPT_CHECKPOINTS, SCHEDULES, last_checkpoint, release_memory, trained_state
 
 BASELINES = {  # what BASELINE may name
     "moving_average": "exponential mean of earlier steps",
@@ -34,13 +34,9 @@ BASELINES = {  # what BASELINE may name
     "leave_one_out": "mean of the other answers to the same prompt",
     "none": "nothing is taken off",
 }
-
 NORMS = {"none": "as they are", "std": "divided by their root mean square"}  # what ADVANTAGE_NORM may name
-
 MIN_MEAN_LENGTH = 2.0  # tokens an answer, end of turn included; a run stops below it
-
 MIN_ENTROPY = 0.05  # nats a token; a run stops below it
-
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names for PRECISION
 
 
@@ -349,35 +345,22 @@ def forget_steps_after(step: int, run: Run) -> None:
         run.forget_after(step, name)
 
 
-def start_engine(
-    policy: Policy,
-    device: torch.device,
-    precision: str,
-    run: Run,
-    *,
-    rate: float,
-    decay: float,
-    schedule: str,
-    warmup_share: float,
-    steps: int,
-    tracker: str = "none",
-) -> Engine:
-    """The policy on its device, in its precision, with AdamW.
-
-    rate: at its highest. decay: of the weights. schedule: transformers' name. warmup_share: of the steps, in which the
-    rate grows from 0. tracker: none, or what accelerate logs to.
-    """
+def start_engine(policy: Policy, run: Run) -> Engine:
+    """Return the policy on its device, in its precision, with AdamW, all as the record of the run has it."""
+    settings, tracker = run.record["settings"], run.record["settings"]["REPORT_TO"]
     accelerator = Accelerator(
-        mixed_precision=MIXED[precision],
-        cpu=device.type == "cpu",
+        mixed_precision=MIXED[run.record["precision"]],
+        cpu=run.record["device"] == "cpu",
         log_with=None if tracker == "none" else tracker,
         project_dir=str(run.folder),
         kwargs_handlers=[GradScalerKwargs(init_scale=2.0**10)],  # from 2^16 on, the first steps would be skipped
     )
     if tracker != "none":
-        accelerator.init_trackers("reinforce", {k: str(v) for k, v in run.record["settings"].items()})
+        accelerator.init_trackers("reinforce", {name: str(value) for name, value in settings.items()})
     trained = [value for value in policy.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
-    scheduler = get_scheduler(schedule, optimizer, int(warmup_share * steps), steps)
+    optimizer = torch.optim.AdamW(trained, lr=settings["LEARNING_RATE"], weight_decay=settings["WEIGHT_DECAY"])
+    steps = settings["MAX_STEPS"]
+    warmup = int(settings["WARMUP_SHARE"] * steps)
+    schedule = get_scheduler(SCHEDULES[settings["SCHEDULE"]], optimizer, warmup, steps)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    return Engine(accelerator, policy, optimizer, scheduler)
+    return Engine(accelerator, policy, optimizer, schedule)

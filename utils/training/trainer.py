@@ -21,18 +21,16 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from utils.models.shared_prompt import TOKENS_AT_ONCE, PairCollator, pair_lengths
+from utils.models.policies import add_reference_logps, cache_key
+from utils.models.shared_prompt import TOKENS_AT_ONCE, PairCollator, forward_pairs, pair_lengths
 from utils.runs import Run, read_json, write_json
 from utils.script import Interrupt, bar_off, first_process, pick, say, stop
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # what SCHEDULE may name
-
+TRACKERS = {"none": "", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}  # REPORT_TO: package
 KEPT_CHECKPOINTS = 2  # checkpoints that are kept
-
 COMPLETE = "complete"  # a file written last: a checkpoint without it was cut off while it was saved
-
 Losses = Callable[[dict, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -147,31 +145,32 @@ class StopsAtBadLoss(ResumesAnywhere):
 
 
 class PairTrainer(ResumesAnywhere, Trainer):
-    """Trains a module that takes batches of PairCollator with any loss over its outputs.
+    """Train a module that takes batches of PairCollator with any loss over its outputs.
 
-    losses: (outputs of the module, batch) -> (loss of each pair [pairs], {metric: value of each pair [pairs]}).
-    evaluation: () -> metrics; called every EVAL_EVERY_STEPS on all processes.
-    rates: {part of the name of parameters: their learning rate}, where it is another one than that of the rest.
+    rows: {"train": ..., "validation": ...}. losses: (outputs of the module, batch) -> (loss of each pair [pairs],
+    {metric: value of each pair [pairs]}). evaluation: (outputs on all validation rows, these rows) -> metrics, called
+    every EVAL_EVERY_STEPS on all processes. rates: {part of a parameter's name: its own learning rate}.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: TrainingArguments,
-        rows: Dataset,
+        rows: dict[str, Dataset],
         collator: PairCollator,
         losses: Losses,
         run: Run,
-        evaluation: Callable[[], dict[str, float]],
+        evaluation: Callable[[dict[str, np.ndarray], Dataset], dict[str, float]],
         rates: dict[str, float] | None = None,
     ):
-        self.losses, self.evaluation, self.rates = losses, evaluation, rates or {}
+        self.run, args = run, training_arguments(run)
+        self.validation, self.losses, self.evaluation, self.rates = rows["validation"], losses, evaluation, rates or {}
         rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.sampler = LengthSampler(pair_lengths(rows), rows_per_step, args.seed)
+        self.sampler = LengthSampler(pair_lengths(rows["train"]), rows_per_step, args.seed)
         self.sums: dict[str, torch.Tensor] = {}
         self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (row numbers, losses) since the last step
         # Trainer asks for evaluation rows before it lets `evaluate` be called; ours knows its own
-        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+        shared = {"train_dataset": rows["train"], "eval_dataset": rows["train"], "data_collator": collator}
+        super().__init__(model=model, args=args, **shared)
         add_step_callback(self, run)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthSampler:
@@ -213,9 +212,21 @@ class PairTrainer(ResumesAnywhere, Trainer):
             self.sums = {}
         super().log(logs, start_time)
 
+    def outputs_on(self, rows: Dataset, module: nn.Module | None = None) -> dict[str, np.ndarray]:
+        """Return the outputs {name: [rows, ...]} of the trained module, or of another one, computed on all processes.
+
+        See `forward_pairs`.
+        """
+        size = 2 * self.args.per_device_train_batch_size
+        return forward_pairs(module or self.model_wrapped, rows, self.data_collator, size, self.accelerator)
+
+    def validate(self) -> dict[str, float]:
+        """Return the metrics of `evaluation` on the validation rows."""
+        return self.evaluation(self.outputs_on(self.validation), self.validation)
+
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
-        """Metrics of `evaluation` under eval_*, logged."""
-        metrics = {f"eval_{name}": value for name, value in self.evaluation().items()}
+        """Log and return the metrics of `validate` under eval_*."""
+        metrics = {f"eval_{name}": value for name, value in self.validate().items()}
         self.log(dict(metrics))
         return metrics
 
@@ -309,8 +320,8 @@ class StepCallback(TrainerCallback):
 class BestEpoch(TrainerCallback):
     """Keeps the weights of the epoch with the best accuracy on validation, in the folder of the checkpoints."""
 
-    def __init__(self, trainer: Trainer, folder: Path, evaluation: Callable[[], dict[str, float]]):
-        self.trainer, self.evaluation = trainer, evaluation
+    def __init__(self, trainer: PairTrainer, folder: Path):
+        self.trainer = trainer
         self.file = folder / "checkpoints" / "best.json"
         trainer.add_callback(self)
 
@@ -324,7 +335,7 @@ class BestEpoch(TrainerCallback):
         stopped = control.should_training_stop and state.global_step < state.max_steps  # by Ctrl-C
         if stopped or epoch in found["accuracies"]:
             return
-        accuracy = self.evaluation()["accuracy"]
+        accuracy = self.trainer.validate()["accuracy"]
         self.trainer.log({"eval_accuracy": accuracy})
         if first_process():
             if accuracy > max(found["accuracies"].values(), default=-1.0):
@@ -342,42 +353,72 @@ class BestEpoch(TrainerCallback):
         return read_json(self.file)
 
 
-def check_tracker(name: str) -> None:
-    """End the script where REPORT_TO names no tracker, or one whose package is not installed."""
-    packages = {"none": "", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
-    package = pick(packages, "REPORT_TO", name)
-    if package and importlib.util.find_spec(package) is None:
-        stop(f"REPORT_TO = {name!r} needs a package that is not here: run `pip install {package}`")
+def cache_reference(trainer: PairTrainer, folder: str, weights: str) -> None:
+    """Give the trainer's rows the log-probs of the reference, which is its policy as it is now.
+
+    folder: where they are kept. weights: the digest of the policy's weights, see `policies.weights_digest`.
+    """
+    size, policy = 2 * trainer.args.per_device_train_batch_size, trainer.model
+    for name in ("validation", "train_dataset"):
+        rows = getattr(trainer, name)
+        key = cache_key(rows, policy.start, weights, trainer.run.record["precision"])
+        with_logps = add_reference_logps(rows, policy, trainer.data_collator, size, trainer.accelerator, folder, key)
+        setattr(trainer, name, with_logps)
 
 
 def training_arguments(
-    kind: type[TrainingArguments], folder: Path, device: torch.device, precision: str, **named: object
+    run: Run, kind: type[TrainingArguments] = TrainingArguments, **named: object
 ) -> TrainingArguments:
-    """Arguments of a Trainer with what all of ours share; a step count of 0 means never."""
-    if "project" in named:  # trackio takes it from the arguments, wandb from here
-        os.environ.setdefault("WANDB_PROJECT", str(named["project"]))
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))  # else among the checkpoints
-    named["max_steps"] = named.get("max_steps") or -1
-    named["warmup_steps"] = min(named.get("warmup_steps", 0.0), 1 - 1e-9)  # a share: 1 would mean one step
-    named["save_strategy"] = "steps" if named["save_steps"] else "no"
-    named["save_steps"] = named["save_steps"] or 500  # Trainer takes no 0 here
-    named["eval_strategy"] = "steps" if named["eval_steps"] else "no"
-    named["eval_steps"] = named["eval_steps"] or None
-    made = kind(
-        output_dir=str(folder / "checkpoints"),
-        use_cpu=device.type == "cpu",
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        logging_nan_inf_filter=False,  # by default a NaN loss is logged as 0.0
+    """Return the arguments of a Trainer for the constants in the record of a run; a step count of 0 means never.
+
+    kind: TrainingArguments or a configuration class of TRL; named: arguments that only this class has.
+    """
+    record, settings = run.record, run.record["settings"]
+    on_cpu, on_cuda = (record["device"].startswith(kind) for kind in ("cpu", "cuda"))
+    if "project" in record:  # trackio takes it from the arguments, wandb from here
+        os.environ.setdefault("WANDB_PROJECT", record["project"])
+        named["project"] = record["project"]
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))  # else among the checkpoints
+    arguments = kind(
+        output_dir=str(run.folder / "checkpoints"),
+        run_name=record.get("run_name", run.folder.name),
+        num_train_epochs=settings["EPOCHS"],
+        max_steps=settings["MAX_STEPS"] or -1,
+        per_device_train_batch_size=settings["BATCH_SIZE"],
+        gradient_accumulation_steps=settings["ACCUMULATION"],
+        learning_rate=settings["LEARNING_RATE"],
+        lr_scheduler_type=SCHEDULES[settings["SCHEDULE"]],
+        warmup_steps=min(settings["WARMUP_SHARE"], 1 - 1e-9),  # a share: 1 would mean one step
+        weight_decay=settings["WEIGHT_DECAY"],
+        logging_steps=settings["LOG_EVERY_STEPS"],
+        eval_strategy="steps" if settings["EVAL_EVERY_STEPS"] else "no",
+        eval_steps=settings["EVAL_EVERY_STEPS"] or None,
+        save_strategy="steps" if settings["SAVE_EVERY_STEPS"] else "no",
+        save_steps=settings["SAVE_EVERY_STEPS"] or 500,  # Trainer takes no 0 here
         save_total_limit=KEPT_CHECKPOINTS,
+        report_to=settings["REPORT_TO"],
+        seed=settings["SEED"],
+        use_cpu=on_cpu,
+        bf16=record["precision"] == "bf16",
+        fp16=record["precision"] == "fp16",
+        logging_nan_inf_filter=False,  # by default a NaN loss is logged as 0.0
         remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
+        dataloader_pin_memory=on_cuda,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         **named,
     )
-    made._n_gpu = min(made.n_gpu, 1)  # for more, Trainer would wrap the model, in another precision and batch size
-    return made
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with more, Trainer would wrap the model in DataParallel
+    return arguments
+
+
+def check_training(settings: dict) -> None:
+    """Stop where SCHEDULE or REPORT_TO names something unknown, or a tracker that is not installed."""
+    pick(SCHEDULES, "SCHEDULE", settings["SCHEDULE"])
+    name = settings["REPORT_TO"]
+    package = pick(TRACKERS, "REPORT_TO", name)
+    if package and importlib.util.find_spec(package) is None:
+        stop(f"REPORT_TO = {name!r} needs a package that is not installed: run `pip install {package}`")
 
 
 def last_checkpoint(folder: Path) -> str | None:
