@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 
 # data
 DATASET = "nvidia/HelpSteer2"  # hub name owner/name[/folder or split], or a local file or folder
-RATING = (
-    "average"  # weights of the five grades: average | goodness | helpfulness | ... (RATINGS, utils/data/preferences.py)
-)
+RATING = "average"  # how to weigh the five grades: average | goodness | helpfulness | ..., see docs/data.md
 MIN_RATING_GAP = 0.0  # leave out pairs whose ratings differ by less
 SYSTEM_PROMPT = ""  # system turn (a persona) that every row begins with, "" = as the source has it
 MAX_ROWS = 0  # read the first so many rows of each split only, 0 = all of them

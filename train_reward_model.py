@@ -36,7 +36,7 @@ HALF = ""  # even | odd: train on every second prompt only, so that a judge can 
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder, also that of an earlier reward model
 HEAD = "scalar"  # scalar = a number | distribution = P(grade) for 1 to 10 | attributes = the five ratings
-RATING = ""  # of HEAD = attributes: their weights, see RATINGS in utils/rows.py; "" = as the data were rated
+RATING = ""  # weights of the attributes for HEAD = attributes, see docs/data.md; "" = as the data were rated
 USE_LORA = False  # train low-rank adapters and the head instead of all weights
 LORA_RANK = 16  # of the adapters
 LORA_ALPHA = 32  # adapters count alpha / rank
@@ -79,10 +79,10 @@ def check_head() -> str:
     losses = pick(PAIR_LOSSES, "HEAD", HEAD)
     pair_loss = PAIR_LOSS or next(iter(losses))
     pick(losses, "PAIR_LOSS", pair_loss)
-    if RATING and HEAD != "attributes":
-        stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
     if RATING:
         pick(RATINGS, "RATING", RATING)
+        if HEAD != "attributes":
+            stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
     heads = {"LABEL_SMOOTHING": ("scalar", "distribution"), "CENTRING": ("scalar",), "RATING_WEIGHT": ("distribution",)}
     options = {"LABEL_SMOOTHING": LABEL_SMOOTHING, "CENTRING": CENTRING, "RATING_WEIGHT": RATING_WEIGHT}
     for name, value in options.items():

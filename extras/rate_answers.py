@@ -163,7 +163,7 @@ def page(asked: list[dict]) -> str:
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["source_hash"] = source_hash
-    return environment.get_template("ratings_page.html.jinja").render(data=data)
+    return environment.get_template("page.html.jinja").render(data=data)
 
 
 def read_back(folder: Path, asked: list[dict]) -> list[dict]:

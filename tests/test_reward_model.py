@@ -225,7 +225,7 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model
         ("BATCH_SIZE", 0, "BATCH_SIZE = 0: expected 1 or more"),
         ("MAX_STEPS", -1, "MAX_STEPS = -1: expected 0 or more"),
         ("REPORT_TO", "paper", "REPORT_TO = 'paper' is not known, choose one of: none, tensorboard, trackio, wandb"),
-        ("REPORT_TO", "wandb", "REPORT_TO = 'wandb' needs a package that is not here: run `pip install wandb`"),
+        ("REPORT_TO", "wandb", "REPORT_TO = 'wandb' needs a package that is not installed: run `pip install wandb`"),
         ("PRECISION", "fp16", "PRECISION = 'fp16' needs a GradScaler"),
         ("SCHEDULE", "cosin", "SCHEDULE = 'cosin' is not known, choose one of: cosine, linear, constant"),
     ],

@@ -158,7 +158,7 @@ def test_two_processes_choose_the_epoch_that_one_chooses(model_folder, sample_fo
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-3)
 
 
-def planted_pairs(kind, count=400):
+def planted_pairs(kind, count=800):
     """Pairs in which the longer answer is mostly the chosen one, or in which the chosen one says a good word."""
     random = np.random.default_rng(0)
     words = ["the", "of", "and", "to", "in", "is", "it", "for", "on", "as", "with", "by", "at", "from"]

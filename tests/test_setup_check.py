@@ -11,6 +11,7 @@ import torch
 import setup_check
 from setup_check import ask_hub, check_versions, in_cache, next_command, read_requirements
 from tests.conftest import ROOT, run_script
+from utils.models import device_check
 from utils.models.device_check import compare, one_step, prove
 
 CPU = torch.device("cpu")
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tiny():
-    return setup_check.tiny_model(seed=0)
+    return device_check.tiny_model(seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_step_equals_plain_autograd(tiny, ids):
 
 
 def test_proof_sees_a_zero_gradient(tiny):
-    dead = setup_check.tiny_model(seed=0)
+    dead = device_check.tiny_model(seed=0)
     with torch.no_grad():
         dead.model.layers[1].mlp.down_proj.weight.zero_()  # nothing flows back to the layer's other projections
     (fault, *_) = prove(dead, CPU, "fp32", seed=0)
@@ -119,7 +120,7 @@ def test_proof_sees_a_zero_gradient(tiny):
 
 
 def test_proof_sees_a_loss_without_gradient(tiny, ids):
-    frozen = setup_check.tiny_model(seed=0)
+    frozen = device_check.tiny_model(seed=0)
     frozen.lm_head.weight.requires_grad_(False)  # tied to the embedding
     step = one_step(frozen, ids, CPU, "fp32")
     assert compare(step, step, 1e-3)[1] == ["the gradient of model.embed_tokens.weight is zero"]
@@ -135,17 +136,17 @@ def test_proof_sees_wrong_numbers(tiny, ids):
         (loss, gradients | {name: gradients[name] * float("inf")}),
         (loss, {key: value.roll(1) for key, value in gradients.items()}),  # equal norms, other directions
     ]:
-        assert compare(wrong, (loss, gradients), setup_check.LIMITS["fp32"])[1], wrong[0]
+        assert compare(wrong, (loss, gradients), device_check.LIMITS["fp32"])[1], wrong[0]
 
 
 def test_mismatch_ends_in_one_line_and_exit_code_1(requirements, monkeypatch, capsys):
-    real = setup_check.one_step
+    real = device_check.one_step
 
     def wrong_in_bf16(model, ids, device, precision):
         loss, gradients = real(model, ids, device, precision)
         return (loss * 1.2, gradients) if precision == "bf16" else (loss, gradients)
 
-    monkeypatch.setattr(setup_check, "one_step", wrong_in_bf16)
+    monkeypatch.setattr(device_check, "one_step", wrong_in_bf16)
     with pytest.raises(SystemExit, match="cpu in bf16 computes wrongly: the loss is off by 2.0e-01") as end:
         run_script(setup_check, REQUIREMENTS=requirements, DEVICE="cpu", PRECISION="bf16")
     assert "\n" not in end.value.code and "MISMATCH" in capsys.readouterr().out
@@ -155,7 +156,7 @@ def test_driver_error_is_no_traceback(requirements, monkeypatch):
     def no_kernel(*_):
         raise RuntimeError("CUDA error: no kernel image is available\nmore lines")
 
-    monkeypatch.setattr(setup_check, "one_step", no_kernel)
+    monkeypatch.setattr(device_check, "one_step", no_kernel)
     with pytest.raises(SystemExit, match="no kernel image is available; try another DEVICE"):
         run_script(setup_check, REQUIREMENTS=requirements, DEVICE="cpu")
 
@@ -165,7 +166,7 @@ def test_a_full_device_is_not_said_to_compute_wrongly(requirements, monkeypatch,
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nmore lines")
 
-    monkeypatch.setattr(setup_check, place, full)
+    monkeypatch.setattr(setup_check if place == "check_machine" else device_check, place, full)
     with pytest.raises(
         SystemExit, match="cpu in .* cannot be used: CUDA out of memory.*, or end what else uses it"
     ) as end:

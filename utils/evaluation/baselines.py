@@ -1,12 +1,15 @@
 """Shortcuts and controls: what a reward model has to beat to have learned more than form."""
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from utils.data.tokens import prompt_ids
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+•◦]|\d{1,3}[.)])[ \t]+\S", re.MULTILINE)  # "- a", "* a", "12. a", "3) a"
 WORD = re.compile(r"\w+")
@@ -88,6 +91,8 @@ def fit_logistic(differences: np.ndarray, ridge: float = 1.0) -> np.ndarray:
 
 def without_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return the rows with an empty user turn as the prompt."""
+    from utils.data.tokens import prompt_ids
+
     window = len(rows[0]["input_ids"])
     empty = prompt_ids(tokenizer, [{"role": "user", "content": ""}])
     padding = window - len(empty)
