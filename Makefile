@@ -21,7 +21,7 @@ ANSWERS ?= 8
 PROMPTS ?= 40
 SEEDS ?= 1 2
 
-.PHONY: quickstart assignment test test-fast lint FORCE
+.PHONY: quickstart assignment test test-fast lint types FORCE
 
 quickstart: $(READY)
 	$(PY) setup_check.py
@@ -87,6 +87,10 @@ test-fast: $(READY_DEV)
 lint: $(READY_DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib .
+
+types: $(READY_DEV)
+	$(PY) -m mypy
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 to 3.13 is needed, this is ' + sys.version.split()[0] + ': make $(MAKECMDGOALS) PYTHON=python3.12') if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0"
