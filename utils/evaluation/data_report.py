@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import textwrap
 from collections import defaultdict
 from itertools import pairwise
@@ -195,7 +196,7 @@ def measure(part: Dataset, tokenizer: PreTrainedTokenizerBase, progress: tqdm) -
 def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
     """Lengths before and in the window (tokens), cut flags, gap (hundredths, NaN without ratings), shortcut measures.
 
-    *_key are hashes of texts, equal for equal texts within this process. Before the window an answer's length is
+    *_key are hashes of texts, equal for equal texts. Before the window an answer's length is
     that of all the template writes for it, end of turn included, as it is in the window where nothing is cut.
     """
     from utils.data.tokens import answer_texts, ids_of, written_ids
@@ -212,7 +213,7 @@ def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
         "prompt": [len(prompt) for prompt, _ in ids],
         "prompt_in_window": [sum(mask) for mask in batch["attention_mask"]],
         "multi_turn": [sum(message["role"] != "system" for message in prompt) > 1 for prompt in prompts],
-        "prompt_key": [hash(prompt) for prompt in batch["prompt"]],
+        "prompt_key": [text_key(prompt) for prompt in batch["prompt"]],
         "gap": [
             float("nan") if None in ratings else hundredths(ratings[0]) - hundredths(ratings[1])
             for ratings in zip(batch["chosen_rating"], batch["rejected_rating"], strict=True)
@@ -222,9 +223,14 @@ def measure_batch(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     for i, (side, texts) in enumerate(answers.items()):
         found[side] = [len(both[i]) for _, both in ids]
         found[f"{side}_in_window"] = found[f"{side}_longer_in_window"] = [len(cut) for cut in batch[f"{side}_ids"]]
-        found[f"{side}_key"] = [hash(text) for text in texts]
+        found[f"{side}_key"] = [text_key(text) for text in texts]
         found |= {f"{side}_{name}": [count(text) for text in texts] for name, count in SHORTCUTS.items()}
     return found
+
+
+def text_key(text: str) -> int:
+    """Return a 64-bit hash of a text, the same in every process: hash() changes with PYTHONHASHSEED."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def share(flags: np.ndarray) -> float:
