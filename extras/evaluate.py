@@ -214,7 +214,7 @@ def main(settings: dict) -> None:
         chosen = read_json(f"{REWARD_MODEL}/eval.json").get("epochs")  # on validation, which then flatters
         result["selection_shares_rows"] = bool(chosen) and not DATASET and SPLIT == "validation"
         run = Run(OUTPUT_DIR, settings, resume=False, **facts)
-        reward_report.write_results(run.folder, result, lines)
+        reward_report.write_report(run.folder, result, lines)
         say(reward_report.format_summary(result))
         for name, part in result["by_subset"].items():
             say(f"{name}: {part['accuracy']:.3f} [{part['low']:.3f}, {part['high']:.3f}] on {part['pairs']}")

@@ -83,7 +83,7 @@ def read_run(folder: Path, shown: int) -> dict:
 
 def read_summaries(places: tuple[str, ...]) -> list[dict]:
     """What dataset_summary.py left under the places: name, its table as text, its figures."""
-    from utils.evaluation.data_report import summary_text
+    from utils.evaluation.data_report import format_summary
 
     found = []
     for path in sorted(path for place in places for path in Path(place).glob("**/summary.json")):
@@ -92,7 +92,7 @@ def read_summaries(places: tuple[str, ...]) -> list[dict]:
         figures = [
             (text, picture(path.with_name(name))) for name, text in DATA.items() if path.with_name(name).exists()
         ]
-        found.append({"name": str(path.parent), "text": summary_text(summary, splits), "figures": figures})
+        found.append({"name": str(path.parent), "text": format_summary(summary, splits), "figures": figures})
     return found
 
 

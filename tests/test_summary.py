@@ -16,8 +16,8 @@ import dataset_summary
 import load_helpsteer_dataset
 from tests.conftest import ROOT, run_script
 from utils.data.preferences import hundredths
-from utils.evaluation.baselines import SHORTCUTS, bands_of, list_items
-from utils.evaluation.statistics import wins
+from utils.evaluation.baselines import SHORTCUTS, list_items
+from utils.evaluation.statistics import bands_of, wins
 
 FIGURES = {"token_lengths.png", "rating_gaps.png", "shortcuts.png", "length_by_gap.png"}
 REAL_ROWS = ROOT.parent / "shared" / "data" / "helpsteer2_rows.parquet"

@@ -109,7 +109,7 @@ def side_by_side(
     }
     figures = {}
     for name, side in answers.items():
-        figures[name] = {**side.figures(), **mean_kl(side.kl)}
+        figures[name] = {**side.metrics(), **mean_kl(side.kl)}
         if side.kl_bound is not None:
             figures[name]["kl_bound"] = side.kl_bound
         for judge, all_scores in scores.items():
