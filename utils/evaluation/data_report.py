@@ -42,7 +42,7 @@ CUTS = {
     "both_answers": "both answers of a pair cut",
 }
 REPEATS = {  # (what, where): its name in the table
-    ("prompts", "within"): "prompts again in the same split",
+    ("prompts", "within"): "repeated prompts in the same split",
     ("prompts", "across"): "prompts in two splits",
     ("near_duplicate_prompts", "within"): "near duplicates in the same split",
     ("near_duplicate_prompts", "across"): "near duplicates in two splits",
@@ -191,7 +191,7 @@ def counts_table(sections: dict[str, dict]) -> list[str]:
         ["pairs", *(f"{section['pairs']:,}" for section in sections.values())],
         ["prompts of more than one turn", *(percent(s["multi_turn_share"], 1) for s in sections.values())],
         *([name, *(percent(s["cut_share"][key], 1) for s in sections.values())] for key, name in CUTS.items()),
-        ["pairs whose answers are equal then", *(f"{s['equal_after_cut']:,}" for s in sections.values())],
+        ["pairs with equal answers after it", *(f"{s['equal_after_cut']:,}" for s in sections.values())],
     ]
     return aligned(rows)
 

@@ -266,8 +266,8 @@ def plot_reliability(result: dict[str, Any]) -> Figure:
     curve = result["reliability"]
     x, y, n = (np.array([entry[name] for entry in curve]) for name in ("confidence", "accuracy", "pairs"))
     figure, (axes,) = new_figure(
-        f"Its probabilities are off by {result['ece']:.2f} on average; up to {result['ece_of_chance']:.2f} can be "
-        "chance",
+        f"Its probabilities are off by {result['ece']:.2f} on average; chance alone allows "
+        f"{result['ece_of_chance']:.2f}",
         "How often the answer that the model prefers is the chosen one, by how sure it is. Dots: groups of pairs,\n"
         f"their area is the number of pairs. Brier score {result['brier']:.3f}; a constant 0.5 has 0.25.",
         height=5.0,
