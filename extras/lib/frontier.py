@@ -220,9 +220,9 @@ def plot_frontier(metrics: dict[str, dict], judge: str, prompts: int) -> Figure:
     by = "by the judge" if judge == "judge" else "by the reward model"
     figure, panels = new_figure(
         f"The highest mean reward {by} is that of {best}",
-        f"Mean reward {by} on the same {prompts} prompts, with 95 % intervals over prompts. Above, by its cost: the\n"
-        "KL to the start (for best of n a bound); below, by the length of the answers.",
-        height=8.0, rows=2, gap=0.32, one_x=False,
+        f"Mean reward {by} on the same {prompts} prompts, with 95 % intervals over prompts.\n"
+        "Above: against the KL to the start (for best of n, a bound). Below: against the length of the answers.",
+        height=8.0, rows=2, left=0.13, gap=0.32, one_x=False,
     )  # fmt: skip
     for axes, key, label in zip(panels, ("kl", "length"), ("KL to the start (nats an answer)", "tokens"), strict=True):
         dots = {}

@@ -1,7 +1,7 @@
 """Is a policy better than its start? Answers before and after, their metrics, and the files that show them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,33 +88,27 @@ class Sampler:
         if not self.temperature:
             return Answers(written, None)
         start_prompts = self.ids(prompts, guidances[0])
-        sides = [
-            logps_of(model, answers, self.temperature, self.precision, guidance).double().numpy()
-            for model, answers, guidance in (
-                (policy, written, guidances[1]),
-                (start, with_prompt_ids(written, start_prompts), guidances[0]),
-            )
-        ]
-        return Answers(written, sides[0] - sides[1])
+        policy_logps = self.logps(policy, written, guidances[1])
+        start_logps = self.logps(start, with_prompt_ids(written, start_prompts), guidances[0])
+        return Answers(written, policy_logps - start_logps)
+
+    def logps(self, model: nn.Module, answers: list[Answer], guidance: Guidance) -> np.ndarray:
+        """Return log pi(answer | prompt) [prompts] under a model."""
+        return logps_of(model, answers, self.temperature, self.precision, guidance).double().numpy()
 
     def ids(self, prompts: list[list[Message]], guidance: Guidance) -> list[list[int]]:
+        """Return the ids of each prompt."""
         return prompt_ids_of(self.tokenizer, prompts, self.max_length, guidance)
 
-    def write(
-        self,
-        policy: nn.Module,
-        prompts: list[list[Message]],
-        guidance: Guidance,
-        progress: str,
-        seed: int | None = None,
-    ) -> list[Answer]:
+    def write(self, policy: nn.Module, prompts: list[list[Message]], guidance: Guidance, progress: str) -> list[Answer]:
+        """Return an answer to each prompt."""
         return generate(
             policy,
             self.tokenizer,
             self.ids(prompts, guidance),
             self.max_new_tokens,
             self.temperature,
-            self.seed if seed is None else seed,
+            self.seed,
             self.batch_size,
             self.precision,
             guidance,
@@ -129,7 +123,8 @@ class Sampler:
         answers is the start's own answer in this comparison, so that best of 1 is the start.
         """
         tries = [
-            self.write(start, prompts, Guidance(), f"best of {count}: {i + 1}", self.seed + i) for i in range(count)
+            replace(self, seed=self.seed + i).write(start, prompts, Guidance(), f"best of {count}: {i + 1}")
+            for i in range(count)
         ]
         scores = np.stack([rewards_of(judge, prompts, answers) for answers in tries])  # [count, prompts]
         best = [tries[i][prompt] for prompt, i in enumerate(scores.argmax(axis=0))]

@@ -7,18 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.data.preferences import hundredths
+from utils.evaluation import plots
 from utils.evaluation.baselines import CONTROL_NAMES, SHORTCUT_NAMES, label_of
-from utils.evaluation.plots import (
-    BLUE,
-    MUTED,
-    ORANGE,
-    band_label,
-    draw_accuracies,
-    in_style,
-    new_figure,
-    save,
-    training_curves,
-)
+from utils.evaluation.plots import BLUE, MUTED, ORANGE, in_style, new_figure, save
 from utils.evaluation.statistics import (
     bands_of,
     calibration,
@@ -193,7 +184,7 @@ def write_report(
         baselines = {"accuracy": (result["length_baseline"], f"the longer answer wins, {result['measured_on']}:")}
         if record["pair_loss"] in START_LOSS and not record["settings"]["RATING_WEIGHT"]:
             baselines["loss"] = START_LOSS[record["pair_loss"]]
-        training_curves(folder, ("loss", "accuracy"), baselines, title)
+        plots.training_curves(folder, ("loss", "accuracy"), baselines, title)
         write_text(folder / "README.md", model_card(result, record))
 
 
@@ -241,7 +232,7 @@ def plot_accuracies(result: dict[str, Any], lines: list[dict]) -> Figure:
         [("the reward model", model | {"pairs": result["pairs"]}, BLUE)],
         [(label_of(name), part, ORANGE) for name, part in shortcuts.items() if name not in CONTROL_NAMES],
         [(label_of(name), part, BLUE) for name, part in shortcuts.items() if name in CONTROL_NAMES],
-        [(f"gap {band_label(band)}", part, BLUE) for band, part in result["by_gap"].items()],
+        [(f"gap {plots.band_label(band)}", part, BLUE) for band, part in result["by_gap"].items()],
         [(band, part, BLUE) for band, part in result["by_length_difference"].items()],
         [(name, part, BLUE) for name, part in list(result["by_subset"].items())[:SUBSETS]],
     ]
@@ -255,7 +246,7 @@ def plot_accuracies(result: dict[str, Any], lines: list[dict]) -> Figure:
         right=0.88,
     )
     columns = {1.07: lambda part: f"{part['accuracy']:.2f}", 1.15: lambda part: f"{part['pairs']:,}"}
-    draw_accuracies(axes, groups, columns)
+    plots.draw_accuracies(axes, groups, columns)
     axes.axvline(result["accuracy"], color=BLUE, linewidth=0.8, linestyle=":", zorder=0)
     return figure
 
