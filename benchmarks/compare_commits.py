@@ -72,7 +72,7 @@ COMMON = {  # for every script that has the option, unless the case gives it
 }
 ENVIRONMENT = {
     **{"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    "PYTHONHASHSEED": "0",  # dataset_summary.py sorts prompts by hash(), and peft writes target_modules as a set
+    "PYTHONHASHSEED": "0",  # peft writes target_modules as a set
 }
 VARY = {
     "files": ("state.json", "cache", "checkpoints"),
