@@ -41,13 +41,13 @@ TEXTS = {  # key: (English, Russian)
         "Всё оценено. Скачайте оценки и отправьте файл обратно.",
     ),
     "keys": (
-        "Keys: 1–5 for a grade, up and down for the criterion, left and right for the question",
-        "Клавиши: 1–5 — оценка, вверх и вниз — критерий, влево и вправо — вопрос",
+        "Keys: 1–5 for a grade; up and down for the criterion; left and right for the question",
+        "Клавиши: 1–5 — оценка; вверх и вниз — критерий; влево и вправо — вопрос",
     ),
     "keys_pairs": (
-        "Keys: 1–5 for a grade, A, B or = for the better answer, up and down for the criterion, "
+        "Keys: 1–5 for a grade; A, B or = for the better answer; up and down for the criterion; "
         "left and right for the question",
-        "Клавиши: 1–5 — оценка, A, B или = — лучший ответ, вверх и вниз — критерий, влево и вправо — вопрос",
+        "Клавиши: 1–5 — оценка; A, B или = — лучший ответ; вверх и вниз — критерий; влево и вправо — вопрос",
     ),
 }
 LABELS = {language: {key: texts[i] for key, texts in TEXTS.items()} for i, language in enumerate(("en", "ru"))}
