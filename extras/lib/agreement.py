@@ -32,11 +32,9 @@ def duels_of(items: dict[str, dict], ratings: list[dict], conditions: list[str])
         shares = (None, None) if preference is None else (1 - preference, preference)
         for i, name in enumerate(item["conditions"]):
             grades = list(rating["grades"][i].values())
-            side = {"name": name, "answer": item["answers"][i], "reward": item["rewards"][i], "share": shares[i]}
-            side |= {
-                "turns": item["turns"],
-                "grade": sum(grades) / len(grades) if len(grades) == len(CRITERIA) else None,
-            }
+            grade = sum(grades) / len(grades) if len(grades) == len(CRITERIA) else None
+            side = {"name": name, "answer": item["answers"][i], "reward": item["rewards"][i], "grade": grade}
+            side |= {"turns": item["turns"], "share": shares[i]}
             sides[rating["rater"], item["prompt"], "" if single else item["id"]].append(side)
     duels = []
     for (rater, prompt, _), answers in sides.items():
@@ -53,9 +51,8 @@ def outcome_of(first: dict, second: dict) -> float | None:
     """Return 1 if the second side is preferred, 0.5 for a tie, None if the answers are not rated."""
     if second["share"] is not None:
         return second["share"]
-    if first["grade"] is None or second["grade"] is None:
-        return None
-    return float(wins(np.array(second["grade"]), np.array(first["grade"])))
+    grades = (second["grade"], first["grade"])
+    return None if None in grades else float(wins(*map(np.array, grades)))
 
 
 def over_raters(duels: list[dict]) -> list[dict]:
@@ -153,8 +150,8 @@ def reward_agreement(duels: list[dict]) -> dict[str, object]:
     if not scored:
         return {}
 
-    def agreement(duel: dict, values: tuple[float, float]) -> tuple[str, float]:
-        model = float(wins(np.array(values[1]), np.array(values[0])))
+    def agreement(duel: dict, values: tuple[float, ...]) -> tuple[str, float]:
+        model = float(wins(*map(np.array, values[::-1])))
         return duel["prompt"], duel["outcome"] * model + (1 - duel["outcome"]) * (1 - model)
 
     rewards = by_prompt(agreement(duel, duel["rewards"]) for duel in scored)
@@ -214,8 +211,8 @@ def format_summary(summary: dict) -> str:
         lines[0] += f"; {summary['incomplete']} of {summary['ratings']} ratings are incomplete"
     for condition, means in summary["means"].items():
         lines.append(f"{condition}, mean grades (1 to 5) with 95 % intervals:")
-        for criterion, m in means.items():
-            lines.append(f"  {criterion:<13}{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}], {m['prompts']} prompts")
+        for name, m in means.items():
+            lines.append(f"  {name:<13}{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}], {m['prompts']} prompts")
     for rate in summary["win_rates"]:
         lines.append(
             f"{rate['second']} is preferred to {rate['first']} on {rate['win_rate']:.2f} of {rate['prompts']} prompts "
@@ -232,8 +229,8 @@ def format_summary(summary: dict) -> str:
         lines.append(
             f"the reward model agrees with the people on {model['accuracy']:.2f} of the pairs, mean over "
             f"{model['prompts']} prompts ({model['pairs']} pairs) [{model['low']:.2f}, {model['high']:.2f}]; "
-            f"the longer answer wins in {model['length']:.2f}: {model['verdict']}"
+            f"people prefer the longer answer on {model['length']:.2f}; the model is {model['verdict']}"
         )
     elif summary["win_rates"]:
-        lines.append("no agreement with a reward model: set REWARD_MODEL")
+        lines.append("set REWARD_MODEL to compare a reward model with the people")
     return "\n".join(lines)

@@ -7,16 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.preferences import (
-    Ledger,
-    Message,
-    check_pair,
-    is_text,
-    is_unicode,
-    prompt_text,
-    whole_number,
-    with_persona,
-)
+from utils.data.preferences import Ledger, check_pair, is_text, is_unicode, prompt_text, whole_number, with_persona
 from utils.data.sources import Record
 from utils.script import stop
 
@@ -41,10 +32,6 @@ class Node:
     depth: int = -1  # 0 = top-level prompt, -1 = not connected to one
     parent: Node | None = None
     replies: list[Node] = field(default_factory=list)
-
-    @property
-    def turn(self) -> Message:
-        return {"role": self.role, "content": self.text}
 
     def path(self) -> list[Node]:
         """Return the conversation from the top-level prompt down to this message."""
@@ -105,8 +92,8 @@ def node_of(row: int, message: Record | None, state: str, language: str) -> Node
     """Return the message as a node without parent and replies, with the reason if it is unusable by itself."""
     fields = message or {}
     key, lang = str(fields.get("message_id") or ""), str(fields.get("lang") or "unknown")
-    text, role = fields.get("text"), ROLES.get(str(fields.get("role")), "")
-    text = text if is_text(text) else ""
+    role = ROLES.get(str(fields.get("role")), "")
+    text = str(fields["text"]) if is_text(fields.get("text")) else ""
     checks = {  # the first true one is the reason
         "no_root": message is None,
         "bad_message": not key or not role,
@@ -147,8 +134,8 @@ def check_language(trees: Iterable[list[Node]], dataset: str, language: str) -> 
 def pair_rows(nodes: list[Node], all_turns: bool) -> list[dict[str, Any]]:
     """Return one pair for each prompt with ranked answers: the best against the worst. Ratings are -rank.
 
-    A row has prompt, turns (before the answer), answers and ratings (chosen first), nodes (all of its messages) and
-    root (text of the top-level prompt). all_turns: include later prompts, with the turns before them.
+    A row has prompt, turns (before the answer), answers and ratings (chosen first), nodes (all of its messages), root
+    (text of the top-level prompt) and content (all texts). all_turns: include later prompts with the turns before.
     """
     rows, seen = [], set()
     for node in prompts_of(nodes, all_turns):
@@ -161,12 +148,11 @@ def pair_rows(nodes: list[Node], all_turns: bool) -> list[dict[str, Any]]:
             node.unused = "unpaired" if answers else "unanswered"
             continue
         row = row_of(node, [min(ranked, key=lambda reply: reply.rank), max(ranked, key=lambda reply: reply.rank)])
-        content = (*(turn["content"] for turn in row["turns"]), *row["answers"])
-        reason = check_pair(row, 0.0) or ("duplicate" if content in seen else "")
+        reason = check_pair(row, 0.0) or ("duplicate" if row["content"] in seen else "")
         if reason:
             mark([node, *ranked], reason)
         else:
-            seen.add(content)
+            seen.add(row["content"])
             rows.append(row)
     return rows
 
@@ -179,11 +165,10 @@ def answer_rows(nodes: list[Node], all_turns: bool) -> list[dict[str, Any]]:
         node.unused = "duplicate" if answers else "unanswered"
         for answer in answers:
             row = row_of(node, [answer])
-            content = (*(turn["content"] for turn in row["turns"]), *row["answers"])
-            if content in seen:
+            if row["content"] in seen:
                 answer.unused = "duplicate"
             else:
-                seen.add(content)
+                seen.add(row["content"])
                 rows.append(row)
     return rows
 
@@ -205,7 +190,7 @@ def mark(nodes: Iterable[Node], unused: str) -> None:
 def row_of(prompt: Node, answers: list[Node]) -> dict[str, Any]:
     """Return the row of a prompt and its answers, see `pair_rows`."""
     path = prompt.path()
-    turns = [node.turn for node in path]
+    turns = [{"role": node.role, "content": node.text} for node in path]
     return {
         "prompt": prompt_text("", turns),
         "turns": turns,
@@ -213,6 +198,7 @@ def row_of(prompt: Node, answers: list[Node]) -> dict[str, Any]:
         "ratings": tuple(None if answer.rank is None else float(-answer.rank) for answer in answers),
         "nodes": [*path, *answers],
         "root": path[0].text,
+        "content": tuple(node.text for node in [*path, *answers]),
     }
 
 
