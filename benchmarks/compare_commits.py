@@ -120,7 +120,7 @@ def read_command(name: str, checkouts: list[Path]) -> tuple[str, str, dict[str, 
     how, words = "", words_of(name)
     if words[0] in ("two", "kill"):
         how, *words = words
-    given, options = iter(words[1:]), {"OUTPUT_DIR": f"{name}/out", "ANSWERS_DIR": f"{name}/answers"} | COMMON
+    given, options = iter(words[1:]), {"OUTPUT_DIR": f"{name}/out"} | COMMON
     for word in given:
         key, has_value, value = word.removeprefix("--").upper().partition("=")
         options[key] = value if has_value else next(given)
