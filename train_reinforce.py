@@ -213,7 +213,7 @@ def main(settings: dict) -> None:
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION, deepspeed=False)
     judges = reward_model.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
     scorer = judges["reward"]
-    reinforce.check_risk(scorer.reading, RISK, REWARD_MODEL)
+    reinforce.check_risk(scorer.head, RISK, REWARD_MODEL)
     # 2. load
     tokenizer, metadata = matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows = load_pairs(DATA_DIR, "train", MAX_ROWS)
@@ -225,7 +225,7 @@ def main(settings: dict) -> None:
     model = loading.prepare_model(model, "CAUSAL_LM", settings)
     reference = policies.reference_of(model, trained=True)
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
-    facts |= {"train_prompts": len(rows), "reward_head": scorer.reading.head}
+    facts |= {"train_prompts": len(rows), "reward_head": scorer.head.kind}
     facts |= {"start": policies.weights_digest(model), "reward_weights": policies.weights_digest(scorer.model)}
     run = Run(OUTPUT_DIR, settings, RESUME, device=str(device), precision=precision, **facts)
     engine = reinforce.start_engine(reinforce.Policy(model, TEMPERATURE), run)

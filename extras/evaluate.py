@@ -101,7 +101,7 @@ def judge_pairs(
     from utils.models import loading, reward_model
 
     rows = in_its_window(rows, model)
-    say(f"{name}: {model.reading.head} head, window of {model.max_length} tokens, {len(rows)} pairs")
+    say(f"{name}: {model.head.kind} head, window of {model.max_length} tokens, {len(rows)} pairs")
     weights = model.config.get("surface_weights")
     started_from = read_json(f"{name}/run.json").get("settings", {}).get("MODEL")
     if started_from and controls and not loading.is_there(started_from):
@@ -110,17 +110,17 @@ def judge_pairs(
     device = model.model.device
 
     def outputs_of(some: Dataset, other: object = None) -> np.ndarray:
-        judge = reward_model.RewardModel(other, model.tokenizer, model.reading, model.max_length) if other else model
+        judge = reward_model.RewardModel(other, model.tokenizer, model.head, model.max_length) if other else model
         return judge.pair_outputs(some, batch_size)
 
     lines = predictions.predict_pairs(
         outputs_of,
         rows,
         model.tokenizer,
-        model.reading,
+        model.head,
         np.array(weights) if weights else None,
         controls,
-        partial(reward_model.random_head_model, started_from, model.reading, device, seed) if started_from else None,
+        partial(reward_model.random_head_model, started_from, model.head, device, seed) if started_from else None,
     )
     return reward_report.report(lines), lines
 

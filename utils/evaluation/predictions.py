@@ -24,7 +24,7 @@ def predict_pairs(
     outputs_of: Outputs,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    reading: RewardHead,
+    head: RewardHead,
     surface_weights: np.ndarray | None,
     control_pairs: int,
     untrained: Callable | None,
@@ -36,8 +36,8 @@ def predict_pairs(
     returns the model with that head, or None.
     """
     right = shortcuts_right(rows, surface_weights)
-    right |= controls_right(outputs_of, untrained, rows, tokenizer, reading, control_pairs)
-    return prediction_lines(rows, outputs_of(rows), reading, right)
+    right |= controls_right(outputs_of, untrained, rows, tokenizer, head, control_pairs)
+    return prediction_lines(rows, outputs_of(rows), head, right)
 
 
 def trained_on(folder: str, rows: Dataset) -> int | None:
@@ -57,9 +57,9 @@ def trained_on(folder: str, rows: Dataset) -> int | None:
     return sum(prompt in known for prompt in rows["prompt"])
 
 
-def pairs_right(outputs: np.ndarray, reading: RewardHead) -> np.ndarray:
+def pairs_right(outputs: np.ndarray, head: RewardHead) -> np.ndarray:
     """Return 1 (chosen has the higher reward), 0.5 (tie) or 0 for each pair [pairs]; outputs [pairs, 2, n]."""
-    return wins(*reading.rewards(torch.tensor(outputs)).numpy().T)
+    return wins(*head.rewards(torch.tensor(outputs)).numpy().T)
 
 
 def texts_of(rows: Dataset) -> tuple[list[str], list[str], list[str]]:
@@ -86,7 +86,7 @@ def controls_right(
     untrained: Callable | None,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    reading: RewardHead,
+    head: RewardHead,
     count: int,
 ) -> dict[str, np.ndarray]:
     """Return for each control 1 (right), 0.5 (tie) or 0 for each pair [pairs], NaN where it was not measured.
@@ -106,20 +106,18 @@ def controls_right(
     found = {}
     for name, compute in outputs.items():
         found[name] = np.full(len(rows), np.nan)
-        found[name][some] = pairs_right(compute(), reading)
+        found[name][some] = pairs_right(compute(), head)
     return found
 
 
-def prediction_lines(
-    rows: Dataset, outputs: np.ndarray, reading: RewardHead, right: dict[str, np.ndarray]
-) -> list[dict]:
+def prediction_lines(rows: Dataset, outputs: np.ndarray, head: RewardHead, right: dict[str, np.ndarray]) -> list[dict]:
     """Return one line of predictions.jsonl for each pair.
 
     outputs [pairs, 2, n], chosen first; right: {shortcut: [pairs]}, NaN where it was not measured.
     """
     both, tokens = torch.tensor(outputs), answer_tokens(rows)
-    rewards, win = reading.rewards(both).tolist(), reading.win(both[:, 0], both[:, 1]).tolist()
-    spread = reading.spread(both).tolist() if reading.head == "distribution" else None
+    rewards, win = head.rewards(both).tolist(), head.win(both[:, 0], both[:, 1]).tolist()
+    spread = head.spread(both).tolist() if head.kind == "distribution" else None
     lines, first = [], same_prompt(rows).tolist()
     for i, row in enumerate(rows):
         line = {
@@ -145,15 +143,15 @@ def surface_weights(rows: Dataset) -> np.ndarray:
     return fit_logistic(surface_differences(*texts_of(rows)))
 
 
-def fit_win_scale(reading: RewardHead, rows: Dataset, outputs_of: Outputs) -> None:
+def fit_win_scale(head: RewardHead, rows: Dataset, outputs_of: Outputs) -> None:
     """Set win_scale for a head that was not trained on pairs, by logistic regression on the first FITTED_ON rows.
 
     Take rows that nothing is measured on.
     """
     few = rows.select(range(min(FITTED_ON, len(rows))))
-    rewards = reading.rewards(torch.tensor(outputs_of(few))).numpy()
+    rewards = head.rewards(torch.tensor(outputs_of(few))).numpy()
     (scale,) = fit_logistic((rewards[:, 0] - rewards[:, 1])[:, None])
     if scale > 0:
-        reading.win_scale = float(scale)
+        head.win_scale = float(scale)
     else:
-        say(f"win_scale stays {reading.win_scale}: on {len(few)} pairs the reward does not prefer the chosen answers")
+        say(f"win_scale stays {head.win_scale}: on {len(few)} pairs the reward does not prefer the chosen answers")

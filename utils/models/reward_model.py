@@ -63,7 +63,7 @@ class RewardHead:
     win_scale: P(a beats b) = sigma(win_scale * (reward a - reward b)), for heads that are no distribution.
     """
 
-    head: str
+    kind: str
     weights: list[float] = field(default_factory=lambda: [1.0])
     means: list[float] | None = None
     lowest_rating: float = 0.0
@@ -71,22 +71,25 @@ class RewardHead:
     win_scale: float = 1.0
 
     def as_json(self) -> dict:
-        """Return the fields for reward_config.json; `grades` repeats the weights of a distribution."""
-        return asdict(self) | {"grades": [int(w) for w in self.weights] if self.head == "distribution" else None}
+        """Return the entries for reward_config.json: `kind` is called `head` there, and `grades` repeats weights."""
+        entries = asdict(self)
+        grades = [int(weight) for weight in self.weights] if self.kind == "distribution" else None
+        return {"head": entries.pop("kind"), **entries, "grades": grades}
 
     @classmethod
     def of_json(cls, config: dict) -> "RewardHead":
-        """Return the reading in a reward_config.json; other entries are ignored."""
+        """Return the head in a reward_config.json; other entries are ignored."""
+        config = config | {"kind": config["head"]}
         return cls(**{entry.name: config[entry.name] for entry in fields(cls) if entry.name in config})
 
     def probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return P(grade) [..., 10] for outputs of a distribution head."""
-        assert self.head == "distribution", self.head
+        assert self.kind == "distribution", self.kind
         return functional.softmax(outputs.float(), dim=-1)
 
     def rewards(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return the rewards [...] of outputs [..., n]."""
-        read = self.probabilities(outputs) if self.head == "distribution" else outputs.float()
+        read = self.probabilities(outputs) if self.kind == "distribution" else outputs.float()
         read = read + torch.tensor(self.means, device=outputs.device) if self.means else read
         return read @ torch.tensor(self.weights, device=outputs.device)
 
@@ -102,7 +105,7 @@ class RewardHead:
 
     def win(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Return P(one beats other) [...] for two outputs [..., n]; a tie of grades counts half to each."""
-        if self.head == "distribution":
+        if self.kind == "distribution":
             one, other = one.float(), other.float()
             return log_win(one, other).exp() + 0.5 * log_tie(one, other).exp()
         return torch.sigmoid(self.win_scale * (self.rewards(one) - self.rewards(other)))
@@ -113,8 +116,8 @@ class RewardHead:
         return 1 + (GRADES - 1) * share.clamp(0, 1)
 
 
-def new_reward_head(head: str, rating: str, ratings: list[float], means: list[float] | None) -> RewardHead:
-    """Return the reading of a new head.
+def new_reward_head(kind: str, rating: str, ratings: list[float], means: list[float] | None) -> RewardHead:
+    """Return a new head.
 
     rating: a key of RATINGS, for the weights of the attributes. ratings: of the training rows, [] if they have none.
     means: of the attributes in the training rows, None if they have none. With attributes, grades 1 to 10 cover the
@@ -127,8 +130,8 @@ def new_reward_head(head: str, rating: str, ratings: list[float], means: list[fl
     if means is None:
         lowest, highest = min(ratings, default=0.0), max(ratings, default=1.0)
     highest = max(highest, lowest + 1e-6)  # all ratings are equal: any line will do
-    read = {"scalar": [1.0], "distribution": [float(g) for g in range(1, GRADES + 1)], "attributes": shares}[head]
-    return RewardHead(head, read, means if head == "attributes" else None, lowest, highest)
+    read = {"scalar": [1.0], "distribution": [float(g) for g in range(1, GRADES + 1)], "attributes": shares}[kind]
+    return RewardHead(kind, read, means if kind == "attributes" else None, lowest, highest)
 
 
 def log_win(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
@@ -174,52 +177,52 @@ def apply_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return plain(model).score(hidden.float())
 
 
-def start_model(name: str, tokenizer: PreTrainedTokenizerBase, reading: RewardHead) -> nn.Module:
-    """Return a model with the head of `reading`, from a language model or an earlier reward model.
+def start_model(name: str, tokenizer: PreTrainedTokenizerBase, head: RewardHead) -> nn.Module:
+    """Return a model with `head`, from a language model or an earlier reward model.
 
     A new head starts at zero, so that the first steps are not spent on undoing random rewards. A trained head of the
     same kind is kept. An attributes head becomes a scalar head by its weights (the warm start of
     https://arxiv.org/abs/2410.01257).
     """
-    head, old = HEADS[reading.head], read_json(Path(name) / CONFIG_FILE)
-    before = HEADS[old["head"]] if old else head
+    kind, old = HEADS[head.kind], read_json(Path(name) / CONFIG_FILE)
+    before = HEADS[old["head"]] if old else kind
     model, info = load_classifier(name, before.outputs, output_loading_info=True, ignore_mismatched_sizes=True)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         stop(f"MODEL = {name!r} is no decoder with a linear head called `score`, which a reward model needs here")
     new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
-    if before != head:
+    if before != kind:
         trained = model.score.weight.data
-        model.score = nn.Linear(trained.shape[1], head.outputs, bias=False)
+        model.score = nn.Linear(trained.shape[1], kind.outputs, bias=False)
         nn.init.zeros_(model.score.weight)
-        if (old["head"], reading.head) == ("attributes", "scalar"):
+        if (old["head"], head.kind) == ("attributes", "scalar"):
             model.score.weight.data = torch.tensor([old["weights"]]) @ trained
     elif "score.weight" in new:
         nn.init.zeros_(model.score.weight)
-    return configure_head(model, tokenizer, reading)
+    return configure_head(model, tokenizer, head)
 
 
-def configure_head(model: nn.Module, tokenizer: PreTrainedTokenizerBase, reading: RewardHead) -> nn.Module:
+def configure_head(model: nn.Module, tokenizer: PreTrainedTokenizerBase, head: RewardHead) -> nn.Module:
     """Name the model's outputs, and set a pad token other than the end of turn if the tokenizer has an unk token.
 
     transformers pools a classification model at the last token that is not padding. With pad = end of turn it would
     read the token before the end of turn.
     """
-    head = HEADS[reading.head]
+    kind = HEADS[head.kind]
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and tokenizer.unk_token is not None:
         tokenizer.pad_token = tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.problem_type = head.problem_type
-    model.config.id2label = dict(enumerate(head.names))
-    model.config.label2id = {name: i for i, name in enumerate(head.names)}
+    model.config.problem_type = kind.problem_type
+    model.config.id2label = dict(enumerate(kind.names))
+    model.config.label2id = {name: i for i, name in enumerate(kind.names)}
     return model
 
 
-def random_head_model(name: str, reading: RewardHead, device: torch.device, seed: int) -> nn.Module:
+def random_head_model(name: str, head: RewardHead, device: torch.device, seed: int) -> nn.Module:
     """Return the model as it was before the training, with a random head: a baseline."""
-    before = HEADS[read_json(Path(name) / CONFIG_FILE).get("head", reading.head)]
+    before = HEADS[read_json(Path(name) / CONFIG_FILE).get("head", head.kind)]
     model = load_classifier(name, before.outputs, ignore_mismatched_sizes=True)
     torch.manual_seed(seed)
-    model.score = nn.Linear(model.score.weight.shape[1], HEADS[reading.head].outputs, bias=False)
+    model.score = nn.Linear(model.score.weight.shape[1], HEADS[head.kind].outputs, bias=False)
     nn.init.normal_(model.score.weight, std=model.config.initializer_range)
     return model.to(device).eval()
 
@@ -228,12 +231,12 @@ def save_reward_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    reading: RewardHead,
+    head: RewardHead,
     rows: Dataset,
     collator: PairCollator,
     **facts: object,
 ) -> None:
-    """Save a plain model folder with reward_config.json (the reading and `facts`); reload it and compare some scores.
+    """Save a plain model folder with reward_config.json (the head and `facts`); reload it and compare some scores.
 
     facts: at least max_length, which RewardModel needs.
     """
@@ -243,9 +246,9 @@ def save_reward_model(
         batch = {name: value.to(model.device) for name, value in few.items()}
         return RewardPairs(model)(**batch)["outputs"].cpu()
 
-    reload = partial(load_classifier, labels=HEADS[reading.head].outputs, constant="OUTPUT_DIR")
+    reload = partial(load_classifier, labels=HEADS[head.kind].outputs, constant="OUTPUT_DIR")
     save_with_proof(model, tokenizer, folder, reload, score)
-    config = reading.as_json() | {"chat_template_sha256": chat_template_sha256(tokenizer)} | facts
+    config = head.as_json() | {"chat_template_sha256": chat_template_sha256(tokenizer)} | facts
     write_json(folder / CONFIG_FILE, config)
 
 
@@ -255,7 +258,7 @@ class RewardModel:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    reading: RewardHead
+    head: RewardHead
     max_length: int
     precision: str = "fp32"
     config: dict = field(default_factory=dict)  # content of reward_config.json, {} for a model of the hub
@@ -275,11 +278,11 @@ class RewardModel:
             for option in REMOVED:
                 if config.get(option.lower()):
                     stop(f"{constant} = {str(name)!r} needs {option}, which no longer exists: train it again")
-            reading, window = RewardHead.of_json(config), config["max_length"]
+            head, window = RewardHead.of_json(config), config["max_length"]
         else:
-            tokenizer, reading, window = load_hub_model(str(name), constant)
-        model = load_classifier(str(name), HEADS[reading.head].outputs, constant).to(choose_device(device)).eval()
-        return cls(model, tokenizer, reading, window, precision, config)
+            tokenizer, head, window = load_hub_model(str(name), constant)
+        model = load_classifier(str(name), HEADS[head.kind].outputs, constant).to(choose_device(device)).eval()
+        return cls(model, tokenizer, head, window, precision, config)
 
     def score(self, conversations: list[list[Message]], batch_size: int = 8) -> torch.Tensor:
         """Return the rewards [conversations], float32 on the CPU, in the window of the training.
@@ -288,13 +291,13 @@ class RewardModel:
         """
         prompts = [messages[:-1] for messages in conversations]
         answers = [(messages[-1]["content"],) for messages in conversations]
-        return self.reading.rewards(self.read(prompts, answers, batch_size)[:, 0])
+        return self.head.rewards(self.read(prompts, answers, batch_size)[:, 0])
 
     def read(self, prompts: list[list[Message]], answers: list[tuple[str, ...]], batch_size: int = 8) -> torch.Tensor:
         """Return the head's outputs [prompts, answers, n], float32 on the CPU.
 
         Give each prompt the same number of answers. They share one window, as the answers of a pair do in training.
-        `reading` turns outputs into rewards, probabilities, spread, entropy, and P(one beats the other).
+        `head` turns outputs into rewards, probabilities, spread, entropy, and P(one beats the other).
         """
         encoded = encode_answers(self.tokenizer, prompts, answers, self.max_length, close=True)
         ids = [pair.prompt_ids + answer for pair in encoded for answer in pair.answer_ids]
@@ -309,7 +312,7 @@ class RewardModel:
 
     def outputs_of_ids(self, ids: list[list[int]], batch_size: int) -> torch.Tensor:
         """Return the head's outputs [rows, n] on the CPU, from batches of similar length, the longest first."""
-        outputs = torch.zeros(len(ids), HEADS[self.reading.head].outputs)
+        outputs = torch.zeros(len(ids), HEADS[self.head.kind].outputs)
         batches = batches_by_length(list(map(len, ids)), math.inf, batch_size)
         for mine in tqdm(batches, desc="scoring", leave=False, disable=bar_off(len(batches) > 4)):
             outputs[mine] = self.outputs([ids[i] for i in mine]).cpu()
@@ -338,7 +341,7 @@ class RewardModel:
 
 
 def load_hub_model(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, RewardHead, int]:
-    """Return (tokenizer, reading, window) of a reward model that was not trained here."""
+    """Return (tokenizer, head, window) of a reward model that was not trained here."""
     made = "a run folder of train_reward_model.py or a reward model of the hub with one output"
     try:
         config = AutoConfig.from_pretrained(name)

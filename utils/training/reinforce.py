@@ -109,10 +109,10 @@ def prompt_of(number: int, answers_per_prompt: int, rows: int, seed: int) -> int
     return int(order_of(place // rows, rows, seed)[place % rows])
 
 
-def check_risk(reading: RewardHead, risk: float, model: str) -> None:
+def check_risk(head: RewardHead, risk: float, model: str) -> None:
     """Stop the script if RISK is set and the reward model has no distribution to take a spread from."""
-    if risk and reading.head != "distribution":
-        stop(f"RISK = {risk} needs the spread of a distribution: {model!r} has a {reading.head} head")
+    if risk and head.kind != "distribution":
+        stop(f"RISK = {risk} needs the spread of a distribution: {model!r} has a {head.kind} head")
 
 
 @dataclass
@@ -126,9 +126,9 @@ class Scoring:
     def __call__(self, prompts: list[list[Message]], answers: list[Answer]) -> torch.Tensor:
         """Return the rewards of the answers [answers], float32."""
         outputs = self.model.read(prompts, [(answer.text,) for answer in answers])
-        rewards = self.model.reading.rewards(outputs[:, 0])
+        rewards = self.model.head.rewards(outputs[:, 0])
         if self.risk:
-            rewards = rewards - self.risk * self.model.reading.spread(outputs[:, 0])
+            rewards = rewards - self.risk * self.model.head.spread(outputs[:, 0])
         cut = torch.tensor([not answer.ended for answer in answers], dtype=torch.float32)
         return rewards - self.cut_penalty * cut
 
