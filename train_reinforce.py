@@ -81,14 +81,14 @@ def rollout(actor: Actor, prompts: dict[int, list[Message]]) -> list[Sample]:
     from utils.models.generation import generate, logps_and_entropies_of, logps_of
     from utils.training.reinforce import Sample
 
-    ids, numbers, precision = actor.prompt_ids(list(prompts.values())), list(prompts), actor.precision
+    asked, numbers, precision = actor.prompts(list(prompts.values())), list(prompts), actor.precision
     how = {"batch_size": GENERATION_BATCH, "precision": precision, "numbers": numbers}
-    answers = generate(actor.model, actor.tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
+    answers = generate(actor.model, actor.tokenizer, asked, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
     logps, entropies = logps_and_entropies_of(actor.model, answers, TEMPERATURE, precision)
     with actor.as_reference() as reference:
         references = logps_of(reference, answers, TEMPERATURE, precision)
     figures = zip(logps.tolist(), references.tolist(), entropies.tolist(), strict=True)
-    return [Sample(*asked, *of) for *asked, of in zip(numbers, prompts.values(), answers, figures, strict=True)]
+    return [Sample(*fields, *of) for *fields, of in zip(numbers, prompts.values(), answers, figures, strict=True)]
 
 
 def rewards(samples: list[Sample], scoring: Scoring) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from extras.lib.generated import Asked, Written
     from utils.data.preferences import Ledger
     from utils.models.reward_model import RewardModel
+    from utils.models.shared_prompt import Prompt
 
 # data
 DATA_DIR = "processed_helpsteer"  # its prompts and, for self_align, its answers: of pairs the chosen ones
@@ -72,23 +73,23 @@ def answer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     batch: list[Asked],
-    prompts: dict[int, list[int]],
+    prompts: dict[int, Prompt],
     judge: RewardModel | None,
     precision: str,
 ) -> list[Written]:
     """Return the answers to each prompt of the batch, with their rewards where there is a judge.
 
-    prompts: {number: ids}.
+    prompts: {number: its prompt}.
     """
     from extras.lib.generated import Written, whole_letters
     from utils.models.generation import generate
 
     count = ANSWERS_PER_PROMPT if judge else 1
-    ids = [prompts[one.number] for one in batch for _ in range(count)]
+    asked = [prompts[one.number] for one in batch for _ in range(count)]
     numbers = [one.number * count + i for one in batch for i in range(count)]
     sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P, "seed": SEED, "numbers": numbers}
     sampling |= {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": BATCH_SIZE, "precision": precision}
-    answers = generate(model, tokenizer, ids, **sampling)
+    answers = generate(model, tokenizer, asked, **sampling)
     texts, ended = [whole_letters(a.text, a.ended) for a in answers], [a.ended for a in answers]
     turns = [one.turns for one in batch for _ in range(count)]
     talks = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(turns, texts, strict=True)]
@@ -163,9 +164,9 @@ def main(settings: dict) -> None:
     check(settings)
     check_sampling()
     from extras.lib import generated
-    from utils.data import processed, tokens
+    from utils.data import processed
     from utils.data.preferences import Ledger
-    from utils.models import loading, policies, reward_model
+    from utils.models import generation, loading, policies, reward_model
 
     pick(generated.MODES, "MODE", MODE)
     processed.check_folder(Path(OUTPUT_DIR).expanduser().resolve(), DATA_DIR, "DATA_DIR")
@@ -176,7 +177,8 @@ def main(settings: dict) -> None:
     window, ledger = metadata["max_length"], Ledger()
     asked = generated.asked_of(DATA_DIR, SPLITS, MAX_ROWS, ledger)
     room = max(window - MAX_NEW_TOKENS, window // 2)  # of a prompt, as in a pair with such an answer
-    prompts = {one.number: tokens.fitted_prompt(tokenizer, one.turns, room) for one in asked}
+    fitted = generation.prompts_of(tokenizer, [one.turns for one in asked], room)
+    prompts = {one.number: prompt for one, prompt in zip(asked, fitted, strict=True)}
     model = loading.load_causal(MODEL).to(device).eval()
     count = ANSWERS_PER_PROMPT if judge else 1
     say(f"{MODEL} answers {len(asked)} prompts of {DATA_DIR} {count} times, {MAX_NEW_TOKENS} tokens at most")
@@ -185,7 +187,7 @@ def main(settings: dict) -> None:
     same |= {"JUDGE": policies.weights_digest(judge.model)} if judge else {}
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
     run = Run(ANSWERS_DIR, settings | same, RESUME, device=str(device), precision=precision, **facts)
-    batches = generated.in_batches(asked, [len(prompts[one.number]) for one in asked], max(1, BATCH_SIZE // count))
+    batches = generated.in_batches(asked, [len(prompt.ids) for prompt in fitted], max(1, BATCH_SIZE // count))
     written = answer_all(
         batches,
         run.folder / "answers.jsonl",

@@ -109,7 +109,7 @@ def conditions() -> dict[str, tuple[str, str, str]]:
 def answer_prompts(prompts: list[dict]) -> None:
     """Put the answers of each condition into the prompts, all with the same random numbers."""
     from utils.data.tokens import load_tokenizer
-    from utils.models import generation, guidance, loading
+    from utils.models import generation, loading
 
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
     template = read_json(Path(DATA_DIR) / "metadata.json").get("chat_template", "")
@@ -120,9 +120,9 @@ def answer_prompts(prompts: list[dict]) -> None:
         if context < MAX_LENGTH + MAX_NEW_TOKENS:
             stop(f"MAX_LENGTH + MAX_NEW_TOKENS = {MAX_LENGTH + MAX_NEW_TOKENS}: {policy} has a context of {context}")
         talks = [with_persona(entry["turns"], persona) for entry in prompts]
-        ids = generation.prompt_ids_of(tokenizer, talks, MAX_LENGTH, guidance.Guidance())
+        asked = generation.prompts_of(tokenizer, talks, MAX_LENGTH)
         how = {"precision": precision, "progress": f"answers of {name}"}
-        answers = generation.generate(model, tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
+        answers = generation.generate(model, tokenizer, asked, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
         for entry, answer in zip(prompts, answers, strict=True):
             entry["answers"][name] = ratings.clean(answer.text)
 

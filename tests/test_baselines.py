@@ -6,6 +6,7 @@ import torch
 from tests.toys import sample_of
 from utils.models.generation import Answer
 from utils.models.reward_model import RewardHead
+from utils.models.shared_prompt import Prompt
 from utils.training.reinforce import (
     Baseline,
     Scoring,
@@ -108,7 +109,7 @@ class Judge:
 
 
 def answered(*texts, ended=True):
-    return [Answer([1], [5] * 10, text, ended) for text in texts]
+    return [Answer(Prompt([1]), [5] * 10, text, ended) for text in texts]
 
 
 def test_the_cut_penalty_is_taken_off_cut_answers_only():

@@ -1,7 +1,7 @@
 """Is a policy better than its start? Answers before and after, their metrics, and the files that show them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,12 @@ from utils.data.preferences import Message
 from utils.data.processed import same_prompt
 from utils.evaluation.plots import training_curves
 from utils.evaluation.statistics import at_equal_length, comparison, mean_kl, share_right, wins
-from utils.models.generation import Answer, generate, logps_of, prompt_ids_of, repetition
+from utils.models.generation import Answer, generate, logps_of, repetition
 from utils.models.guidance import Guidance
 from utils.models.loading import PROOF_ROWS, load_causal, save_with_proof
 from utils.models.policies import PolicyPairs
 from utils.models.reward_model import RewardModel
-from utils.models.shared_prompt import PairCollator
+from utils.models.shared_prompt import PairCollator, Prompt
 from utils.runs import write_json, write_lines, write_text
 from utils.training.losses import PolicyPairLoss
 
@@ -90,18 +90,15 @@ class Sampler:
         written = self.write(policy, prompts if seen is None else seen, guidances[1], progress)
         if not self.temperature:
             return Answers(written, None)
-        asked = self.ids(prompts, guidances[0])
+        asked = guidances[0].prompts(self.tokenizer, prompts, self.max_length)
         sides = [
-            logps_of(model, said, self.temperature, self.precision, guidance).double().numpy()
+            logps_of(model, said, self.temperature, self.precision, guidance.vectors).double().numpy()
             for model, said, guidance in (
                 (policy, written, guidances[1]),
-                (start, with_prompt_ids(written, asked), guidances[0]),
+                (start, with_prompts(written, asked), guidances[0]),
             )
         ]
         return Answers(written, sides[0] - sides[1])
-
-    def ids(self, prompts: list[list[Message]], guidance: Guidance) -> list[list[int]]:
-        return prompt_ids_of(self.tokenizer, prompts, self.max_length, guidance)
 
     def write(
         self,
@@ -114,13 +111,13 @@ class Sampler:
         return generate(
             policy,
             self.tokenizer,
-            self.ids(prompts, guidance),
+            guidance.prompts(self.tokenizer, prompts, self.max_length),
             self.max_new_tokens,
             self.temperature,
             self.seed if seed is None else seed,
             self.batch_size,
             self.precision,
-            guidance,
+            guidance.vectors,
             progress,
             range(FIRST_NUMBER, FIRST_NUMBER + len(prompts)),
         )
@@ -139,9 +136,9 @@ class Sampler:
         return Answers(best, None, math.log(count) - (count - 1) / count)
 
 
-def with_prompt_ids(answers: list[Answer], prompts: list[list[int]]) -> list[Answer]:
-    """The answers behind other prompts (ids)."""
-    return [Answer(ids, a.ids, a.text, a.ended) for a, ids in zip(answers, prompts, strict=True)]
+def with_prompts(answers: list[Answer], prompts: list[Prompt]) -> list[Answer]:
+    """Return the answers behind other prompts."""
+    return [replace(answer, prompt=prompt) for answer, prompt in zip(answers, prompts, strict=True)]
 
 
 def rewards_of(judge: RewardModel, prompts: list[list[Message]], answers: list[Answer]) -> np.ndarray:

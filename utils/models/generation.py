@@ -14,11 +14,11 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from utils.data.preferences import Message
 from utils.data.tokens import end_of_turn, fitted_prompt
-from utils.models.guidance import Guidance
 from utils.models.loading import autocast, plain
 from utils.models.shared_prompt import (
     TOKENS_AT_ONCE,
     PairCollator,
+    Prompt,
     answer_logps,
     answer_logps_and_entropies,
     batches_by_length,
@@ -32,9 +32,9 @@ NGRAM = 3  # repetition counts runs of so many tokens
 
 @dataclass
 class Answer:
-    """A generated answer: ids of its prompt, its own ids (the end of turn among them, if it came to one), its text."""
+    """A generated answer: its prompt, its ids (the end of turn among them, if it came to one), its text."""
 
-    prompt_ids: list[int]
+    prompt: Prompt
     ids: list[int]
     text: str
     ended: bool
@@ -79,30 +79,28 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*closing[:1], *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
 
 
-def prompt_ids_of(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], max_length: int, guidance: Guidance
-) -> list[list[int]]:
-    """Ids of prompts that fit `max_length`, guided; what is too long loses its oldest turns, then its start."""
-    return [fitted_prompt(tokenizer, guidance.add(messages), max_length) for messages in conversations]
+def prompts_of(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], max_length: int) -> list[Prompt]:
+    """Return prompts of at most `max_length` tokens; a longer one loses its oldest turns, then its start."""
+    return [Prompt(fitted_prompt(tokenizer, messages, max_length)) for messages in conversations]
 
 
 @torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     max_new_tokens: int,
     temperature: float,
     seed: int,
     batch_size: int = 8,
     precision: str = "fp32",
-    guidance: Guidance | None = None,
+    vectors: torch.Tensor | None = None,
     progress: str = "sampling",
     numbers: Sequence[int] | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[Answer]:
-    """One answer to each prompt (ids), in their order; temperature 0 is greedy.
+    """One answer to each prompt, in their order; temperature 0 is greedy.
 
     Samples from the whole distribution, in left-padded batches of prompts of like length; top_k above 0 keeps the
     likeliest so many tokens, top_p below 1 the likeliest of them that make up this share.
@@ -111,12 +109,11 @@ def generate(
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     model, stops = plain(model), stop_ids(tokenizer)
-    vectors = guidance.vectors if guidance else None
     was, answers = model.training, {}
     model.eval()
-    batches = batches_by_length(list(map(len, prompts)), math.inf, batch_size)
+    batches = batches_by_length([len(prompt.ids) for prompt in prompts], math.inf, batch_size)
     for mine in tqdm(batches, desc=progress, leave=False, disable=bar_off(len(batches) > 1)):
-        given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
+        given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors)
         luck = sampling_processors(temperature, [(seed, numbers[i]) for i in mine], top_k, top_p)
         with autocast(model.device, precision), float32_head(model):
             written = model.generate(
@@ -158,19 +155,19 @@ def float32_head(model: nn.Module) -> Iterator[None]:
 
 
 def left_padded(
-    model: nn.Module, prompts: list[list[int]], pad_id: int, vectors: torch.Tensor | None, guidance: Guidance | None
+    model: nn.Module, prompts: list[Prompt], pad_id: int, vectors: torch.Tensor | None
 ) -> tuple[dict[str, torch.Tensor], int]:
     """(what generate() takes, number of its output's columns that are prompt) for one batch of prompts."""
     multiple = row_multiple(model.device)
-    width = -(-max(map(len, prompts)) // multiple) * multiple
+    width = -(-max(len(prompt.ids) for prompt in prompts) // multiple) * multiple
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+        ids[i, width - len(prompt.ids) :], mask[i, width - len(prompt.ids) :] = torch.tensor(prompt.ids), 1
     given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     if vectors is None:
         return given, width
-    at = torch.tensor([width - len(prompt) + guidance.find(prompt) for prompt in prompts], device=model.device)
+    at = torch.tensor([width - len(prompt.ids) + prompt.vectors_at for prompt in prompts], device=model.device)
     body = getattr(model, model.base_model_prefix)
     embedded = with_vectors(body, given.pop("input_ids"), at, vectors.to(model.device))
     return {"inputs_embeds": embedded, **given}, 0
@@ -182,16 +179,15 @@ def logps_of(
     answers: list[Answer],
     temperature: float = 1.0,
     precision: str = "fp32",
-    guidance: Guidance | None = None,
+    vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """log pi(answer | prompt) [answers] at a temperature, summed over the tokens, the end of turn among them."""
-    device, vectors = plain(model).device, guidance.vectors if guidance else None
-    vectors = vectors.to(device) if vectors is not None else None
+    vectors = vectors.to(plain(model).device) if vectors is not None else None
 
     def read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return answer_logps(model, batch, vectors, temperature)[0]
 
-    return read_answers(model, answers, read, precision, guidance)
+    return read_answers(model, answers, read, precision)
 
 
 @torch.no_grad()
@@ -211,7 +207,6 @@ def read_answers(
     answers: list[Answer],
     read: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     precision: str,
-    guidance: Guidance | None = None,
     columns: int = 1,
 ) -> torch.Tensor:
     """What `read` finds in batches of answers of like length [answers] (or [answers, columns]), on the CPU."""
@@ -219,7 +214,7 @@ def read_answers(
     was, found = model.training, torch.zeros(len(answers), columns)
     model.eval()
     for mine in parts_of(answers, TOKENS_AT_ONCE[device.type]):
-        batch = batch_of([answers[i] for i in mine], guidance, row_multiple(device))
+        batch = batch_of([answers[i] for i in mine], row_multiple(device))
         with autocast(device, precision):
             found[mine] = read({name: value.to(device) for name, value in batch.items()})[:, :columns].cpu()
     model.train(was)
@@ -228,16 +223,12 @@ def read_answers(
 
 def parts_of(answers: list[Answer], tokens: int) -> list[list[int]]:
     """Places in `answers`, in parts of at most `tokens` positions; see `like_length`."""
-    return batches_by_length([len(answer.prompt_ids) + len(answer.ids) for answer in answers], tokens)
+    return batches_by_length([len(answer.prompt.ids) + len(answer.ids) for answer in answers], tokens)
 
 
-def batch_of(answers: list[Answer], guidance: Guidance | None = None, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """Prompts and their answers as shared rows without a second answer, for answer_logps."""
-    rows = [{"chosen_ids": answer.ids, "rejected_ids": [], "vectors_at": -1} for answer in answers]
-    if guidance and guidance.vectors is not None:
-        for row, answer in zip(rows, answers, strict=True):
-            row["vectors_at"] = guidance.find(answer.prompt_ids)
-    return PairCollator(0, multiple).shared_rows([answer.prompt_ids for answer in answers], rows, "vectors_at")
+def batch_of(answers: list[Answer], multiple: int = 1) -> dict[str, torch.Tensor]:
+    """Return answers behind their prompts as shared rows without a second answer, for `answer_logps`."""
+    return PairCollator(0, multiple).shared_rows([a.prompt for a in answers], [(a.ids, []) for a in answers])
 
 
 def repetition(ids: list[int]) -> float:

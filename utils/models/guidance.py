@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.preferences import Message
-from utils.data.tokens import encode_answers, ids_of, prompt_ids
+from utils.data.tokens import encode_answers, fitted_prompt, ids_of, prompt_ids
+from utils.models.shared_prompt import Prompt
 from utils.script import say, stop
 
 VECTORS_FILE = "prompt_embedding.safetensors"
@@ -40,6 +41,13 @@ class Guidance:
         last = max(i for i, message in enumerate(messages) if message["role"] == "user")
         guided = {"role": "user", "content": messages[last]["content"] + self.text}
         return [*messages[:last], guided, *messages[last + 1 :]]
+
+    def prompts(
+        self, tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], max_length: int
+    ) -> list[Prompt]:
+        """Return guided prompts of at most `max_length` tokens; see `fitted_prompt`."""
+        ids = [fitted_prompt(tokenizer, self.add(messages), max_length) for messages in conversations]
+        return [Prompt(prompt, self.find(prompt)) for prompt in ids]
 
     def find(self, ids: list[int]) -> int:
         """Where the vectors begin in the ids of a prompt, -1 without vectors.

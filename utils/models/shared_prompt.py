@@ -6,6 +6,7 @@ computed once.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ from utils.script import bar_off, stop
 PADDING, PROMPT, CHOSEN, REJECTED = 0, 1, 2, 3  # what a position of a shared row belongs to
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # positions in one pass: what keeps the device busy
 ROWS_AT_ONCE = 512  # answer tokens whose logits are in memory at once: 512 x 49,152 in float32 are 100 MB
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The ids of a prompt; vectors_at: where vectors replace the embeddings of its tokens, -1 = nowhere."""
+
+    ids: list[int]
+    vectors_at: int = -1
 
 
 def shared_prompt_mask(segments: torch.Tensor) -> torch.Tensor:
@@ -72,12 +81,11 @@ def check_shared_rows(model: nn.Module, row: dict, collator: object) -> None:
     Attention obeys the mask of a shared row; convolutions and linear attention, which some architectures have, do not.
     row: of a processed folder. collator: a PairCollator.
     """
-    was, prompt = model.training, row["input_ids"][: sum(row["attention_mask"])]
-    alone = row | {"chosen_ids": row["rejected_ids"], "rejected_ids": []}
+    was, chosen, rejected = model.training, row["chosen_ids"], row["rejected_ids"]
     model.eval()
     found = []
-    for one, side in ((row, 1), (alone, 0)):
-        batch = collator.shared_rows([prompt], [one], "none")
+    for answers, side in (((chosen, rejected), 1), ((rejected, []), 0)):
+        batch = collator.shared_rows([Prompt(prompt_of(row))], [answers])
         found.append(hidden_states(model, batch)[0, batch["ends"][0, side]])
     model.train(was)
     difference = ((found[0] - found[1]).abs().max() / found[1].abs().max()).item()
@@ -118,10 +126,10 @@ class PairCollator:
         self.pad_id, self.multiple = pad_id, multiple
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        prompts = [prompt_of(row) for row in rows]
-        batch = self.shared_rows(prompts, rows, "vectors_at")
+        answers = [(row["chosen_ids"], row["rejected_ids"]) for row in rows]
+        batch = self.shared_rows([Prompt(prompt_of(row), row.get("vectors_at", -1)) for row in rows], answers)
         if "guided_ids" in rows[0]:
-            guided = self.shared_rows([row["guided_ids"] for row in rows], rows, "guided_at")
+            guided = self.shared_rows([Prompt(row["guided_ids"], row["guided_at"]) for row in rows], answers)
             batch |= {f"guided_{name}": value for name, value in guided.items()}
         for name in ("reference", "guided_reference"):
             if name in rows[0]:
@@ -137,15 +145,15 @@ class PairCollator:
             "attributes": torch.tensor(attributes, dtype=torch.float32),
         }
 
-    def shared_rows(self, prompts: list[list[int]], rows: list[dict], at: str) -> dict[str, torch.Tensor]:
-        """The tensors of one prompt a row with both of its answers; at: the column for vectors_at."""
-        parts = [(prompt, row["chosen_ids"], row["rejected_ids"]) for prompt, row in zip(prompts, rows, strict=True)]
+    def shared_rows(self, prompts: list[Prompt], answers: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        """Return the tensors of one row for each prompt with the ids of both of its answers."""
+        parts = [(prompt.ids, *both) for prompt, both in zip(prompts, answers, strict=True)]
         longest = max(sum(map(len, part)) for part in parts)
         length = -(-longest // self.multiple) * self.multiple
-        input_ids = torch.full((len(rows), length), self.pad_id)
-        segments = torch.full((len(rows), length), PADDING)
-        position_ids = torch.zeros((len(rows), length), dtype=torch.int64)
-        ends = torch.zeros((len(rows), 2), dtype=torch.int64)
+        input_ids = torch.full((len(parts), length), self.pad_id)
+        segments = torch.full((len(parts), length), PADDING)
+        position_ids = torch.zeros((len(parts), length), dtype=torch.int64)
+        ends = torch.zeros((len(parts), 2), dtype=torch.int64)
         for i, (prompt, chosen, rejected) in enumerate(parts):
             p, c, r = len(prompt), len(prompt) + len(chosen), len(prompt) + len(chosen) + len(rejected)
             input_ids[i, :r] = torch.tensor([*prompt, *chosen, *rejected])
@@ -154,7 +162,7 @@ class PairCollator:
             position_ids[i, c:r] = torch.arange(p, p + len(rejected))
             ends[i] = torch.tensor([c - 1, r - 1])
         named = {"input_ids": input_ids, "segments": segments, "position_ids": position_ids, "ends": ends}
-        return named | {"vectors_at": torch.tensor([row.get(at, -1) for row in rows])}
+        return named | {"vectors_at": torch.tensor([prompt.vectors_at for prompt in prompts])}
 
 
 def collator_for(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PairCollator:

@@ -20,10 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from utils.data.preferences import Message
-from utils.models.generation import Answer, batch_of, parts_of, prompt_ids_of, repetition
-from utils.models.guidance import Guidance
+from utils.models.generation import Answer, batch_of, parts_of, prompts_of, repetition
 from utils.models.reward_model import RewardHead, RewardModel
-from utils.models.shared_prompt import TOKENS_AT_ONCE, answer_logps, row_multiple
+from utils.models.shared_prompt import TOKENS_AT_ONCE, Prompt, answer_logps, row_multiple
 from utils.runs import Run
 from utils.script import first_process, say, stop
 from utils.training.trainer import COMPLETE, KEPT_CHECKPOINTS, SCHEDULES, last_checkpoint, release_memory, trained_state
@@ -84,8 +83,8 @@ class Actor:
         if self.reference != "adapter":
             self.reference.to(self.model.device)
 
-    def prompt_ids(self, prompts: list[list[Message]]) -> list[list[int]]:
-        return prompt_ids_of(self.tokenizer, prompts, self.window, Guidance())
+    def prompts(self, conversations: list[list[Message]]) -> list[Prompt]:
+        return prompts_of(self.tokenizer, conversations, self.window)
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
