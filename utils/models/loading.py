@@ -160,15 +160,12 @@ def is_there(name: str) -> bool:
 
 def without_dropout(model: nn.Module) -> nn.Module:
     """Turn the model's own dropout off: policy and reference must be the same function at the start."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Dropout):
-            layer.p = 0.0
-        for name in DROPOUTS:  # attention layers copy the rate from the config when they are built
-            if isinstance(getattr(layer, name, None), float):
-                setattr(layer, name, 0.0)
-    for name in DROPOUTS:
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.0)
+    for owner in (model.config, *model.modules()):  # attention layers copy the rate from the config when built
+        if isinstance(owner, nn.Dropout):
+            owner.p = 0.0
+        for name in DROPOUTS:
+            if isinstance(getattr(owner, name, None), float):
+                setattr(owner, name, 0.0)
     return model
 
 

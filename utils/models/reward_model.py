@@ -137,8 +137,8 @@ def new_reward_head(kind: str, rating: str, ratings: list[float], means: list[fl
     """
     weights, divisor = RATINGS.get(rating, RATINGS["average"])
     shares = [weight / divisor for weight in weights]
-    lowest = HIGHEST_ATTRIBUTE * sum(min(share, 0.0) for share in shares)
-    highest = HIGHEST_ATTRIBUTE * sum(max(share, 0.0) for share in shares)
+    lowest = HIGHEST_ATTRIBUTE * sum(min(share, 0) for share in shares)
+    highest = HIGHEST_ATTRIBUTE * sum(max(share, 0) for share in shares)
     if means is None:
         lowest, highest = min(ratings, default=0.0), max(ratings, default=1.0)
     highest = max(highest, lowest + 1e-6)  # if all ratings are equal, any line will do
@@ -174,14 +174,11 @@ class RewardPairs(nn.Module):
     def config(self) -> Any:
         return self.model.config
 
-    def last_hidden(self, ends: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states [batch, 2, hidden] at the last real token of each answer."""
+    def forward(self, ends: torch.Tensor, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return {"outputs": [batch, 2, n]}, float32, chosen first, pooled at the last token of each answer."""
         hidden = hidden_states(self.model, batch)
-        return hidden.gather(1, ends[:, :, None].expand(-1, -1, hidden.shape[-1]))
-
-    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return {"outputs": [batch, 2, n]}, float32, chosen first."""
-        return {"outputs": apply_head(self.model, self.last_hidden(**batch))}
+        last = hidden.gather(1, ends[:, :, None].expand(-1, -1, hidden.shape[-1]))  # [batch, 2, hidden]
+        return {"outputs": apply_head(self.model, last)}
 
 
 def apply_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -324,28 +321,24 @@ class RewardModel:
         ids = [prompt + answer for prompt, *answers in sides for answer in answers]
         return self.outputs_of_ids(ids, batch_size).view(len(rows), 2, -1).numpy()
 
+    @torch.no_grad()
     def outputs_of_ids(self, ids: list[list[int]], batch_size: int) -> torch.Tensor:
-        """Return the head's outputs [rows, n] on the CPU, from batches of similar length, the longest first."""
-        outputs = torch.zeros(len(ids), HEADS[self.head.kind].outputs)
+        """Return the head's outputs [rows, n] on the CPU; pooled by length, not by pad ids."""
+        device, outputs = self.model.device, torch.zeros(len(ids), HEADS[self.head.kind].outputs)
         batches = batches_by_length(list(map(len, ids)), math.inf, batch_size)
         for places in tqdm(batches, desc="scoring", leave=False, disable=bar_off(len(batches) > 4)):
-            outputs[places] = self.outputs([ids[i] for i in places]).cpu()
+            sides = padded([ids[i] for i in places], self.tokenizer.pad_token_id, row_multiple(device))
+            batch, mask = (side.to(device) for side in sides)
+            if not hasattr(self.model, "score"):  # an encoder from the hub, which pools in its own way, in float32
+                outputs[places] = self.model(batch, attention_mask=mask).logits.float().cpu()
+                continue
+            with autocast(device, self.precision):
+                hidden = body_of(self.model)(batch, attention_mask=mask, use_cache=False).last_hidden_state
+            last = hidden[torch.arange(len(places), device=device), mask.sum(1) - 1]  # [rows, hidden]
+            outputs[places] = apply_head(self.model, last).cpu()
         if not outputs.isfinite().all():
             stop("rewards are not finite: set PRECISION = fp32, or use another reward model")
         return outputs
-
-    @torch.no_grad()
-    def outputs(self, rows: list[list[int]]) -> torch.Tensor:
-        """Return the head's outputs [rows, n] for one batch of ids; pooled by length, not by pad ids."""
-        device = self.model.device
-        sides = padded(rows, self.tokenizer.pad_token_id, row_multiple(device))
-        ids, mask = (side.to(device) for side in sides)
-        if not hasattr(self.model, "score"):  # an encoder from the hub, which pools in its own way, in float32
-            return self.model(ids, attention_mask=mask).logits.float()
-        with autocast(device, self.precision):
-            hidden = body_of(self.model)(ids, attention_mask=mask, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(rows), device=device), mask.sum(1) - 1]  # [rows, hidden]
-        return apply_head(self.model, last)
 
 
 def load_hub_model(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, RewardHead, int]:

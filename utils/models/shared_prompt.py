@@ -87,14 +87,8 @@ class PairCollator:
             position_ids[i, :c] = torch.arange(c)
             position_ids[i, c:r] = torch.arange(p, p + len(rejected))
             ends[i] = torch.tensor([c - 1, r - 1])
-        vectors_at = torch.tensor([prompt.vectors_at for prompt in prompts])
-        return {
-            "input_ids": input_ids,
-            "segments": segments,
-            "position_ids": position_ids,
-            "ends": ends,
-            "vectors_at": vectors_at,
-        }
+        batch = {"input_ids": input_ids, "segments": segments, "position_ids": position_ids, "ends": ends}
+        return batch | {"vectors_at": torch.tensor([prompt.vectors_at for prompt in prompts])}
 
 
 def collator_for(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PairCollator:
