@@ -200,7 +200,7 @@ def prepare_model(model: nn.Module, task: str, settings: dict[str, Any], head: s
     task and head: see `add_lora`. settings: the constants of the script.
     """
     if settings["USE_LORA"]:
-        rank, alpha, dropout = (settings[f"LORA_{name}"] for name in ("RANK", "ALPHA", "DROPOUT"))
+        rank, alpha, dropout = settings["LORA_RANK"], settings["LORA_ALPHA"], settings["LORA_DROPOUT"]
         model = add_lora(model, task, rank, alpha, dropout, settings["LORA_TARGETS"], head)
     if settings["GRADIENT_CHECKPOINTING"]:
         use_gradient_checkpointing(model)
