@@ -81,14 +81,14 @@ def rollout(actor: Actor, prompts: dict[int, list[Message]]) -> list[Sample]:
     from utils.models.generation import generate, logps_and_entropies_of, logps_of
     from utils.training.reinforce import Sample
 
-    ids, numbers, precision = actor.prompt_ids(list(prompts.values())), list(prompts), actor.precision
+    asked, numbers, precision = actor.prompts(list(prompts.values())), list(prompts), actor.precision
     how = {"batch_size": GENERATION_BATCH, "precision": precision, "numbers": numbers}
-    answers = generate(actor.model, actor.tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
+    answers = generate(actor.model, actor.tokenizer, asked, MAX_NEW_TOKENS, TEMPERATURE, SEED, **how)
     logps, entropies = logps_and_entropies_of(actor.model, answers, TEMPERATURE, precision)
     with actor.as_reference() as reference:
         references = logps_of(reference, answers, TEMPERATURE, precision)
     figures = zip(logps.tolist(), references.tolist(), entropies.tolist(), strict=True)
-    return [Sample(*asked, *of) for *asked, of in zip(numbers, prompts.values(), answers, figures, strict=True)]
+    return [Sample(*fields, *of) for *fields, of in zip(numbers, prompts.values(), answers, figures, strict=True)]
 
 
 def rewards(samples: list[Sample], scoring: Scoring) -> None:
@@ -213,7 +213,7 @@ def main(settings: dict) -> None:
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION, deepspeed=False)
     judges = reward_model.load_judges(REWARD_MODEL, JUDGE_MODEL, DEVICE, precision)
     scorer = judges["reward"]
-    reinforce.check_risk(scorer.reading, RISK, REWARD_MODEL)
+    reinforce.check_risk(scorer.head, RISK, REWARD_MODEL)
     # 2. load
     tokenizer, metadata = matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows = load_pairs(DATA_DIR, "train", MAX_ROWS)
@@ -225,7 +225,7 @@ def main(settings: dict) -> None:
     model = loading.prepare_model(model, "CAUSAL_LM", settings)
     reference = policies.reference_of(model, trained=True)
     facts = {"dataset_name": metadata["dataset_name"], "data_fingerprint": metadata["fingerprint"]}
-    facts |= {"train_prompts": len(rows), "reward_head": scorer.reading.head}
+    facts |= {"train_prompts": len(rows), "reward_head": scorer.head.kind}
     facts |= {"start": policies.weights_digest(model), "reward_weights": policies.weights_digest(scorer.model)}
     run = Run(OUTPUT_DIR, settings, RESUME, device=str(device), precision=precision, **facts)
     engine = reinforce.start_engine(reinforce.Policy(model, TEMPERATURE), run)

@@ -42,8 +42,8 @@ def test_the_best_epoch_is_kept_and_measured_on_test_rows(model_folder, sample_f
     accuracies = iter([0.4, 0.9, 0.6])
     real = predictions.pairs_right
 
-    def planned(outputs, reading):
-        right = real(outputs, reading)
+    def planned(outputs, head):
+        right = real(outputs, head)
         return right * 0 + next(accuracies, 0.0)
 
     monkeypatch.setattr(predictions, "pairs_right", planned)

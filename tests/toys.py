@@ -6,7 +6,7 @@ import numpy as np
 from datasets import Dataset
 
 from utils.models.generation import Answer
-from utils.models.shared_prompt import PairCollator
+from utils.models.shared_prompt import PairCollator, Prompt
 from utils.runs import Run
 from utils.training.reinforce import Sample
 from utils.training.trainer import PairTrainer
@@ -61,5 +61,5 @@ def toy_trainer(module, losses, rows, folder, rates=None, **settings) -> PairTra
 
 def sample_of(ids: list[int], number: int = 0, ended: bool = True, **more: float) -> Sample:
     """A sampled answer of these tokens to `Hi`."""
-    answer = Answer([1, 4, 5], ids, "text", ended)
+    answer = Answer(Prompt([1, 4, 5]), ids, "text", ended)
     return Sample(number, [{"role": "user", "content": "Hi"}], answer, 0.0, 0.0, 0.0, **more)

@@ -221,7 +221,7 @@ class PairLoss:
     (r_w + r_l)^2. rating_weight: share of the cross-entropy to the ratings' soft labels in the loss of a distribution.
     """
 
-    reading: RewardHead
+    head: RewardHead
     name: str
     smoothing: float = 0.0
     centre: float = 0.0
@@ -229,16 +229,16 @@ class PairLoss:
 
     def __call__(self, outputs: dict, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return (loss [pairs], {metric: [pairs]}); outputs["outputs"] is [pairs, 2, n], chosen first."""
-        both, reading = outputs["outputs"], self.reading
-        function: Callable = PAIR_LOSSES[reading.head][self.name]
-        chosen, rejected = reading.rewards(both).unbind(1)
-        if reading.head == "attributes":
-            targets = batch["attributes"] - torch.tensor(reading.means, device=both.device)
+        both, head = outputs["outputs"], self.head
+        function: Callable = PAIR_LOSSES[head.kind][self.name]
+        chosen, rejected = head.rewards(both).unbind(1)
+        if head.kind == "attributes":
+            targets = batch["attributes"] - torch.tensor(head.means, device=both.device)
             losses = function(both, targets).mean(dim=1)
-        elif reading.head == "distribution":
+        elif head.kind == "distribution":
             losses = function(both[:, 0], both[:, 1], batch["gap"], self.smoothing)
             if self.rating_weight:
-                anchor = grade_cross_entropy(both, reading.grade(batch["ratings"])).mean(dim=1)
+                anchor = grade_cross_entropy(both, head.grade(batch["ratings"])).mean(dim=1)
                 losses = (1 - self.rating_weight) * losses + self.rating_weight * anchor
         else:
             losses = function(chosen, rejected, batch["gap"], self.smoothing)

@@ -20,10 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from utils.data.preferences import Message
-from utils.models.generation import Answer, batch_of, parts_of, prompt_ids_of, repetition
-from utils.models.guidance import Guidance
+from utils.models.generation import Answer, batch_of, parts_of, prompts_of, repetition
 from utils.models.reward_model import RewardHead, RewardModel
-from utils.models.shared_prompt import TOKENS_AT_ONCE, answer_logps, row_multiple
+from utils.models.shared_prompt import TOKENS_AT_ONCE, Prompt, answer_logps, row_multiple
 from utils.runs import Run
 from utils.script import first_process, say, stop
 from utils.training.trainer import COMPLETE, KEPT_CHECKPOINTS, SCHEDULES, last_checkpoint, release_memory, trained_state
@@ -84,8 +83,8 @@ class Actor:
         if self.reference != "adapter":
             self.reference.to(self.model.device)
 
-    def prompt_ids(self, prompts: list[list[Message]]) -> list[list[int]]:
-        return prompt_ids_of(self.tokenizer, prompts, self.window, Guidance())
+    def prompts(self, conversations: list[list[Message]]) -> list[Prompt]:
+        return prompts_of(self.tokenizer, conversations, self.window)
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
@@ -109,10 +108,10 @@ def prompt_of(number: int, answers_per_prompt: int, rows: int, seed: int) -> int
     return int(order_of(place // rows, rows, seed)[place % rows])
 
 
-def check_risk(reading: RewardHead, risk: float, model: str) -> None:
+def check_risk(head: RewardHead, risk: float, model: str) -> None:
     """Stop the script if RISK is set and the reward model has no distribution to take a spread from."""
-    if risk and reading.head != "distribution":
-        stop(f"RISK = {risk} needs the spread of a distribution: {model!r} has a {reading.head} head")
+    if risk and head.kind != "distribution":
+        stop(f"RISK = {risk} needs the spread of a distribution: {model!r} has a {head.kind} head")
 
 
 @dataclass
@@ -126,9 +125,9 @@ class Scoring:
     def __call__(self, prompts: list[list[Message]], answers: list[Answer]) -> torch.Tensor:
         """Return the rewards of the answers [answers], float32."""
         outputs = self.model.read(prompts, [(answer.text,) for answer in answers])
-        rewards = self.model.reading.rewards(outputs[:, 0])
+        rewards = self.model.head.rewards(outputs[:, 0])
         if self.risk:
-            rewards = rewards - self.risk * self.model.reading.spread(outputs[:, 0])
+            rewards = rewards - self.risk * self.model.head.spread(outputs[:, 0])
         cut = torch.tensor([not answer.ended for answer in answers], dtype=torch.float32)
         return rewards - self.cut_penalty * cut
 
