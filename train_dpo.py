@@ -66,7 +66,6 @@ ACCUMULATION = 1  # batches per optimizer step
 LEARNING_RATE = 1e-5  # learning rate at its highest, after the warm-up
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
-WEIGHT_DECAY = 0.0  # of AdamW
 SEED = 42  # of the adapters' start, the order of rows, and the samples
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively

@@ -56,7 +56,6 @@ MAX_STEPS = 30  # optimizer steps
 LEARNING_RATE = 1e-5  # learning rate at its highest, after the warm-up
 SCHEDULE = "constant"  # cosine | linear | constant
 WARMUP_SHARE = 0.0  # of the steps, in which the rate grows from 0
-WEIGHT_DECAY = 0.0  # of AdamW
 MAX_GRAD_NORM = 1.0  # longer gradients are cut to this length, 0 = never
 KL_LIMIT = 50.0  # mean nats an answer above which the run saves its state and stops, 0 = never
 SEED = 42  # of the order of prompts and of the samples

@@ -56,7 +56,6 @@ LEARNING_RATE = 5e-5  # learning rate at its highest, after the warm-up
 HEAD_LEARNING_RATE = 1e-3  # the same of a new head, which starts at zero; 0 = LEARNING_RATE, as a trained head has
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
-WEIGHT_DECAY = 0.0  # of AdamW
 SEED = 42  # of the adapters' start and of the order of rows
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively

@@ -55,7 +55,7 @@ FLAGS = {  # what each variant asks of its trainer
 
 
 SHARED = {  # constants that all variants train with
-    **{"EPOCHS": 2, "MAX_STEPS": 0, "ACCUMULATION": 1, "SCHEDULE": "linear", "WARMUP_SHARE": 0.0, "WEIGHT_DECAY": 0.0},
+    **{"EPOCHS": 2, "MAX_STEPS": 0, "ACCUMULATION": 1, "SCHEDULE": "linear", "WARMUP_SHARE": 0.0},
     **{"LOG_EVERY_STEPS": 1, "EVAL_EVERY_STEPS": 0, "SAVE_EVERY_STEPS": 0, "REPORT_TO": "none"},
 }
 

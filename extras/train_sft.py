@@ -46,7 +46,6 @@ ACCUMULATION = 1  # batches per optimizer step; the loss is the mean over all an
 LEARNING_RATE = 2e-5  # learning rate at its highest, after the warm-up
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
-WEIGHT_DECAY = 0.0  # of AdamW
 SEED = 42  # of the adapters' start, the order of rows, and the split of DATASET
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
 PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively

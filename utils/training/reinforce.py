@@ -358,7 +358,7 @@ def start_engine(policy: Policy, run: Run) -> Engine:
     if tracker != "none":
         accelerator.init_trackers("reinforce", {name: str(value) for name, value in settings.items()})
     trained = [value for value in policy.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings["LEARNING_RATE"], weight_decay=settings["WEIGHT_DECAY"])
+    optimizer = torch.optim.AdamW(trained, lr=settings["LEARNING_RATE"], weight_decay=0.0)
     steps = settings["MAX_STEPS"]
     warmup = int(settings["WARMUP_SHARE"] * steps)
     schedule = get_scheduler(SCHEDULES[settings["SCHEDULE"]], optimizer, warmup, steps)

@@ -389,7 +389,6 @@ def training_arguments(
         learning_rate=settings["LEARNING_RATE"],
         lr_scheduler_type=SCHEDULES[settings["SCHEDULE"]],
         warmup_steps=min(settings["WARMUP_SHARE"], 1 - 1e-9),  # a share: 1 would mean one step
-        weight_decay=settings["WEIGHT_DECAY"],
         logging_steps=settings["LOG_EVERY_STEPS"],
         eval_strategy="steps" if settings["EVAL_EVERY_STEPS"] else "no",
         eval_steps=settings["EVAL_EVERY_STEPS"] or None,
