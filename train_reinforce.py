@@ -56,7 +56,6 @@ MAX_STEPS = 30  # optimizer steps
 LEARNING_RATE = 1e-5  # learning rate at its highest, after the warm-up
 SCHEDULE = "constant"  # cosine | linear | constant
 WARMUP_SHARE = 0.0  # of the steps, in which the rate grows from 0
-MAX_GRAD_NORM = 1.0  # longer gradients are cut to this length, 0 = never
 KL_LIMIT = 50.0  # mean nats an answer above which the run saves its state and stops, 0 = never
 SEED = 42  # of the order of prompts and of the samples
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
@@ -122,7 +121,7 @@ def update(engine: Engine, samples: list[Sample], weights: list[float]) -> tuple
         share = -(advantage * engine.policy(**batch)).sum() / len(samples)
         engine.accelerator.backward(share)
         loss += share.detach()
-    return engine.accelerator.reduce(loss, reduction="mean").item(), engine.step(MAX_GRAD_NORM)
+    return engine.accelerator.reduce(loss, reduction="mean").item(), engine.step()
 
 
 def train_policy(

@@ -35,6 +35,7 @@ BASELINES = {  # what BASELINE may name
     "none": "nothing is taken off",
 }
 NORMS = {"none": "as they are", "std": "divided by their root mean square"}  # what ADVANTAGE_NORM may name
+MAX_GRAD_NORM = 1.0  # gradients are clipped to it, as transformers.Trainer does
 MIN_MEAN_LENGTH = 2.0  # tokens an answer, end of turn included; a run stops below it
 MIN_ENTROPY = 0.05  # nats a token; a run stops below it
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names for PRECISION
@@ -260,13 +261,13 @@ class Engine:
             with contextlib.nullcontext() if part is parts[-1] else self.accelerator.no_sync(policy):
                 yield part, batch
 
-    def step(self, longest: float) -> float:
-        """Move along the gradients, cut to the length `longest` (0: not cut), and forget them; their length before.
+    def step(self) -> float:
+        """Clip the gradients, take an optimizer step and clear them. Return the norm before clipping.
 
-        A gradient that is not finite moves nothing. Under fp16 a GradScaler takes that for too large a scale, lowers
-        it and goes on: the length is then 0.
+        A gradient that is not finite moves nothing. Under fp16 the GradScaler then lowers its scale and training
+        continues; the norm returned is 0.
         """
-        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), longest or math.inf))
+        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM))
         if self.accelerator.scaler is not None:
             norm = norm if math.isfinite(norm) else 0.0
         if math.isfinite(norm):
