@@ -65,7 +65,6 @@ EVAL_PROMPTS = 64  # prompts of validation that are answered before and after, 0
 JUDGE_MODEL = ""  # a second reward model that the policy is not trained on, "" = none
 # output
 OUTPUT_DIR = "outputs/reinforce"  # the run folder
-SAMPLE_EVERY_STEPS = 5  # a line of samples.jsonl, 0 = none
 SAVE_EVERY_STEPS = 10  # a checkpoint to go on from, 0 = none
 RESUME = True  # go on with an unfinished run of the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
@@ -154,7 +153,7 @@ def train_policy(
             run.log(step + 1, **figures)
             accelerator.log(figures, step=step + 1)
             bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("reward", "kl")})
-            if SAMPLE_EVERY_STEPS and step % SAMPLE_EVERY_STEPS == 0:
+            if step % reinforce.SAMPLE_EVERY_STEPS == 0:
                 run.append("samples.jsonl", reinforce.sample_line(everyone[0], step + 1, weights[0].item()))
             due = SAVE_EVERY_STEPS and ((step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == MAX_STEPS)
             engine.save_or_stop(

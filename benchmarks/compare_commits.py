@@ -34,7 +34,7 @@ OUTPUT = "outputs/compare_commits.json"  # the results
 STARTS = {
     "REWARD": "train_reward_model.py --data_dir load/out --control_pairs 8",
     "DPO": "train_dpo.py --data_dir load/out --sample_prompts 3",
-    "REINFORCE": "train_reinforce.py --data_dir load/out --eval_prompts 6 --sample_every_steps 2",
+    "REINFORCE": "train_reinforce.py --data_dir load/out --eval_prompts 6",
     "EVALUATE": "extras.evaluate --data_dir load/out --reward_model reward/out",
 }
 COMMANDS = {

@@ -36,6 +36,7 @@ BASELINES = {  # what BASELINE may name
 }
 NORMS = {"none": "as they are", "std": "divided by their root mean square"}  # what ADVANTAGE_NORM may name
 MAX_GRAD_NORM = 1.0  # gradients are clipped to it, as transformers.Trainer does
+SAMPLE_EVERY_STEPS = 5  # a line of samples.jsonl
 MIN_MEAN_LENGTH = 2.0  # tokens an answer, end of turn included; a run stops below it
 MIN_ENTROPY = 0.05  # nats a token; a run stops below it
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names for PRECISION
