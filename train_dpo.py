@@ -56,7 +56,6 @@ REFERENCE_CACHE = "outputs/reference_cache"  # folder for the reference's log-pr
 GUIDANCE = "none"  # none | text | embedding: a preference at the end of the last user turn
 PREFERENCE_TEXT = "Please provide a helpful, honest, harmless, and concise response."  # said, or start of the vectors
 PROMPT_EMBEDDING_PATH = ""  # .pt or .safetensors with vectors [n, hidden], which stay as they are; "" = train new ones
-PROMPT_EMBEDDING_TOKENS = 0  # number of trained vectors, 0 = as many as PREFERENCE_TEXT has tokens
 PROMPT_LEARNING_RATE = 1e-3  # of the trained vectors
 # training
 EPOCHS = 1  # passes over the training rows
@@ -111,7 +110,7 @@ def load_preference(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Gui
     if PROMPT_EMBEDDING_PATH:
         vectors = guidance.load_vectors(PROMPT_EMBEDDING_PATH, model.config.hidden_size)
     else:
-        vectors = guidance.start_vectors(model, tokenizer, PREFERENCE_TEXT, PROMPT_EMBEDDING_TOKENS)
+        vectors = guidance.start_vectors(model, tokenizer, PREFERENCE_TEXT)
     return guidance.vector_guidance(tokenizer, vectors)
 
 
