@@ -46,7 +46,6 @@ GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long wi
 # training
 PAIR_LOSS = ""  # "" = the first for HEAD: bradley_terry | margin | scaled; win_probability | scaled; squared_error
 LABEL_SMOOTHING = 0.0  # assumed share of wrong labels
-CENTRING = 0.0  # weight of (reward of chosen + reward of rejected)^2, HEAD = scalar
 RATING_WEIGHT = 0.0  # share of the loss that ties the grades to the ratings, HEAD = distribution
 EPOCHS = 1  # passes over the training rows; of more than one, the best on validation is kept
 MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
@@ -82,11 +81,10 @@ def check_head() -> str:
         pick(RATINGS, "RATING", RATING)
         if HEAD != "attributes":
             stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
-    heads = {"LABEL_SMOOTHING": ("scalar", "distribution"), "CENTRING": ("scalar",), "RATING_WEIGHT": ("distribution",)}
-    options = {"LABEL_SMOOTHING": LABEL_SMOOTHING, "CENTRING": CENTRING, "RATING_WEIGHT": RATING_WEIGHT}
-    for name, value in options.items():
-        if value and HEAD not in heads[name]:
-            stop(f"{name} = {value} is for HEAD = {' or '.join(heads[name])}, not for {HEAD}: set it to 0")
+    if LABEL_SMOOTHING and HEAD == "attributes":
+        stop(f"LABEL_SMOOTHING = {LABEL_SMOOTHING} has no effect with HEAD = attributes: set it to 0")
+    if RATING_WEIGHT and HEAD != "distribution":
+        stop(f"RATING_WEIGHT = {RATING_WEIGHT} needs HEAD = distribution: set it to 0, or change HEAD")
     return pair_loss
 
 
@@ -130,7 +128,7 @@ def build_trainer(
     def accuracy(outputs: dict[str, np.ndarray], _: Dataset) -> dict[str, float]:
         return {"accuracy": float(pairs_right(outputs["outputs"], head).mean())}
 
-    loss = PairLoss(head, run.record["pair_loss"], LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
+    loss = PairLoss(head, run.record["pair_loss"], LABEL_SMOOTHING, RATING_WEIGHT)
     return PairTrainer(RewardPairs(model), rows, collator, loss, run, accuracy, {"score": head_rate})
 
 

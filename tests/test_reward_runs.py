@@ -74,8 +74,8 @@ def test_an_epoch_chosen_on_the_measured_rows_is_said(model_folder, sample_folde
     [
         ({"HEAD": "vector"}, "HEAD = 'vector' is not known, choose one of: scalar, distribution, attributes"),
         ({"HEAD": "distribution", "PAIR_LOSS": "margin"}, "choose one of: win_probability, scaled"),
-        ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 is for HEAD = distribution, not for scalar"),
-        ({"HEAD": "distribution", "CENTRING": 0.1}, "CENTRING = 0.1 is for HEAD = scalar"),
+        ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 needs HEAD = distribution"),
+        ({"HEAD": "attributes", "LABEL_SMOOTHING": 0.1}, "LABEL_SMOOTHING = 0.1 has no effect with HEAD = attributes"),
         ({"RATING": "taste"}, "RATING = 'taste' is not known"),
         ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
     ],

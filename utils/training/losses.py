@@ -51,11 +51,6 @@ def smoothed(difference: torch.Tensor, smoothing: float) -> torch.Tensor:
     return (1 - smoothing) * right + smoothing * wrong
 
 
-def centring(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """(r_w + r_l)^2: holds rewards near 0, which their differences leave open (https://arxiv.org/abs/2312.09244)."""
-    return (chosen + rejected) ** 2
-
-
 def win_probability(
     chosen: torch.Tensor, rejected: torch.Tensor, gap: torch.Tensor | None = None, smoothing: float = 0.0
 ) -> torch.Tensor:
@@ -217,14 +212,13 @@ POLICY_LOSSES = {
 class PairLoss:
     """The loss of a pair from the outputs of RewardPairs, as the trainer calls it.
 
-    name: one of PAIR_LOSSES for the head. smoothing: assumed share of wrong labels. centre: weight of
-    (r_w + r_l)^2. rating_weight: share of the cross-entropy to the ratings' soft labels in the loss of a distribution.
+    name: one of PAIR_LOSSES for the head. smoothing: assumed share of wrong labels. rating_weight: share of the
+    cross-entropy to the ratings' soft labels in the loss of a distribution.
     """
 
     reading: RewardHead
     name: str
     smoothing: float = 0.0
-    centre: float = 0.0
     rating_weight: float = 0.0
 
     def __call__(self, outputs: dict, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -242,8 +236,6 @@ class PairLoss:
                 losses = (1 - self.rating_weight) * losses + self.rating_weight * anchor
         else:
             losses = function(chosen, rejected, batch["gap"], self.smoothing)
-        if self.centre:
-            losses = losses + self.centre * centring(chosen, rejected)
         right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
         names = ("accuracy", "margin", "rewards/chosen", "rewards/rejected")
         return losses, dict(zip(names, (right, chosen - rejected, chosen, rejected), strict=True))
