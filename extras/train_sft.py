@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from utils.config import override_constants
 from utils.runs import Run, read_json
-from utils.script import check, first_process, needs, processes, say, script, stop
+from utils.script import check, first_process, needs, processes, say, script
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +29,6 @@ MAX_ROWS = 0  # use the first so many rows of train and of validation only, 0 = 
 MIN_RATING = ""  # answers rated lower, or not rated, are left out: such as 3.5, or 0 for the best of ranked; "" = none
 MAX_LENGTH = 256  # tokens of prompt and answer together, for DATASET; rows of DATA_DIR have their window
 CHAT_TEMPLATE = ""  # for DATASET: "" = the tokenizer's own, "plain" = User: ... Assistant: ... for one without
-VALIDATION_SHARE = 0.2  # of the rows of a DATASET without a held-out split, by prompt
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
 USE_LORA = False  # train low-rank adapters instead of all weights
@@ -67,7 +66,7 @@ def load() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset, dict]:
     if DATASET:
         tokenizer = tokens.load_tokenizer(MODEL, CHAT_TEMPLATE, "MODEL")
         tokens.check_window(tokenizer, MAX_LENGTH, "")
-        found, ledger = sft.answers_of_source(DATASET, tokenizer, MAX_LENGTH, VALIDATION_SHARE, SEED, MAX_ROWS)
+        found, ledger = sft.answers_of_source(DATASET, tokenizer, MAX_LENGTH, SEED, MAX_ROWS)
         facts = {"dataset_name": DATASET, "max_length": MAX_LENGTH, "counts": ledger.totals() | ledger.counts()}
         facts["data_fingerprint"] = processed.fingerprint(found)
     else:
@@ -95,8 +94,6 @@ def build_model(rows: Dataset, settings: dict) -> tuple[nn.Module, str]:
 def main(settings: dict) -> None:
     # 1. check
     check(settings)
-    if not 0 < VALIDATION_SHARE < 1:
-        stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected more than 0 and less than 1")
     if not DATASET:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import set_seed

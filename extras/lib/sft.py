@@ -35,6 +35,7 @@ from utils.training import trainer as training
 from utils.training.trainer import LengthSampler
 
 ROLES = ("system", "user", "assistant")
+VALIDATION_SHARE = 0.2  # of the rows of a source without a held-out split
 
 
 def load_answers(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
@@ -132,16 +133,11 @@ def learnable(rows: Dataset, least: float | None, where: str) -> tuple[Dataset, 
 
 
 def answers_of_source(
-    dataset: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    share: float,
-    seed: int,
-    max_rows: int = 0,
+    dataset: str, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int, max_rows: int = 0
 ) -> tuple[dict[str, Dataset], Ledger]:
     """({"train", "validation"}: answers as `load_answers` gives them, what was left out) of a file or hub dataset.
 
-    Its own held-out split becomes validation; where it has none, `share` of the rows does, by prompt.
+    Its own held-out split becomes validation; where it has none, VALIDATION_SHARE of the rows does, by prompt.
     """
     from datasets import Dataset
 
@@ -158,7 +154,7 @@ def answers_of_source(
         ledger.drop("like_validation", "train", [row["number"]], row["prompt"])
         ledger.rows_used -= 1
 
-    parts = divide(rows["train"], rows.get("test", []), "prompt", share, seed, leave_out)
+    parts = divide(rows["train"], rows.get("test", []), "prompt", VALIDATION_SHARE, seed, leave_out)
     if not all(parts.values()):
         left_out = ledger.counts() or "nothing"
         counts = ", ".join(f"{len(some)} for {name}" for name, some in parts.items())
