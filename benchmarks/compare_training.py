@@ -10,6 +10,7 @@ python -m benchmarks.compare_training --method dpo --max_rows 32 --model models/
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,24 +37,16 @@ MAX_ROWS = 24  # training pairs that each variant trains on, once
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
 # training
 METHOD = "reward"  # reward = a scalar reward model | dpo
-VARIANTS = ("ours", "trl", "trl_best")  # what is compared, see FLAGS
 BATCH_SIZE = 4  # pairs at once
 LEARNING_RATE = 1e-5  # learning rate at its highest
 SEED = 42  # of the order of rows
 DEVICE = ""  # cuda | mps | cpu, "" = the best one here
-# output
-OUTPUT = "outputs/compare_training.json"  # the figures
-CHILD = ""  # set by this script itself: the variant that this process measures
-
 METHODS = {"reward": "trl.RewardTrainer", "dpo": "trl.DPOTrainer"}
-FLAGS = {  # what each variant asks of its trainer
+VARIANTS = {  # what is compared: arguments of its trainer
     "ours": {},
-    "ours_fp32": {"precision": "fp32"},
     "trl": {},  # TRL's defaults
     "trl_best": {"bf16": True, "gradient_checkpointing": False},
 }
-
-
 SHARED = {  # constants that all variants train with
     **{"EPOCHS": 2, "MAX_STEPS": 0, "ACCUMULATION": 1, "SCHEDULE": "linear", "WARMUP_SHARE": 0.0},
     **{"LOG_EVERY_STEPS": 1, "EVAL_EVERY_STEPS": 0, "SAVE_EVERY_STEPS": 0, "REPORT_TO": "none"},
@@ -72,14 +65,14 @@ def build(variant: str, settings: dict, device: torch.device) -> tuple[Trainer, 
     tokenizer, _ = matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows = load_pairs(DATA_DIR, "train", MAX_ROWS)
     set_seed(SEED)
-    precision, _ = loading.choose_precision(FLAGS[variant].get("precision", ""), device)
+    precision, _ = loading.choose_precision("", device)
     folder = Path(tempfile.mkdtemp()) / variant
     run = Run(folder, SHARED | settings, device=str(device), precision=precision)
     if variant.startswith("trl"):
         return trl_trainer(variant, rows, tokenizer, run), 0.0
     module, loss = ours(tokenizer, precision)
     collator = shared_prompt.collator_for(tokenizer, device)
-    parts = {"train": rows, "validation": rows.select([])}
+    parts = {"train": rows, "validation": rows.select([0])}  # an empty one would have no reference
     trainer = training.PairTrainer(module.to(device), parts, collator, loss, run, lambda *_: {})
     began = time.perf_counter()
     if METHOD == "dpo":
@@ -101,7 +94,7 @@ def ours(tokenizer: object, precision: str) -> tuple[torch.nn.Module, Callable]:
 
 
 def trl_trainer(variant: str, rows: object, tokenizer: object, run: Run) -> Trainer:
-    """Return stock TRL with its own precision and checkpointing, unless FLAGS say otherwise."""
+    """Return stock TRL with its own precision and checkpointing, unless VARIANTS says otherwise."""
     from benchmarks import stock_trl
     from utils.models import loading, reward_model
 
@@ -112,7 +105,7 @@ def trl_trainer(variant: str, rows: object, tokenizer: object, run: Run) -> Trai
         named = {"per_device_train_batch_size": settings["BATCH_SIZE"], "learning_rate": settings["LEARNING_RATE"]}
         named |= {"num_train_epochs": settings["EPOCHS"], "seed": settings["SEED"], "logging_steps": 1}
         named |= {"use_cpu": run.record["device"] == "cpu", "save_strategy": "no", "report_to": "none"}
-        return kind(str(run.folder), disable_tqdm=True, **named | more | FLAGS[variant])
+        return kind(str(run.folder), disable_tqdm=True, **named | more | VARIANTS[variant])
 
     if METHOD == "reward":
         model = reward_model.start_model(MODEL, tokenizer, reward_model.RewardHead("scalar"))
@@ -147,8 +140,9 @@ def measure(trainer: Trainer, before: float) -> dict[str, float]:
 
 def run_child(variant: str, argv: list[str]) -> dict[str, float]:
     """The figures of a variant, from a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.compare_training", *argv, f"--child={variant}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.compare_training", *argv]
+    environment = os.environ | {"COMPARE_VARIANT": variant}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         stop(f"{variant} failed: {(done.stderr.strip().splitlines() or ['killed, perhaps for its memory'])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -171,12 +165,10 @@ def print_table(figures: dict[str, dict[str, float]]) -> None:
 def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     pick(METHODS, "METHOD", METHOD)
-    for variant in (CHILD,) if CHILD else VARIANTS:
-        pick(FLAGS, "VARIANTS", variant)
-    if CHILD:
+    if variant := os.environ.get("COMPARE_VARIANT"):  # set by run_child
         from utils.models.loading import choose_device
 
-        trainer, before = build(CHILD, settings, choose_device(DEVICE))
+        trainer, before = build(variant, settings, choose_device(DEVICE))
         print(json.dumps(measure(trainer, before)))
         return
     figures = {}
@@ -184,9 +176,10 @@ def main(settings: dict) -> None:
         say(f"{METHOD}, {variant}: training on {MAX_ROWS} pairs in batches of {BATCH_SIZE}")
         figures[variant] = run_child(variant, sys.argv[1:])
     print_table(figures)
-    Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
-    write_json(OUTPUT, {"settings": settings, "versions": versions(), "figures": figures})
-    say(f"written: {OUTPUT}")
+    output = Path("outputs/compare_training.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, {"settings": settings, "versions": versions(), "figures": figures})
+    say(f"written: {output}")
 
 
 if __name__ == "__main__":
