@@ -152,11 +152,11 @@ def build_trainer(policy: PolicyPairs, rows: dict, collator: PairCollator, loss:
     """Return the trainer of the policy on the pairs of `rows`, with the loss of LOSS."""
     from utils.evaluation.policy_report import pair_metrics
     from utils.training import trainer as training
-    from utils.training.losses import Knobs, PolicyPairLoss
+    from utils.training.losses import LossConstants, PolicyPairLoss
 
-    knobs = Knobs(run.record["beta"], LABEL_SMOOTHING, GAMMA, ALPHA, LAMBDA_KL)
+    constants = LossConstants(run.record["beta"], LABEL_SMOOTHING, GAMMA, ALPHA, LAMBDA_KL)
     fresh = training.last_checkpoint(run.folder) is None
-    pair_loss = PolicyPairLoss(policy, loss, knobs, SFT_WEIGHT, run.record["precision"], fresh)
+    pair_loss = PolicyPairLoss(policy, loss, constants, SFT_WEIGHT, run.record["precision"], fresh)
     metrics, rates = partial(pair_metrics, loss=pair_loss), {"vectors": PROMPT_LEARNING_RATE}
     return training.PairTrainer(policy, rows, collator, pair_loss, run, metrics, rates)
 

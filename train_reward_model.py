@@ -122,13 +122,13 @@ def build_trainer(
     """Return the trainer; head_rate: the learning rate of the head."""
     from utils.evaluation.predictions import pairs_right
     from utils.models.reward_model import RewardPairs
-    from utils.training.losses import PairLoss
+    from utils.training.losses import RewardPairLoss
     from utils.training.trainer import PairTrainer
 
     def accuracy(outputs: dict[str, np.ndarray], _: Dataset) -> dict[str, float]:
         return {"accuracy": float(pairs_right(outputs["outputs"], head).mean())}
 
-    loss = PairLoss(head, run.record["pair_loss"], LABEL_SMOOTHING, RATING_WEIGHT)
+    loss = RewardPairLoss(head, run.record["pair_loss"], LABEL_SMOOTHING, RATING_WEIGHT)
     return PairTrainer(RewardPairs(model), rows, collator, loss, run, accuracy, {"score": head_rate})
 
 

@@ -88,9 +88,11 @@ def ours(tokenizer: object, precision: str) -> tuple[torch.nn.Module, Callable]:
     if METHOD == "reward":
         head = reward_model.RewardHead("scalar")
         module = reward_model.RewardPairs(reward_model.start_model(MODEL, tokenizer, head))
-        return module, losses.PairLoss(head, "bradley_terry")
+        return module, losses.RewardPairLoss(head, "bradley_terry")
     module = policies.PolicyPairs(loading.load_causal(MODEL))
-    return module, losses.PolicyPairLoss(module, losses.POLICY_LOSSES["dpo"], losses.Knobs(0.1), 0.0, precision, True)
+    return module, losses.PolicyPairLoss(
+        module, losses.POLICY_LOSSES["dpo"], losses.LossConstants(0.1), 0.0, precision, True
+    )
 
 
 def trl_trainer(variant: str, rows: object, tokenizer: object, run: Run) -> Trainer:

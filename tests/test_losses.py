@@ -8,7 +8,7 @@ import torch
 from utils.models.reward_model import GRADES, HEADS, RewardHead, log_tie, log_win, new_reward_head
 from utils.training.losses import (
     PAIR_LOSSES,
-    PairLoss,
+    RewardPairLoss,
     bradley_terry,
     grade_cross_entropy,
     margin,
@@ -172,7 +172,7 @@ def test_every_loss_of_every_head_has_a_gradient_that_favours_the_chosen(head, n
     attributes = torch.tensor([[[3.0] * 5, [1.0] * 5]] * 3)
     ratings = torch.tensor([[3.0, 1.0]] * 3)
     batch = {"gap": ratings[:, 0] - ratings[:, 1], "ratings": ratings, "attributes": attributes}
-    losses, logged = PairLoss(reading, name)({"outputs": outputs}, batch)
+    losses, logged = RewardPairLoss(reading, name)({"outputs": outputs}, batch)
     losses.sum().backward()
     assert losses.shape == (3,) and set(logged) == {"accuracy", "margin", "rewards/chosen", "rewards/rejected"}
     after = reading.rewards(outputs - 0.1 * outputs.grad)
@@ -185,6 +185,6 @@ def test_rating_weight_mixes():
     ratings = torch.tensor([[3.0, 1.0], [4.0, 2.2], [2.6, 0.0]])
     batch = {"gap": ratings[:, 0] - ratings[:, 1], "ratings": ratings}
     reading = new_reward_head("distribution", "average", [], MEANS)
-    win, mixed = (PairLoss(reading, "win_probability", rating_weight=w)(outputs, batch)[0] for w in (0.0, 0.25))
+    win, mixed = (RewardPairLoss(reading, "win_probability", rating_weight=w)(outputs, batch)[0] for w in (0.0, 0.25))
     anchor = grade_cross_entropy(outputs["outputs"], reading.grade(ratings)).mean(1)
     torch.testing.assert_close(mixed, 0.75 * win + 0.25 * anchor)

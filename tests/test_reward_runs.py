@@ -19,7 +19,7 @@ from utils.evaluation import predictions
 from utils.models.reward_model import new_reward_head
 from utils.models.shared_prompt import PairCollator
 from utils.training import trainer as training
-from utils.training.losses import PairLoss
+from utils.training.losses import RewardPairLoss
 from utils.training.trainer import last_checkpoint
 
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -202,7 +202,7 @@ def test_attributes_are_learned_where_some_rows_have_none(sample_folder, tokeniz
     given = [row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"] if row]
     assert len(given) == 12 and means == pytest.approx(np.mean(given, axis=0))
     batch = PairCollator(0, 8)(list(rows))
-    losses, _ = PairLoss(new_reward_head("attributes", "average", [], means), "squared_error")(
+    losses, _ = RewardPairLoss(new_reward_head("attributes", "average", [], means), "squared_error")(
         {"outputs": torch.zeros(8, 2, 5)}, batch
     )
     rejected = (torch.tensor(rows["rejected_attributes"]) - torch.tensor(means)).square().mean(1) / 2
