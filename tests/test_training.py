@@ -185,7 +185,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_folder, sample_folder, tmp_pat
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "start the same command again to go on" in out and "Traceback" not in err
+    assert process.returncode == 130 and "run the same command to resume" in out and "Traceback" not in err
     assert last_checkpoint(tmp_path / "run")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -237,7 +240,7 @@ def divide(
     return {"train": kept, "validation": held_out}
 
 
-class AnswerTrainer(training.StopsAtBadLoss, SFTTrainer):
+class AnswerTrainer(training.PortableTrainer, SFTTrainer):
     """trl.SFTTrainer over rows of like length, which stops at a loss that is not finite.
 
     figures: () -> metrics on validation, exact; called every EVAL_EVERY_STEPS on all processes.
@@ -252,6 +255,15 @@ class AnswerTrainer(training.StopsAtBadLoss, SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthSampler:
         return self.sampler
+
+    def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        loss = super().training_step(*arguments, **named)
+        if not torch.isfinite(loss):  # Trainer would continue
+            sys.exit(
+                f"the loss is not finite at step {self.state.global_step + 1}: lower LEARNING_RATE or look at the "
+                "rows; the last checkpoint is kept"
+            )
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_runtime" not in logs:
