@@ -249,7 +249,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
     [
         ({"LOSS": "kto"}, "LOSS = 'kto' is not known, choose one of: dpo, ipo, hinge, sipa, orpo, simpo, new_pref_po"),
         ({"GUIDANCE": "song"}, "GUIDANCE = 'song' is not known, choose one of: none, text, embedding"),
-        ({"LOSS": "new_pref_po"}, "LOSS = 'new_pref_po' learns from a preference in the prompt: set GUIDANCE"),
+        ({"LOSS": "new_pref_po"}, "LOSS = 'new_pref_po' needs a preference in the prompt: set GUIDANCE"),
         ({"GUIDANCE": "text", "PREFERENCE_TEXT": " "}, "PREFERENCE_TEXT is empty"),
         ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not there"),
         ({"TRAIN_POLICY": "false"}, "TRAIN_POLICY = False trains the vectors only"),
