@@ -1,4 +1,4 @@
-"""Train the same pairs with this toolkit and with TRL, each in a process of its own, and compare time and memory.
+"""Train on the same pairs with this toolkit and with TRL, in separate processes, and compare time and memory.
 
 Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py)
 Writes : outputs/compare_training.json, and prints a table
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
-MAX_ROWS = 24  # training pairs that each variant trains on, once
+MAX_ROWS = 24  # training pairs for each variant
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
 # training
 METHOD = "reward"  # reward = a scalar reward model | dpo
-BATCH_SIZE = 4  # pairs at once
-LEARNING_RATE = 1e-5  # learning rate at its highest
+BATCH_SIZE = 4  # pairs per batch
+LEARNING_RATE = 1e-5  # peak learning rate
 SEED = 42  # of the order of rows
-DEVICE = ""  # cuda | mps | cpu, "" = the best one here
+DEVICE = ""  # cuda | mps | cpu, "" = best available
 METHODS = {"reward": "trl.RewardTrainer", "dpo": "trl.DPOTrainer"}
 VARIANTS = {  # what is compared: arguments of its trainer
     "ours": {},
@@ -54,7 +54,7 @@ SHARED = {  # constants that all variants train with
 
 
 def build(variant: str, settings: dict, device: torch.device) -> tuple[Trainer, float]:
-    """Return (the trainer of a variant on MAX_ROWS training pairs, seconds that its reference took before)."""
+    """Return (the trainer of a variant on MAX_ROWS pairs, seconds that its reference took)."""
     from transformers import set_seed
 
     from utils.data.processed import load_pairs, matching_tokenizer
@@ -116,10 +116,9 @@ def trl_trainer(variant: str, rows: object, tokenizer: object, run: Run) -> Trai
 
 
 def measure(trainer: Trainer, before: float) -> dict[str, float]:
-    """Seconds a pair of the second pass over all rows, peak memory, mean loss of the first pass.
+    """Return seconds per pair in the second epoch, peak memory, and the mean loss of the first epoch.
 
-    Kernels are built in the first pass. A pass without its first step would not do: ours takes the longest rows first.
-    before: seconds spent on all pairs ahead of the training; they are counted.
+    Kernels are built in the first epoch. before: seconds spent before training; they count.
     """
     from transformers import TrainerCallback
 
@@ -141,7 +140,7 @@ def measure(trainer: Trainer, before: float) -> dict[str, float]:
 
 
 def run_child(variant: str, argv: list[str]) -> dict[str, float]:
-    """The figures of a variant, from a fresh process."""
+    """Measure a variant in a new process."""
     command = [sys.executable, "-m", "benchmarks.compare_training", *argv]
     environment = os.environ | {"COMPARE_VARIANT": variant}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -151,16 +150,14 @@ def run_child(variant: str, argv: list[str]) -> dict[str, float]:
 
 
 def print_table(figures: dict[str, dict[str, float]]) -> None:
-    """One line a variant, with its ratios to the first one."""
+    """Print one line per variant, with ratios to the first."""
     first = next(iter(figures.values()))
     say(f"{'':10} {'s / pair':>9} {'ratio':>6} {'peak GB':>8} {'ratio':>6} {'loss':>7}")
-    for variant, found in figures.items():
-        slower = found["seconds_per_pair"] / first["seconds_per_pair"]
-        larger = found["peak_memory_gb"] / first["peak_memory_gb"]
-        say(
-            f"{variant:10} {found['seconds_per_pair']:9.2f} {slower:6.2f} {found['peak_memory_gb']:8.2f} {larger:6.2f} "
-            f"{found['loss']:7.4f}"
-        )
+    for variant, result in figures.items():
+        slower = result["seconds_per_pair"] / first["seconds_per_pair"]
+        larger = result["peak_memory_gb"] / first["peak_memory_gb"]
+        seconds, memory, loss = (result[name] for name in ("seconds_per_pair", "peak_memory_gb", "loss"))
+        say(f"{variant:10} {seconds:9.2f} {slower:6.2f} {memory:8.2f} {larger:6.2f} {loss:7.4f}")
 
 
 @script
