@@ -8,9 +8,8 @@ import torch
 from utils.models.reward_model import GRADES, HEADS, RewardHead, log_tie, log_win, new_reward_head
 from utils.training.losses import (
     PAIR_LOSSES,
-    PairLoss,
+    RewardPairLoss,
     bradley_terry,
-    centring,
     grade_cross_entropy,
     margin,
     masked_squared_error,
@@ -56,7 +55,6 @@ def test_values_at_equal_rewards():
     assert bradley_terry(zero, zero).item() == pytest.approx(math.log(2))
     assert margin(zero, zero, gap).item() == pytest.approx(math.log(1 + math.exp(0.8)))
     assert scaled(zero, zero, gap).item() == pytest.approx(0.8 * math.log(2))
-    assert centring(torch.tensor([1.0]), torch.tensor([2.0])).item() == 9.0
     uniform = torch.zeros(1, GRADES)
     assert win_probability(uniform, uniform).item() == pytest.approx(-math.log(0.45)) == pytest.approx(0.7985, abs=1e-4)
 
@@ -174,23 +172,19 @@ def test_every_loss_of_every_head_has_a_gradient_that_favours_the_chosen(kind, n
     attributes = torch.tensor([[[3.0] * 5, [1.0] * 5]] * 3)
     ratings = torch.tensor([[3.0, 1.0]] * 3)
     batch = {"gap": ratings[:, 0] - ratings[:, 1], "ratings": ratings, "attributes": attributes}
-    losses, logged = PairLoss(head, name)({"outputs": outputs}, batch)
+    losses, logged = RewardPairLoss(head, name)({"outputs": outputs}, batch)
     losses.sum().backward()
     assert losses.shape == (3,) and set(logged) == {"accuracy", "margin", "rewards/chosen", "rewards/rejected"}
     after = head.rewards(outputs - 0.1 * outputs.grad)
     assert (after[:, 0] > after[:, 1]).all() and logged["accuracy"].tolist() == [0.5] * 3
 
 
-def test_rating_weight_mixes_and_centring_adds():
+def test_rating_weight_mixes():
     torch.manual_seed(1)
     outputs = {"outputs": torch.randn(3, 2, 10)}
     ratings = torch.tensor([[3.0, 1.0], [4.0, 2.2], [2.6, 0.0]])
     batch = {"gap": ratings[:, 0] - ratings[:, 1], "ratings": ratings}
     head = new_reward_head("distribution", "average", [], MEANS)
-    win, mixed = (PairLoss(head, "win_probability", rating_weight=w)(outputs, batch)[0] for w in (0.0, 0.25))
+    win, mixed = (RewardPairLoss(head, "win_probability", rating_weight=w)(outputs, batch)[0] for w in (0.0, 0.25))
     anchor = grade_cross_entropy(outputs["outputs"], head.grade(ratings)).mean(1)
     torch.testing.assert_close(mixed, 0.75 * win + 0.25 * anchor)
-    scalar = {"outputs": torch.tensor([[[1.0], [2.0]]])}
-    functions = (PairLoss(RewardHead("scalar"), "bradley_terry", centre=weight) for weight in (0, 0.1))
-    plain, centred = (function(scalar, {"gap": None})[0] for function in functions)
-    assert (centred - plain).item() == pytest.approx(0.9)

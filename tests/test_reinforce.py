@@ -13,6 +13,7 @@ from utils.models.generation import Answer, batch_of, generate, logps_and_entrop
 from utils.models.loading import add_lora, use_gradient_checkpointing, without_dropout
 from utils.models.policies import reference_of
 from utils.models.shared_prompt import TOKENS_AT_ONCE, Prompt, answer_logps, answer_logps_and_entropies
+from utils.training import reinforce
 from utils.training.reinforce import Actor, Baseline, Policy, Sample, start_engine
 
 
@@ -45,7 +46,7 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path,
     engine = engine_of(model, tmp_path / "run")
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", 1e9)
+    monkeypatch.setattr(reinforce, "MAX_GRAD_NORM", 1e9)
     monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 1)
     update(engine, samples, weights)
     gradients = {name: before[name] - value.detach() for name, value in model.named_parameters()}
@@ -66,7 +67,7 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path,
 
 
 def test_micro_batches_do_not_change_the_step(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", 1e9)
+    monkeypatch.setattr(reinforce, "MAX_GRAD_NORM", 1e9)
     answers = [[9, 8, 2], [7], [20, 21, 22, 23], [30, 2]]
     found = []
     for size in (1, 20, 1000):  # positions: each answer alone, two parts, one part
@@ -202,16 +203,16 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder, token
     assert not torch.allclose(moved, start) and torch.equal(logps_of(model, answers), moved)
 
 
-def test_a_length_of_0_cuts_no_gradient(model_folder, tmp_path, monkeypatch):
+def test_a_long_gradient_is_clipped(model_folder, tmp_path, monkeypatch):
     lengths = []
-    for longest in (0.0, 1e9, 0.01):
+    for longest in (1e9, 0.01):
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         engine, before = engine_of(model, tmp_path / f"{longest}"), model.lm_head.weight.detach().clone()
         engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", longest)
+        monkeypatch.setattr(reinforce, "MAX_GRAD_NORM", longest)
         update(engine, [sample_of([9, 8, 2])], [1.0])
         lengths.append((model.lm_head.weight - before).norm().item())
-    assert lengths[0] == pytest.approx(lengths[1]) and 0 < lengths[2] < 0.011 < lengths[0]
+    assert 0 < lengths[1] < 0.011 < lengths[0]
 
 
 def test_a_policy_and_its_reference_have_no_dropout_wherever_the_rate_is_kept(model_folder):
@@ -227,7 +228,7 @@ def test_a_policy_and_its_reference_have_no_dropout_wherever_the_rate_is_kept(mo
 def test_a_grad_scaler_may_skip_a_step(model_folder, tmp_path):
     engine = engine_of(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "run")
     engine.accelerator = SimpleNamespace(scaler=object(), clip_grad_norm_=lambda *_: float("inf"))
-    assert engine.step(1.0) == 0.0
+    assert engine.step() == 0.0
 
 
 def test_parts_hold_so_many_positions_and_every_answer_once():

@@ -18,7 +18,7 @@ from utils.evaluation.predictions import trained_on
 from utils.models.reward_model import HEADS, RewardHead, RewardModel, RewardPairs, new_reward_head, start_model
 from utils.models.shared_prompt import PairCollator
 from utils.runs import write_json
-from utils.training.losses import PairLoss
+from utils.training.losses import RewardPairLoss
 
 MEANS = [3.0, 3.0, 3.5, 2.0, 2.0]  # of the attributes
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -188,7 +188,7 @@ def test_a_new_head_starts_at_equal_rewards_and_attributes_at_their_means(model_
     assert means == pytest.approx(given.mean(axis=0))
     head = new_reward_head("attributes", "average", [], means)
     assert head.rewards(outputs).mean().item() == pytest.approx(np.mean(means), abs=1e-5)
-    variance = PairLoss(head, "squared_error")({"outputs": outputs}, batch)[0].mean().item()
+    variance = RewardPairLoss(head, "squared_error")({"outputs": outputs}, batch)[0].mean().item()
     assert variance == pytest.approx(given.var(axis=0).mean(), abs=1e-4), "the loss of knowing the means only"
 
 

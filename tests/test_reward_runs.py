@@ -19,7 +19,7 @@ from utils.evaluation import predictions
 from utils.models.reward_model import new_reward_head
 from utils.models.shared_prompt import PairCollator
 from utils.training import trainer as training
-from utils.training.losses import PairLoss
+from utils.training.losses import RewardPairLoss
 from utils.training.trainer import last_checkpoint
 
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -74,8 +74,8 @@ def test_an_epoch_chosen_on_the_measured_rows_is_said(model_folder, sample_folde
     [
         ({"HEAD": "vector"}, "HEAD = 'vector' is not known, choose one of: scalar, distribution, attributes"),
         ({"HEAD": "distribution", "PAIR_LOSS": "margin"}, "choose one of: win_probability, scaled"),
-        ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 is for HEAD = distribution, not for scalar"),
-        ({"HEAD": "distribution", "CENTRING": 0.1}, "CENTRING = 0.1 is for HEAD = scalar"),
+        ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 needs HEAD = distribution"),
+        ({"HEAD": "attributes", "LABEL_SMOOTHING": 0.1}, "LABEL_SMOOTHING = 0.1 has no effect with HEAD = attributes"),
         ({"RATING": "taste"}, "RATING = 'taste' is not known"),
         ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
     ],
@@ -98,9 +98,9 @@ def test_losses_of_ratings_need_ratings(model_folder, tokenizer_folder, tmp_path
     run_script(load_helpsteer_dataset, **source, OUTPUT_DIR=tmp_path / "data")
     options = SMALL | {"DATA_DIR": tmp_path / "data", "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
     for constants in ({"PAIR_LOSS": "scaled"}, {"HEAD": "distribution", "RATING_WEIGHT": 0.5}):
-        with pytest.raises(SystemExit, match="not all of these rows have ratings"):
+        with pytest.raises(SystemExit, match="some rows have no ratings"):
             run_script(train_reward_model, **options | constants)
-    with pytest.raises(SystemExit, match="these rows have no attributes"):
+    with pytest.raises(SystemExit, match="the rows have no attributes"):
         run_script(train_reward_model, **options, HEAD="attributes")
     run_script(train_reward_model, **options, HEAD="distribution")
     assert read(tmp_path / "run/eval.json")["by_gap"] == {}
@@ -202,7 +202,7 @@ def test_attributes_are_learned_where_some_rows_have_none(sample_folder, tokeniz
     given = [row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"] if row]
     assert len(given) == 12 and means == pytest.approx(np.mean(given, axis=0))
     batch = PairCollator(0, 8)(list(rows))
-    losses, _ = PairLoss(new_reward_head("attributes", "average", [], means), "squared_error")(
+    losses, _ = RewardPairLoss(new_reward_head("attributes", "average", [], means), "squared_error")(
         {"outputs": torch.zeros(8, 2, 5)}, batch
     )
     rejected = (torch.tensor(rows["rejected_attributes"]) - torch.tensor(means)).square().mean(1) / 2

@@ -18,7 +18,6 @@ from tests.conftest import ROOT, run_script
 from tests.loading import tree, write_lines
 from tests.toys import toy_run
 from utils.models.loading import add_lora, load_causal
-from utils.runs import Run
 from utils.training.trainer import last_checkpoint, train, trained_state
 
 SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 24, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -169,12 +168,12 @@ def test_adapters_go_on_from_a_checkpoint_and_four_rows_at_once_equal_one_row_fo
         torch.manual_seed(0)
         model = add_lora(load_causal(model_folder), "CAUSAL_LM", 4, 8, 0.0, ("q_proj", "down_proj"))
         folder = tmp_path / name.replace("again", "wide")
-        how = {"batch": batch, "accumulation": accumulation, "max_steps": 3, "save_steps": 1, "learning_rate": 0.01}
-        trainer = trainer_of(folder, model, tokenizer, rows, **how)
+        how = {"batch_size": batch, "accumulation": accumulation, "max_steps": 3, "save_every_steps": 1}
         if name == "again":
             shutil.rmtree(folder / "checkpoints/checkpoint-3")
             assert last_checkpoint(folder).endswith("checkpoint-2")
-        train(trainer, Run(folder, {"SEED": 0}))
+        run = toy_run(folder, learning_rate=0.01, **how)
+        train(sft.answer_trainer(model, rows, tokenizer, run, dict), run)
         found[name] = trained_state(model)
     assert any(value.abs().max() > 1e-3 for name, value in found["wide"].items() if "lora_B" in name)
     for name, value in found["wide"].items():
@@ -203,7 +202,7 @@ def test_prompts_with_completions_are_checked_counted_and_split(tokenizer, tmp_p
     bad += [{"prompt": "p", "completion": "\ud800"}, {"prompt": "p"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in good + bad))
-    parts, ledger = answers_of_source(str(path), tokenizer, 128, 0.2, 42)
+    parts, ledger = answers_of_source(str(path), tokenizer, 128, 42)
     assert (len(parts["train"]), len(parts["validation"])) == (8, 2)
     assert ledger.counts() == {"broken_text": 1, "duplicate": 1, "empty_answer": 2, "empty_prompt": 1}
     assert ledger.totals()["rows_used"] == 10
@@ -219,7 +218,7 @@ def test_too_few_answers_for_both_splits_end_in_one_line(tokenizer, tmp_path):
     with pytest.raises(
         SystemExit, match="too few answers: 1 for train, 0 for validation; left out: {'empty_answer': 1"
     ):
-        answers_of_source(str(path), tokenizer, 128, 0.2, 42)
+        answers_of_source(str(path), tokenizer, 128, 42)
 
 
 def test_of_a_conversation_the_last_answer_is_learned_and_a_held_out_split_stays(tokenizer, tmp_path):
@@ -232,7 +231,7 @@ def test_of_a_conversation_the_last_answer_is_learned_and_a_held_out_split_stays
     (tmp_path / "rows").mkdir()
     write_lines(tmp_path / "rows/train.jsonl", rows)
     write_lines(tmp_path / "rows/test.jsonl", [talk("e", "user", "assistant"), talk("h", "user", "assistant")])
-    parts, ledger = answers_of_source(str(tmp_path / "rows"), tokenizer, 128, 0.5, 42)
+    parts, ledger = answers_of_source(str(tmp_path / "rows"), tokenizer, 128, 42)
     said = {name: [row["messages"][-1]["content"] for row in part] for name, part in parts.items()}
     assert said == {"train": ["a 4 assistanta", "b 1 assistantb"], "validation": ["e 1 assistante", "h 1 assistanth"]}
     assert [len(row["messages"]) for row in parts["train"]] == [5, 2]
@@ -254,7 +253,6 @@ def test_a_file_in_place_of_a_folder(model_folder, tmp_path):
     [
         ({"MIN_RATING": "good"}, "MIN_RATING = 'good': expected a number such as 3.5"),
         ({"MIN_RATING": "9"}, "train has no answer to use: lower MIN_RATING"),
-        ({"VALIDATION_SHARE": 0.0}, "VALIDATION_SHARE = 0.0: expected more than 0"),
         ({"DATASET": "nowhere.jsonl"}, "DATASET = 'nowhere.jsonl' is not there"),
         ({"DATASET": ROOT / "sample_data/helpsteer_sample.jsonl"}, "needed is one of: messages; completion prompt"),
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),

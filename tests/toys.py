@@ -41,7 +41,7 @@ def toy_rows(count: int, seed: int = 0, guidance: str = "none", both: bool = Fal
 
 
 TRAINING = {  # the constants that every training shares: a few steps
-    **{"EPOCHS": 3, "MAX_STEPS": 5, "BATCH_SIZE": 4, "ACCUMULATION": 1, "LEARNING_RATE": 3e-3, "WEIGHT_DECAY": 0.0},
+    **{"EPOCHS": 3, "MAX_STEPS": 5, "BATCH_SIZE": 4, "ACCUMULATION": 1, "LEARNING_RATE": 3e-3},
     **{"SCHEDULE": "linear", "WARMUP_SHARE": 0.0, "SEED": 0, "REPORT_TO": "none"},
     **{"LOG_EVERY_STEPS": 1, "EVAL_EVERY_STEPS": 0, "SAVE_EVERY_STEPS": 0},
 }

@@ -103,9 +103,7 @@ def with_room(tokenizer: PreTrainedTokenizerBase, guidance: Guidance, max_length
 
     kept = [i for i, row in enumerate(rows) if fits(row)]
     if needed("") > half or not kept:
-        setting = (
-            "PREFERENCE_TEXT" if guidance.vectors is None else f"PROMPT_EMBEDDING_TOKENS = {len(guidance.vectors)}"
-        )
+        setting = "PREFERENCE_TEXT" if guidance.vectors is None else f"a preference of {len(guidance.vectors)} vectors"
         beside = "" if needed("") > half else " beside the system turn of any row"
         stop(
             f"{setting} does not fit{beside}: a short prompt with it takes {needed('')} tokens, and prompts get {half}"
@@ -139,12 +137,11 @@ def load_vectors(path: str, hidden: int) -> torch.Tensor:
     return vectors
 
 
-def start_vectors(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> torch.Tensor:
-    """Return vectors [count, hidden]: the token embeddings of a text, repeated or cut; count 0 = one for each token."""
+def start_vectors(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Return the token embeddings of a text [tokens, hidden]: the start of the vectors."""
     (ids,) = ids_of(tokenizer, [text])
     if not ids:
         stop("PREFERENCE_TEXT is empty: the vectors start from the embeddings of its tokens")
-    ids = [ids[i % len(ids)] for i in range(count or len(ids))]
     with torch.no_grad():  # through the layer, since some layers scale their weights
         return model.get_input_embeddings()(torch.tensor(ids)).float().clone()
 

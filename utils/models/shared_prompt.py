@@ -327,3 +327,27 @@ def check_head(model: nn.Module, ids: torch.Tensor) -> float:
     ours = token_logps(model, hidden[0, :-1], ids[0, 1:])
     theirs = torch.log_softmax(plain(model)(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
     return (ours - theirs.gather(1, ids[0, 1:, None])[:, 0]).abs().max().item()
+
+
+def split_batch(batch: dict[str, torch.Tensor], tokens: int, multiple: int) -> list[dict[str, torch.Tensor]]:
+    """Split a batch into micro-batches of at most `tokens` positions, one row at least, padded to a multiple.
+
+    The gradient of the batch is the sum of theirs, in the memory of one of them.
+    """
+    ends = [name for name in ("ends", "guided_ends") if name in batch]
+    row_lengths = torch.stack([batch[name].amax(dim=1) + 1 for name in ends]).tolist()  # one transfer from the device
+    lengths = dict(zip(ends, row_lengths, strict=True))
+    micro_batches, first = [], 0
+    count = len(batch["row"])
+    for i in range(1, count + 1):
+        if i < count and (i + 1 - first) * sum(max(side[first : i + 1]) for side in lengths.values()) <= tokens:
+            continue
+        micro_batch = {name: value[first:i] for name, value in batch.items()}
+        for name, side in lengths.items():
+            longest = -(-max(side[first:i]) // multiple) * multiple
+            for column in ("input_ids", "segments", "position_ids"):
+                column = name.replace("ends", column)
+                micro_batch[column] = micro_batch[column][:, :longest]
+        micro_batches.append(micro_batch)
+        first = i
+    return micro_batches
