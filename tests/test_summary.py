@@ -267,7 +267,7 @@ def test_mistakes_end_in_one_line(small, tmp_path, tokenizer, tokenizer_folder):
     assert "run `python load_helpsteer_dataset.py` first" in line(data=tmp_path / "nothing")
     assert "holds no metadata.json" in line(data=tokenizer_folder)
     assert "EXAMPLES = -1" in line(EXAMPLES=-1) and "SEED = -1" in line(SEED=-1)
-    assert "cannot be had" in line(TOKENIZER="nobody/nothing-of-this-name")
+    assert "cannot be loaded" in line(TOKENIZER="nobody/nothing-of-this-name")
     other = tmp_path / "other"
     shutil.copytree(tokenizer_folder, other)
     template = other / "chat_template.jinja"
