@@ -292,5 +292,5 @@ def test_a_broken_line_is_named(load, tmp_path):
 
 
 def test_the_loader_of_pairs_says_who_reads_trees(tokenizer_folder):
-    with pytest.raises(SystemExit, match=r"message trees: `python -m extras.load_oasst_dataset --dataset .*` reads"):
+    with pytest.raises(SystemExit, match=r"message trees: use `python -m extras.load_oasst_dataset --dataset .*`"):
         load_rows(tokenizer_folder, SAMPLE)
