@@ -276,7 +276,7 @@ def test_ctrl_c_keeps_what_is_answered(options, tmp_path, monkeypatch, capsys):
         ({"SPLITS": "validation"}, "SPLITS = 'validation': expected train"),
         ({"SPLITS": "train,test"}, "test is not there yet"),
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),
-        ({"DATA_DIR": ".", "OUTPUT_DIR": "."}, "is or holds DATA_DIR, whose rows would be lost"),
+        ({"DATA_DIR": ".", "OUTPUT_DIR": "."}, "would overwrite DATA_DIR: choose another name"),
     ],
 )
 def test_mistakes_end_in_one_line(options, tmp_path, constants, message):

@@ -110,7 +110,7 @@ def test_a_killed_run_leaves_the_old_rows(load, tmp_path, tokenizer_folder, caps
     with pytest.raises(SystemExit, match="is not there"):
         load("none.jsonl")
     assert content_of(tmp_path / "out") == before, "the next run puts them back before anything else"
-    assert f"{left} is left of a run that was killed" in capsys.readouterr().out
+    assert f"{left} belongs to a run that was killed" in capsys.readouterr().out
 
 
 def test_the_command_that_makes_a_folder_again_names_its_source_and_what_was_set():
