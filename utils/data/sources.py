@@ -331,7 +331,7 @@ def in_cache(name: str, kind: str) -> bool:
     return any(file.exists() for pattern in patterns for file in snapshots.rglob(pattern))  # False for a broken link
 
 
-def ask_hub(names: dict[str, str], timeout: float) -> dict[str, str]:
+def ask_hub(names: dict[str, str], timeout: float = 2.0) -> dict[str, str]:
     """Return {kind: "" or why the hub cannot provide it} within `timeout` seconds, without URLs and tokens.
 
     names: {"model" or "dataset": its name}.
