@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from utils.script import first_process, lock_folder, pick, processes, release, say, stop
+from utils.script import first_process, lock_folder, needs, pick, processes, release, say, stop
 
 MODELS = ("MODEL", "REWARD_MODEL", "JUDGE_MODEL", "POLICIES", "PROMPT_EMBEDDING_PATH")
 INPUTS = (*MODELS, "DATA_DIR", "DATASET")  # constants that name what a run reads
@@ -205,10 +205,11 @@ def run_names(dataset: str, mode: str, model: str, loss: str, beta: float, alpha
 
 
 def main(words: list[str]) -> None:
-    """Print project and run. words: DATA_DIR, GUIDANCE, MODEL_SHORT_NAME, MODEL, LOSS, BETA, ALPHA (from a shell)."""
+    """Print project and run. words: DATA_DIR, TRAINING_MODE, MODEL_SHORT_NAME, MODEL, LOSS, BETA, ALPHA (from a shell)."""
     data_dir, guidance, short, model, loss, beta, alpha = words
-    mode, dataset = pick(MODES, "GUIDANCE", guidance), read_json(Path(data_dir) / "metadata.json")["dataset_name"]
-    print(*run_names(dataset, mode, short or short_model(model), loss, float(beta), float(alpha)))
+    mode = pick(MODES, "TRAINING_MODE", guidance)
+    metadata = read_json(needs(Path(data_dir) / "metadata.json", made_by="load_helpsteer_dataset.py"))
+    print(*run_names(metadata["dataset_name"], mode, short or short_model(model), loss, float(beta), float(alpha)))
 
 
 if __name__ == "__main__":
