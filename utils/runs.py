@@ -205,7 +205,7 @@ def run_names(dataset: str, mode: str, model: str, loss: str, beta: float, alpha
 
 
 def main(words: list[str]) -> None:
-    """Print project and run. words: DATA_DIR, TRAINING_MODE, MODEL_SHORT_NAME, MODEL, LOSS, BETA, ALPHA (from a shell)."""
+    """Print project and run for train_helpsteer.sh."""
     data_dir, guidance, short, model, loss, beta, alpha = words
     mode = pick(MODES, "TRAINING_MODE", guidance)
     metadata = read_json(needs(Path(data_dir) / "metadata.json", made_by="load_helpsteer_dataset.py"))

@@ -158,7 +158,7 @@ def from_files(dataset: str, revision: str, files: dict[str, list[Path]], rating
     has_column = not held_out and "split" in next(splits["train"](), {})
     if has_column and any(map(is_held_out, splits["train"]())):
         used = {"train": f"{train}, rows for training", "test": f"{train}, rows held out"}
-        splits = by_split_column(splits["train"])
+        splits = {role: part_of(splits["train"], role == "test") for role in used}
     heads = {role: head_of(read()) for role, read in splits.items()}
     for role, head in heads.items():
         if not head:
@@ -175,11 +175,8 @@ def is_held_out(record: Record) -> bool:
     return str(record.get("split")).lower() in HELD_OUT
 
 
-def by_split_column(read: Callable[[], Iterator[Record]]) -> dict[str, Callable[[], Iterator[Record]]]:
-    return {
-        "train": lambda: (record for record in read() if not is_held_out(record)),
-        "test": lambda: (record for record in read() if is_held_out(record)),
-    }
+def part_of(read: Callable[[], Iterator[Record]], held_out: bool) -> Callable[[], Iterator[Record]]:
+    return lambda: (record for record in read() if is_held_out(record) == held_out)
 
 
 def choose_split(dataset: str, files: dict[str, list[Path]], rating: str) -> str:
@@ -190,10 +187,8 @@ def choose_split(dataset: str, files: dict[str, list[Path]], rating: str) -> str
     for name in names:
         if matches(rating, name):
             return name
-    first = files[names[0]][0]
-    example: str | Path = first.parent if first.suffix == ".arrow" else first  # the folder of save_to_disk
-    if not Path(dataset).expanduser().exists():
-        example = f"{dataset}/{names[0]}"
+    local, first = Path(dataset).expanduser().exists(), files[names[0]][0]
+    example = first if local and first.suffix != ".arrow" else f"{dataset}/{names[0]}"
     wanted = f"for RATING = {rating!r}" if rating else "called train"
     stop(f"DATASET = {dataset!r} has no split {wanted}, it has: {', '.join(names)}; choose one: {example}")
 
