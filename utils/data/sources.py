@@ -163,11 +163,11 @@ def from_files(dataset: str, revision: str, files: dict[str, list[Path]], rating
     for role, head in heads.items():
         if not head:
             stop(f"DATASET = {dataset!r} has no rows in its split {used[role]!r}")
-    found = {role: recognise(dataset, head, layouts) for role, head in heads.items()}
-    rated = found["train"] == "attributes" or matches(rating, train)
+    recognised = {role: recognise(dataset, head, layouts) for role, head in heads.items()}
+    rated = recognised["train"] == "attributes" or matches(rating, train)
     if not rated and rating not in ("", "average"):
         say(f"RATING = {rating!r} has no effect: {dataset} already has pairs, and one split for training")
-    return Source(dataset, revision, splits, used, found, rating if rated else "")
+    return Source(dataset, revision, splits, used, recognised, rating if rated else "")
 
 
 def is_held_out(record: Record) -> bool:
