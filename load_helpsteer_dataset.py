@@ -26,7 +26,7 @@ from utils.data.processed import (
     print_summary,
     replace_folder,
     row_features,
-    save_splits,
+    save_parts,
     write_rows,
 )
 from utils.data.sources import Record, Source, first_of, head_of, open_source
@@ -151,7 +151,7 @@ def main(settings: dict) -> None:
         splits = split_and_tokenise(pairs, tokenizer)
         # 4. save, then replace the old folder
         complete = Path(work) / "whole"
-        save_splits(splits, complete)
+        save_parts(splits, complete)
         metadata = describe(splits, source, ledger, tokenizer, settings)
         write_json(complete / "metadata.json", metadata)
         ledger.write(complete / "dropped.jsonl")

@@ -141,7 +141,7 @@ def write_pairs(
         for name, (rows, ended) in made.items():
             plain = processed.write_rows(rows, processed.row_features(), f"{work}/{name}.arrow")
             parts[name] = left_open(tokens.tokenised(plain, tokenizer, source["max_length"]), ended, tokenizer)
-        processed.save_splits(parts, whole)
+        processed.save_parts(parts, whole)
         origin = Source(source["dataset_name"], source["revision"], {}, source["split_used"])
         origin.rating = "reward" if MODE == "ranked" else ""
         known = {"MAX_LENGTH": source["max_length"], "TOKENIZER": source["tokenizer"], "SEED": SEED}

@@ -24,7 +24,7 @@ from utils.data.processed import (
     print_summary,
     replace_folder,
     row_features,
-    save_splits,
+    save_parts,
     write_rows,
 )
 from utils.data.sources import TREE_LAYOUTS, Source, first_of, open_source
@@ -109,7 +109,7 @@ def main(settings: dict) -> None:
             parts[name] = tokenised(plain, tokenizer, MAX_LENGTH)
         # 4. save beside the old folder, then take its place
         whole = Path(work) / "whole"
-        save_splits(parts, whole)
+        save_parts(parts, whole)
         metadata = describe(parts, source, ledger, tokenizer, settings) | {"rows": ROWS}
         metadata["made_by"] = "-m extras.load_oasst_dataset"
         metadata["split_ratio"] = None if held_out else VALIDATION_SHARE

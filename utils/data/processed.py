@@ -63,7 +63,7 @@ def write_rows(rows: Iterable[Record], features: Features, path: str) -> Dataset
     return Dataset.from_file(path)
 
 
-def save_splits(splits: dict[str, Dataset], folder: Path) -> None:
+def save_parts(splits: dict[str, Dataset], folder: Path) -> None:
     """Write each split to a folder of its own name."""
     for name, rows in splits.items():
         rows.save_to_disk(folder / name, num_shards=None if len(rows) else 1)  # load_from_disk needs at least one file
