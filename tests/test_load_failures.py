@@ -124,13 +124,13 @@ def on_foreign_files(tmp_path):
 def on_folders_with_our_names(tmp_path):
     for name in ("train", "test"):
         write_lines(tmp_path / "mine" / name / "photos.jsonl", [{"a": 1}])
-    return {"OUTPUT_DIR": tmp_path / "mine"}, "mine' holds test, train, of no run of a script here: choose another name"
+    return {"OUTPUT_DIR": tmp_path / "mine"}, "mine' holds test, train, not made here: choose another name"
 
 
 def on_metadata_of_others(tmp_path):
     (tmp_path / "mine" / "train").mkdir(parents=True)
     (tmp_path / "mine" / "metadata.json").write_text('{"title": "my photos"}')
-    return {"OUTPUT_DIR": tmp_path / "mine"}, "holds metadata.json, train, of no run of a script here"
+    return {"OUTPUT_DIR": tmp_path / "mine"}, "holds metadata.json, train, not made here: choose another name"
 
 
 def on_a_repository(tmp_path):
@@ -140,11 +140,11 @@ def on_a_repository(tmp_path):
 
 
 def on_what_it_reads(tmp_path):
-    return {"DATASET": tmp_path / "out", "OUTPUT_DIR": "./out"}, "out' is or holds DATASET, whose rows would be lost"
+    return {"DATASET": tmp_path / "out", "OUTPUT_DIR": "./out"}, "out' would overwrite DATASET"
 
 
 def on_what_holds_what_it_reads(tmp_path):
-    return {"DATASET": "out/train"}, "out' is or holds DATASET, whose rows would be lost: choose another name"
+    return {"DATASET": "out/train"}, "out' would overwrite DATASET: choose another name"
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,9 @@ def test_a_tie_counts_half():
     assert wins(*map(np.array, measures)).tolist() == [1.0, 0.5, 0.0]
 
 
-def test_figures_of_small_rows_are_exact(small, tmp_path):
-    found = summarise(small, tmp_path / "out", GAPS="0.4,0.5,1.0,3.0")["all"]
+def test_figures_of_small_rows_are_exact(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(dataset_summary.SHOWN, "gaps", (0.4, 0.5, 1.0, 3.0))
+    found = summarise(small, tmp_path / "out")["all"]
     assert found["pairs"] == 4 and found["multi_turn_share"] == 0
     gap = found["rating_gap"]
     assert {name: band["pairs"] for name, band in gap["bands"].items()} == {"<0.5": 1, "0.5-1.0": 1, ">=1.0": 2}
@@ -278,9 +279,9 @@ def test_mistakes_end_in_one_line(small, tmp_path, tokenizer, tokenizer_folder):
         return ended.value.code
 
     assert "run `python load_helpsteer_dataset.py` first" in line(data=tmp_path / "nothing")
-    assert "holds no metadata.json" in line(data=tokenizer_folder)
+    assert "metadata.json is not there yet" in line(data=tokenizer_folder)
     assert "EXAMPLES = -1" in line(EXAMPLES=-1) and "SEED = -1" in line(SEED=-1)
-    assert "cannot be had" in line(TOKENIZER="nobody/nothing-of-this-name")
+    assert "cannot be loaded" in line(TOKENIZER="nobody/nothing-of-this-name")
     other = tmp_path / "other"
     shutil.copytree(tokenizer_folder, other)
     template = other / "chat_template.jinja"
