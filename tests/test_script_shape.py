@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from utils.config import top_constants
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     path
     for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]

@@ -8,7 +8,7 @@ import pytest
 from extras import rate_answers
 from extras.lib import agreement, ratings
 from tests.conftest import run_script
-from tests.rating_toys import rated, read_back, six_pairs
+from tests.extras.rating_toys import rated, read_back, six_pairs
 from utils.data.preferences import Ledger, checked_pairs
 from utils.data.sources import open_source
 from utils.models.reward_model import RewardModel

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import train_reward_model
 from tests.conftest import run_script
-from tests.test_reward_model import SMALL
+from tests.scripts.test_train_reward_model import SMALL
 from utils.models.loading import choose_precision, load_classifier
 from utils.models.reward_model import RewardHead, RewardModel, apply_head
 from utils.training import trainer as training

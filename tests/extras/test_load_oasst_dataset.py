@@ -11,8 +11,8 @@ import dataset_summary
 import train_dpo
 from extras import load_oasst_dataset
 from tests.conftest import ROOT, run_script
-from tests.loading import load_rows, message, nested, tree, write_lines, write_rows
-from tests.test_load import COLUMNS, METADATA, check_books
+from tests.scripts.test_load_helpsteer_dataset import COLUMNS, METADATA, check_books
+from tests.source_rows import load_rows, message, nested, tree, write_lines, write_rows
 from utils.data.processed import load_pairs
 
 SAMPLE = ROOT / "sample_data" / "oasst_sample.jsonl"

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 import load_helpsteer_dataset
 from tests.conftest import ROOT, SAMPLE
-from tests.loading import load_rows, rows_of, write_lines
-from tests.test_tokens import STRICT
+from tests.data.test_tokens import STRICT
+from tests.source_rows import load_rows, rows_of, write_lines
 from utils.data.split import near_duplicate_groups
 from utils.data.tokens import chat_template_sha256, tokenizer_sha256
 

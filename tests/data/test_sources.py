@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.loading import write_lines, write_rows
+from tests.source_rows import write_lines, write_rows
 from utils.data.preferences import Ledger, checked_pairs
 from utils.data.sources import open_source
 

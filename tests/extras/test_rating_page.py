@@ -7,8 +7,8 @@ import pytest
 
 from extras import rate_answers
 from extras.lib import ratings
-from tests.browser import Browser, chromium
 from tests.conftest import ROOT, run_script
+from tests.extras.browser import Browser, chromium
 from utils.runs import write_lines
 
 EVIL = (

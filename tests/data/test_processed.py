@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.loading import content_of, load_rows, rows_of, write_lines
+from tests.source_rows import content_of, load_rows, rows_of, write_lines
 from utils.data.processed import next_command, reload_command
 
 

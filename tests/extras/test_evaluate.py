@@ -11,8 +11,8 @@ from scipy.stats import ttest_ind
 from extras import evaluate, make_report
 from extras.lib.frontier import names_of, over_seeds, p_over_seeds, recipes, spread
 from extras.lib.questions import questions
-from tests.browser import Browser
 from tests.conftest import run_script
+from tests.extras.browser import Browser
 from utils.runs import write_json
 
 SMALL = {"PROMPTS": 6, "MAX_NEW_TOKENS": 6, "DEVICE": "cpu", "PRECISION": "fp32", "BEST_OF_N": 3}

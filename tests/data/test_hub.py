@@ -4,7 +4,7 @@ from fnmatch import fnmatch
 
 import pytest
 
-from tests.loading import write_lines, write_rows
+from tests.source_rows import write_lines, write_rows
 from utils.data.sources import TREE_LAYOUTS, open_source
 
 ROWS = [{"prompt": f"Q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(5)]

@@ -8,7 +8,7 @@ from extras import rate_answers
 from extras.lib import ratings
 from extras.lib.labels import LABELS
 from tests.conftest import run_script
-from tests.rating_toys import TOPICS, made, rated, read_back, six_pairs
+from tests.extras.rating_toys import TOPICS, made, rated, read_back, six_pairs
 from utils.models import generation
 from utils.runs import write_json
 

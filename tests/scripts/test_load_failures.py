@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SAMPLE
-from tests.loading import content_of, load_rows, rows_of, write_lines, write_rows
+from tests.source_rows import content_of, load_rows, rows_of, write_lines, write_rows
 from utils.data.tokens import load_tokenizer
 
 

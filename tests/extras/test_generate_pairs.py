@@ -17,7 +17,7 @@ from extras import generate_pairs, load_oasst_dataset
 from extras.lib import generated
 from extras.lib.generated import Asked, Written, in_batches, left_open, pairs_of, read_written
 from tests.conftest import run_script
-from tests.loading import tree, write_lines
+from tests.source_rows import tree, write_lines
 from utils.data.preferences import Ledger
 from utils.data.processed import row_features
 from utils.data.tokens import end_of_turn, tokenised

@@ -15,7 +15,7 @@ from extras import load_oasst_dataset, train_sft
 from extras.lib import sft
 from extras.lib.sft import answers_of_source, as_answers, learnable, least_rating, load_answers
 from tests.conftest import ROOT, run_script
-from tests.loading import tree, write_lines
+from tests.source_rows import tree, write_lines
 from tests.toys import toy_run
 from utils.models.loading import add_lora, load_causal
 from utils.runs import Run

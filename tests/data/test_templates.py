@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import TEMPLATE
-from tests.test_tokens import LONG, encode, said
+from tests.data.test_tokens import LONG, encode, said
 from utils.data.tokens import PLAIN_TEMPLATE, end_of_turn, ids_of, render
 
 LLAMA = (  # the template of Llama 2
