@@ -7,6 +7,7 @@ os.environ.update(
 )  # before the libraries are imported
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Forget accelerate's process-wide state after each test: it keeps the precision of the first Accelerator."""
+    yield
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_reward_model
@@ -34,14 +33,6 @@ def test_head_and_rewards_are_float32_under_autocast(model_folder):
     torch.testing.assert_close(found, model.score(hidden))
 
 
-@pytest.fixture
-def own_accelerator():
-    """accelerate keeps the precision of a process; the next test wants its own."""
-    yield
-    AcceleratorState._reset_state()
-
-
-@pytest.mark.usefixtures("own_accelerator")
 @pytest.mark.parametrize("lora", [False, True])
 def test_weights_stay_float32_where_bf16_computes(model_folder, sample_folder, tmp_path, lora, monkeypatch):
     kinds = []
