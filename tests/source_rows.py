@@ -1,4 +1,4 @@
-"""Run a loader on some rows in a test, and read what it has written."""
+"""Make rows of every kind of source, run a loader on them and read its output."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from utils.data.sources import ATTRIBUTES
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> Path:
-    """Write rows as JSON lines, packed if the name ends in .gz."""
+    """Write rows as JSON lines, compressed if the name ends in .gz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
@@ -23,7 +23,7 @@ def write_lines(path: Path, rows: Iterable[dict]) -> Path:
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
-    """Write rows in the format that the file's name says."""
+    """Write rows in the format of the file's suffix."""
     import pandas as pd
 
     table = pd.DataFrame(rows)
@@ -39,20 +39,27 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file below a folder."""
+    """Return {path: bytes} of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def rows_of(count: int, start: int = 0, gap: int = 1) -> Iterator[dict]:
-    """Rows of `count` prompts, two answers each, the first one better by `gap` in one attribute."""
+    """Yield rows of `count` prompts with two answers each. The first answer is better by `gap` in one attribute."""
     for i in range(start, start + count):
         for k in range(2):
             grades = dict.fromkeys(ATTRIBUTES, 2) | {"helpfulness": 2 + gap * (1 - k)}
             yield {"prompt": f"Question{i} asks{i} about{i}?", "response": f"Answer {k} to {i}.", **grades}
 
 
+def dialogue(*texts: str, system: str = "") -> list[dict]:
+    """Return messages with these texts, by user and assistant in turn."""
+    roles = ("user", "assistant") * len(texts)
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
 def message(name: str, text: str | None = None, rank: int | None = None, lang: str = "ru", **others: object) -> dict:
-    """A message whose place is in its name: `a` is a prompt, `a.1` an answer to it, `a.1.1` the next prompt."""
+    """Return a message of a tree. Its name is its place: `a` is a prompt, `a.1` an answer, `a.1.1` the next prompt."""
     parent = name.rpartition(".")[0] or None
     role = "assistant" if name.count(".") % 2 else "prompter"
     plain = {"deleted": False, "synthetic": False, "review_result": True, "tree_state": "ready_for_export"}
@@ -62,12 +69,12 @@ def message(name: str, text: str | None = None, rank: int | None = None, lang: s
 
 
 def tree(name: str, *ranks: int | None, **others: object) -> list[dict]:
-    """A prompt and an answer with each of these ranks."""
+    """Return a prompt and one answer for each rank."""
     return [message(name, **others), *(message(f"{name}.{i}", rank=r, **others) for i, r in enumerate(ranks, 1))]
 
 
 def nested(messages: list[dict]) -> list[dict]:
-    """The same messages as trees, one record each; what hangs below no root is left out."""
+    """Return the same messages as nested trees. Messages without a root are left out."""
     replies = defaultdict(list)
     for each in messages:
         replies[each["parent_id"]].append(each)
@@ -84,7 +91,7 @@ def load_rows(
     script: ModuleType = load_helpsteer_dataset,
     **constants: object,
 ) -> tuple[dict, dict[str, Dataset], list[dict]]:
-    """Run the script on a path or on rows: (metadata, {split: rows}, ledger) of what it writes (to out/)."""
+    """Run a loader on a path or on rows, and return (metadata, {split: rows}, ledger) of its folder, out/."""
     if not isinstance(dataset, (str, Path)):
         dataset = write_lines(Path("source.jsonl").absolute(), dataset)
     defaults = {"DATASET": dataset, "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 128, "OUTPUT_DIR": "out"}

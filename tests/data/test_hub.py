@@ -1,4 +1,4 @@
-"""Datasets of the hub: what is asked for, what is recorded, and how a refusal is told."""
+"""Datasets are downloaded from the hub with their revision, and a refusal of the hub is reported."""
 
 from fnmatch import fnmatch
 
@@ -16,7 +16,7 @@ def read(source, role="train"):
 
 
 def fails(dataset, match):
-    """Opening the dataset ends in one line that says `match`."""
+    """Check that opening the dataset stops with one line that matches, and return it."""
     with pytest.raises(SystemExit, match=match) as stop:
         open_source(dataset, "average")
     assert "\n" not in str(stop.value)
@@ -25,7 +25,7 @@ def fails(dataset, match):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that gives a folder named like a commit, or raises; the calls are kept."""
+    """Replace the hub by a folder named like a commit. Return (folder, calls, {"error": what to raise})."""
     import huggingface_hub
 
     folder = tmp_path / "snapshots" / ("c0ffee" * 7)[:40]
@@ -43,7 +43,7 @@ def hub(tmp_path, monkeypatch):
     return folder, calls, answer
 
 
-def test_hub_dataset_and_its_revision(hub):
+def test_a_hub_dataset_is_read_with_its_revision(hub):
     folder, calls, _ = hub
     write_lines(folder / "train.jsonl.gz", ROWS[:4])
     write_lines(folder / "validation.jsonl.gz", ROWS[4:])
@@ -55,7 +55,7 @@ def test_hub_dataset_and_its_revision(hub):
     assert "token" not in calls[0][1], "the token comes from the environment, through the hub's own library"
 
 
-def test_hub_folder_and_hub_split(hub):
+def test_a_folder_or_a_split_of_a_hub_dataset_is_read(hub):
     folder, _, _ = hub
     write_lines(folder / "train.jsonl", ROWS)
     write_lines(folder / "goodness_split.jsonl", [PAIR])
@@ -66,7 +66,7 @@ def test_hub_folder_and_hub_split(hub):
     fails("owner/name/prefrence", "no folder or split 'prefrence' there, splits: goodness_split, train")
 
 
-def test_what_is_in_folders_or_has_no_train_names_what_to_ask_for(hub):
+def test_a_dataset_without_a_train_split_lists_its_folders_and_splits(hub):
     folder, _, _ = hub
     write_lines(folder / "helpful-base" / "train.jsonl.gz", ROWS)
     fails("Anthropic/hh-rlhf", "files in folders, name one: Anthropic/hh-rlhf/helpful-base$")
@@ -77,7 +77,7 @@ def test_what_is_in_folders_or_has_no_train_names_what_to_ask_for(hub):
     assert open_source("owner/name/one", "average").split_used == {"train": "one"}
 
 
-def test_of_message_trees_the_tables_are_read_and_not_the_exports_beside_them(hub):
+def test_message_trees_are_read_from_tables_and_not_from_the_exports(hub):
     folder, calls, _ = hub
     (folder / "data").mkdir()
     message = {"message_id": "1", "parent_id": None, "role": "prompter", "text": "Q"}
@@ -95,13 +95,13 @@ def test_of_message_trees_the_tables_are_read_and_not_the_exports_beside_them(hu
     assert source.layouts == {"train": "trees"} and not calls[1][1]["ignore_patterns"], "asked for by name"
 
 
-def test_local_mirror_wins_over_the_hub(hub, tmp_path):
+def test_a_local_folder_is_read_instead_of_the_hub(hub, tmp_path):
     _, calls, _ = hub
     write_lines(tmp_path / "nvidia" / "HelpSteer2" / "train.jsonl", ROWS)
     assert read(open_source("nvidia/HelpSteer2", "average")) == ROWS and not calls
 
 
-def test_what_the_hub_refuses_is_said_in_one_line(hub):
+def test_a_refusal_of_the_hub_is_reported_without_tokens(hub):
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     def refusal(kind):
@@ -121,14 +121,14 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub):
         assert "hf_secret" not in fails("nvidia/HelpSter2", match)
 
 
-def test_a_full_disk_is_not_blamed_on_the_hub(hub):
+def test_a_full_disk_is_not_reported_as_a_hub_error(hub):
     _, _, answer = hub
     answer["error"] = OSError(28, "No space left on device")
     with pytest.raises(OSError, match="No space left"):
         open_source("nvidia/HelpSteer2", "average")
 
 
-def test_without_a_hub_and_a_cache_there_is_no_second_choice(tmp_path, monkeypatch):
+def test_a_dataset_that_is_neither_on_the_hub_nor_cached_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     fails("nvidia/no_such_dataset_here", "hub cannot be reached and the cache has no whole copy")

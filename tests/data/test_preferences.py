@@ -1,11 +1,14 @@
-"""One pair a prompt, best against worst; every row that is left out is in the ledger with its reason and number."""
+"""Rows become one pair for each prompt, and the ledger has every row that is left out."""
 
 import json
 
 import pytest
 
+from tests.source_rows import dialogue
 from utils.data.preferences import Ledger, checked_pairs, real_number, whole_number
 from utils.data.sources import ATTRIBUTES
+
+MISSING = object()  # in place of a value: the row has no such column
 
 
 def answer(prompt, response, grades=(3, 3, 3, 3, 3), **cells):
@@ -13,17 +16,17 @@ def answer(prompt, response, grades=(3, 3, 3, 3, 3), **cells):
 
 
 def pair_up(rows, layout="attributes", rating="average", gap=0.0):
-    """(pairs, [(reason, rows)], ledger) of some records."""
+    """Return (pairs, [(reason, rows)], ledger) of some records."""
     ledger = Ledger()
     pairs = list(checked_pairs(lambda: iter(rows), layout, rating, "train", gap, ledger))
-    ledger.totals()  # asserts that read = used + left out
+    ledger.totals()  # asserts that rows read = rows used + rows dropped
     return pairs, [(entry["reason"], entry["rows"]) for entry in ledger.entries], ledger
 
 
 # attributes
 
 
-def test_best_against_worst_of_a_prompt():
+def test_the_best_answer_to_a_prompt_is_paired_with_the_worst():
     rows = [
         answer("Q", "middle", (2, 2, 2, 2, 2)),
         answer("Q", "best", (4, 4, 4, 0, 2)),
@@ -54,13 +57,13 @@ def test_best_against_worst_of_a_prompt():
         ("nvidia_340b", 1.2 + 2.22 + 0.92 + 0.47 - 0.33, 0.3 + 0.74 + 0.92 + 0.94 - 1.32),
     ],
 )
-def test_ratings_weigh_the_five_attributes(rating, better, worse):
+def test_ratings_weight_the_five_attributes(rating, better, worse):
     rows = [answer("Q", "b", (1, 1, 2, 2, 4)), answer("Q", "a", (4, 3, 2, 1, 1))]
     ((pair,), _, _) = pair_up(rows, rating=rating)
     assert pair["answers"] == ("a", "b") and pair["ratings"] == pytest.approx((better, worse))
 
 
-def test_a_tie_is_one_in_whole_numbers_and_counts_once():
+def test_ties_are_exact_and_count_once_per_prompt():
     rows = [answer("Q", "a", (4, 2, 3, 1, 2)), answer("Q", "b", (2, 4, 2, 2, 2)), answer("Q", "c", (4, 4, 4, 0, 0))]
     pairs, dropped, ledger = pair_up(rows)
     assert (pairs, dropped, ledger.counts()) == ([], [("tie", [0, 1, 2])], {"tie": 1})
@@ -89,34 +92,26 @@ def test_a_tie_is_one_in_whole_numbers_and_counts_once():
         ({"verbosity": 10**400}, "bad_attribute"),
         ({"verbosity": True}, "bad_attribute"),
         ({"verbosity": [1]}, "bad_attribute"),
+        ({"verbosity": MISSING}, "bad_attribute"),
     ],
 )
-def test_a_bad_row_goes_alone_and_leaves_its_partner_unpaired(cells, reason):
-    rows = [
-        answer("Q", "a"),
-        {**answer("Q", "b", (4, 4, 4, 4, 4)), **cells},
-        answer("Q2", "a"),
-        answer("Q2", "b", [4] * 5),
-    ]
+def test_a_bad_row_is_dropped_and_its_partner_is_unpaired(cells, reason):
+    bad = {**answer("Q", "b", [4] * 5), **cells}
+    bad = {name: value for name, value in bad.items() if value is not MISSING}
+    rows = [answer("Q", "a"), bad, answer("Q2", "a"), answer("Q2", "b", [4] * 5)]
     pairs, dropped, ledger = pair_up(rows)
     assert [p["rows"] for p in pairs] == [[3, 2]]
     assert sorted(dropped) == sorted([(reason, [1]), ("unpaired", [0])])
     assert all(entry["split"] == "train" for entry in ledger.entries)
 
 
-def test_a_missing_column_is_a_bad_attribute():
-    row = answer("Q", "b")
-    del row["verbosity"]
-    assert pair_up([row])[1] == [("bad_attribute", [0])]
-
-
-def test_numbers_in_text_and_whole_floats_are_numbers():
+def test_numbers_are_read_from_text_and_from_whole_floats():
     rows = [answer("Q", "a", ("3", 3.0, " 3 ", "3.0", 3)), answer("Q", "b", (4, 4, 4, 4, 4))]
     assert pair_up(rows)[0][0]["attributes"] == ([4] * 5, [3] * 5)
     assert whole_number("2.5") is None and real_number("2.5") == 2.5 and real_number("nan") is None
 
 
-def test_duplicates_of_an_answer_do_not_pair_with_each_other():
+def test_duplicate_answers_do_not_pair_with_each_other():
     rows = [answer("Q", "a"), answer("Q", "a"), answer("Q2", "a"), answer("Q2", "a"), answer("Q2", "b", [4] * 5)]
     pairs, dropped, ledger = pair_up(rows)
     assert [p["rows"] for p in pairs] == [[4, 2]]
@@ -124,17 +119,15 @@ def test_duplicates_of_an_answer_do_not_pair_with_each_other():
     assert ledger.counts() == {"duplicate": 2, "unpaired": 1}
 
 
-def test_equal_answers_with_other_grades_are_no_pair():
+def test_equal_answers_with_other_grades_make_no_pair():
     assert pair_up([answer("Q", "a"), answer("Q", "a", [4] * 5)])[1] == [("equal_answers", [1, 0])]
-
-
-def test_prompts_that_differ_by_a_letter_are_two():
-    assert [reason for reason, _ in pair_up([answer("Q", "a"), answer("q", "b", [4] * 5)])[1]] == ["unpaired"] * 2
+    other_prompt = pair_up([answer("Q", "a"), answer("q", "b", [4] * 5)])[1]
+    assert [reason for reason, _ in other_prompt] == ["unpaired"] * 2, "prompts that differ in one letter"
 
 
 @pytest.mark.parametrize("gap, kept", [(0.2, 3), (0.4, 2), (0.41, 1), (0.6, 1), (1.0, 0)])
 def test_small_gaps_are_compared_in_hundredths(gap, kept):
-    """4 - 3.6, 2.4 - 2.2 and 2.6 - 2 are all off in binary fractions, and 100 * 2.4 - 100 * 2.2 is so too."""
+    """In floats, 4 - 3.6, 2.4 - 2.2, 2.6 - 2 and 100 * 2.4 - 100 * 2.2 are all inexact."""
     sums = [(20, 18), (12, 11), (13, 10)]
     rows = []
     for i, (better, worse) in enumerate(sums):
@@ -152,58 +145,52 @@ def pair(prompt="Q", chosen="yes", rejected="no", **cells):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **cells}
 
 
-def said(*texts, system=""):
-    roles = ("user", "assistant") * len(texts)
-    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-def test_strings_and_messages_give_the_same_pair():
+def test_strings_and_messages_make_the_same_pair():
     forms = [
         pair(),
-        pair(prompt=said("Q")),
+        pair(prompt=dialogue("Q")),
         pair(chosen=[{"role": "assistant", "content": "yes"}], rejected=[{"role": "assistant", "content": "no"}]),
-        pair(chosen=said("Q", "yes"), rejected=said("Q", "no")),
-        {"chosen": said("Q", "yes"), "rejected": said("Q", "no")},
-        pair(prompt="", chosen=said("Q", "yes"), rejected=said("Q", "no")),
-        pair(prompt=said("Q"), chosen=said("Q", "yes"), rejected=said("Q", "no")),
+        pair(chosen=dialogue("Q", "yes"), rejected=dialogue("Q", "no")),
+        {"chosen": dialogue("Q", "yes"), "rejected": dialogue("Q", "no")},
+        pair(prompt="", chosen=dialogue("Q", "yes"), rejected=dialogue("Q", "no")),
+        pair(prompt=dialogue("Q"), chosen=dialogue("Q", "yes"), rejected=dialogue("Q", "no")),
     ]
     for form in forms:
-        ((found,), dropped, ledger) = pair_up([form], "pairs")
-        assert found["turns"] == said("Q") and found["answers"] == ("yes", "no") and found["prompt"] == "Q", form
-        assert found["ratings"] == (None, None) and dropped == [] and ledger.totals()["prompts"] == 1
+        ((made,), dropped, ledger) = pair_up([form], "pairs")
+        assert made["turns"] == dialogue("Q") and made["answers"] == ("yes", "no") and made["prompt"] == "Q", form
+        assert made["ratings"] == (None, None) and dropped == [] and ledger.totals()["prompts"] == 1
 
 
-def test_conversations_keep_their_turns_and_lose_the_empty_ones():
-    turns = said("Q1", "A1", "Q2", system="Be brief.")
-    empty = [{"role": "system", "content": ""}, *said("Q1", "A1", "Q2")]
+def test_conversations_keep_all_turns_but_empty_ones():
+    turns = dialogue("Q1", "A1", "Q2", system="Be brief.")
+    empty = [{"role": "system", "content": ""}, *dialogue("Q1", "A1", "Q2")]
     for prompt, wanted in ((turns, turns), (empty, turns[1:])):
         sides = [[*prompt, {"role": "assistant", "content": text}] for text in ("yes", "no")]
-        ((found,), _, _) = pair_up([{"chosen": sides[0], "rejected": sides[1]}], "pairs")
-        assert found["turns"] == wanted
-        assert found["prompt"] == "user: Q1\n\nassistant: A1\n\nuser: Q2", "a shared system turn would join all prompts"
+        ((made,), _, _) = pair_up([{"chosen": sides[0], "rejected": sides[1]}], "pairs")
+        assert made["turns"] == wanted
+        assert made["prompt"] == "user: Q1\n\nassistant: A1\n\nuser: Q2", "a shared system turn would join all prompts"
 
 
-def test_a_dialogue_squeezed_into_one_turn_becomes_turns():
-    """As in the binarised sets, with the markers of the source in the user's text."""
+def test_a_dialogue_in_one_turn_is_split_into_turns():
+    """Binarised sets keep the markers of the source in the user's text."""
     prompt = "Q1\n<extra_id_1>Assistant\nA1\n<extra_id_1>User\nQ2"
     for form in (
         pair(prompt=prompt),
-        pair(prompt=prompt, chosen=said(prompt, "yes"), rejected=said(prompt, "no")),
-        {"chosen": said(prompt, "yes"), "rejected": said(prompt, "no")},
-        pair(prompt=said(prompt)),
+        pair(prompt=prompt, chosen=dialogue(prompt, "yes"), rejected=dialogue(prompt, "no")),
+        {"chosen": dialogue(prompt, "yes"), "rejected": dialogue(prompt, "no")},
+        pair(prompt=dialogue(prompt)),
     ):
-        ((found,), _, _) = pair_up([form], "pairs")
-        assert found["turns"] == said("Q1", "A1", "Q2")
-    sides = [said(prompt, text, system="S") for text in ("yes", "no")]
-    ((found,), _, _) = pair_up([pair(prompt=prompt, chosen=sides[0], rejected=sides[1])], "pairs")
-    assert found["turns"] == said("Q1", "A1", "Q2", system="S") and found["prompt"] == prompt
+        ((made,), _, _) = pair_up([form], "pairs")
+        assert made["turns"] == dialogue("Q1", "A1", "Q2")
+    sides = [dialogue(prompt, text, system="S") for text in ("yes", "no")]
+    ((made,), _, _) = pair_up([pair(prompt=prompt, chosen=sides[0], rejected=sides[1])], "pairs")
+    assert made["turns"] == dialogue("Q1", "A1", "Q2", system="S") and made["prompt"] == prompt
 
 
 @pytest.mark.parametrize(
     "names", ["chosen_rating rejected_rating", "chosen_score rejected_score", "score_chosen score_rejected"]
 )
-def test_rating_columns_of_other_sources(names):
+def test_rating_columns_of_other_sources_are_read(names):
     better, worse = names.split()
     rows = [
         pair("1", **{better: 3.6, worse: 2.0}),
@@ -217,17 +204,10 @@ def test_rating_columns_of_other_sources(names):
     ]
     pairs, dropped, ledger = pair_up(rows, "pairs")
     assert [p["ratings"] for p in pairs] == [(3.6, 2.0), (4.0, 1.0)]
-    assert dropped == [
-        ("chosen_rated_lower", [2]),
-        ("tie", [3]),
-        *[("bad_rating", [i]) for i in (4, 5, 6, 7)],
-    ]
+    assert dropped == [("chosen_rated_lower", [2]), ("tie", [3]), *[("bad_rating", [i]) for i in (4, 5, 6, 7)]]
     assert pair_up(rows[:2], "pairs", gap=2.0)[1] == [("small_gap", [0])]
-
-
-def test_rating_columns_full_of_nulls_are_none():
     rows = [pair(str(i), chosen_rating=None, rejected_rating=None) for i in range(3)]
-    assert [p["ratings"] for p in pair_up(rows, "pairs")[0]] == [(None, None)] * 3
+    assert [p["ratings"] for p in pair_up(rows, "pairs")[0]] == [(None, None)] * 3, "a column of nulls"
 
 
 @pytest.mark.parametrize(
@@ -236,35 +216,35 @@ def test_rating_columns_full_of_nulls_are_none():
         (pair(chosen=""), "empty_answer"),
         (pair(rejected=" \n"), "empty_answer"),
         (pair(rejected=None), "empty_answer"),
-        (pair(chosen=said("Q", " ")), "empty_answer"),
-        (pair(chosen=said("", " ")[1:]), "empty_answer"),
-        (pair(chosen=said("Q"), rejected=said("Q")), "empty_answer"),
+        (pair(chosen=dialogue("Q", " ")), "empty_answer"),
+        (pair(chosen=dialogue("", " ")[1:]), "empty_answer"),
+        (pair(chosen=dialogue("Q"), rejected=dialogue("Q")), "empty_answer"),
         (pair(chosen=[]), "empty_answer"),
         (pair(chosen=[{"from": "gpt", "value": "yes"}]), "bad_messages"),
         (pair(chosen=["yes"]), "bad_messages"),
         (pair(chosen=[{"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]), "bad_messages"),
         (pair(prompt=" "), "empty_prompt"),
         (pair(prompt=None), "empty_prompt"),
-        (pair(prompt=said("Q", "A")), "empty_prompt"),
+        (pair(prompt=dialogue("Q", "A")), "empty_prompt"),
         (pair(prompt=[{"role": "system", "content": "S"}]), "empty_prompt"),
-        (pair(chosen=said("Q1", "yes"), rejected=said("Q2", "no")), "prompts_differ"),
+        (pair(chosen=dialogue("Q1", "yes"), rejected=dialogue("Q2", "no")), "prompts_differ"),
         (pair(chosen="same", rejected="same"), "equal_answers"),
         (pair(chosen="half an emoji \ud83d"), "broken_text"),
         (pair(prompt="half an emoji \ud83d"), "broken_text"),
     ],
 )
-def test_a_bad_pair_has_its_reason(record, reason, tmp_path):
+def test_a_bad_pair_is_dropped_with_its_reason(record, reason, tmp_path):
     pairs, dropped, ledger = pair_up([pair("good"), record, pair("good too")], "pairs")
     assert [p["rows"] for p in pairs] == [[0], [2]] and dropped == [(reason, [1])]
     ledger.write(tmp_path / "dropped.jsonl")
     assert json.loads((tmp_path / "dropped.jsonl").read_text(encoding="utf-8"))["reason"] == reason
 
 
-def test_the_same_pair_twice_is_a_duplicate_but_not_under_another_system_turn():
+def test_a_repeated_pair_is_a_duplicate_unless_the_system_turn_differs():
     rows = [pair(), pair(), pair(chosen="no", rejected="yes"), pair(chosen="yes!")]
     pairs, dropped, _ = pair_up(rows, "pairs")
     assert [p["rows"] for p in pairs] == [[0], [2], [3]] and dropped == [("duplicate", [1])]
-    rows = [pair(chosen=said("Q", "yes", system=s), rejected=said("Q", "no", system=s)) for s in ("S1", "S2")]
+    rows = [pair(chosen=dialogue("Q", "yes", system=s), rejected=dialogue("Q", "no", system=s)) for s in ("S1", "S2")]
     assert len(pair_up(rows, "pairs")[0]) == 2
 
 
@@ -276,17 +256,17 @@ def strength(value, first="a", second="b", **cells):
 
 
 @pytest.mark.parametrize("value, answers", [(3, ("b", "a")), (1, ("b", "a")), (-2, ("a", "b")), ("-1", ("a", "b"))])
-def test_positive_strength_prefers_the_second_answer(value, answers):
-    helpsteer3 = {"context": said("Q"), "response1": "a", "response2": "b", "overall_preference": value}
+def test_a_positive_strength_prefers_the_second_answer(value, answers):
+    helpsteer3 = {"context": dialogue("Q"), "response1": "a", "response2": "b", "overall_preference": value}
     for record in (strength(value), helpsteer3):
-        ((found,), _, _) = pair_up([record], "strength")
-        assert found["answers"] == answers and found["ratings"] == (abs(int(value)), 0.0)
-        assert found["turns"] == said("Q") and found["prompt"] == "Q"
+        ((made,), _, _) = pair_up([record], "strength")
+        assert made["answers"] == answers and made["ratings"] == (abs(int(value)), 0.0)
+        assert made["turns"] == dialogue("Q") and made["prompt"] == "Q"
 
 
-def test_bad_strengths():
+def test_bad_strengths_are_dropped_with_their_reasons():
     rows = [strength(0), strength(4), strength(None), strength(1.5), strength(2, second=" "), strength(2, first="b")]
-    rows += [strength(1, prompt=""), strength(1, prompt=said("Q", "A")), strength(-1)]
+    rows += [strength(1, prompt=""), strength(1, prompt=dialogue("Q", "A")), strength(-1)]
     pairs, dropped, _ = pair_up(rows, "strength")
     assert [p["rows"] for p in pairs] == [[8]]
     reasons = ["tie", "bad_rating", "bad_rating", "bad_rating", "empty_answer", "equal_answers"] + ["empty_prompt"] * 2

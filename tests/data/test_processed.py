@@ -1,4 +1,4 @@
-"""The processed folder takes the place of an older one, and of nothing else, whenever the run is killed."""
+"""A processed folder replaces an older one and nothing else, also if the run is killed; commands to make it again."""
 
 import os
 import signal
@@ -20,27 +20,21 @@ def load(tmp_path, tokenizer_folder, monkeypatch):
     return partial(load_rows, tokenizer_folder)
 
 
-def test_a_second_run_replaces_the_first(load):
-    load(rows_of(5))
-    _, parts, _ = load(rows_of(7))
-    assert len(parts["train"]) + len(parts["validation"]) == 7 and not list(Path().glob(".out-*"))
-
-
-def test_output_through_a_link_replaces_what_it_names(load, tmp_path):
+def test_an_output_folder_may_be_a_link(load, tmp_path):
     (tmp_path / "big_disk" / "rows").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "big_disk" / "rows")
     load(rows_of(5))
     assert (tmp_path / "out").is_symlink() and (tmp_path / "big_disk" / "rows" / "metadata.json").exists()
 
 
-def test_clutter_of_others_is_no_reason_to_stop(load, tmp_path):
+def test_hidden_files_of_the_system_are_ignored(load, tmp_path):
     load(rows_of(5))
     (tmp_path / "out" / ".DS_Store").write_bytes(b"")
     (tmp_path / "out" / "._metadata.json").write_bytes(b"")
-    assert load(rows_of(7))[0]["counts"]["pairs"] == 7
+    assert load(rows_of(7))[0]["counts"]["pairs"] == 7 and not list(tmp_path.glob(".out-*"))
 
 
-def test_home_is_written_out(load, tmp_path, monkeypatch, capsys):
+def test_the_home_folder_is_expanded(load, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with pytest.raises(FileNotFoundError, match="dropped.jsonl"):  # load() looks for "~" to the letter
         load(rows_of(3), OUTPUT_DIR="~/rows")
@@ -48,8 +42,8 @@ def test_home_is_written_out(load, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith(f"python dataset_summary.py --data_dir {tmp_path}/home/rows\n")
 
 
-def test_what_another_folder_left_is_not_taken_for_ours(load, tmp_path):
-    """`.out-a-abc12345` is of a killed run that wrote out-a."""
+def test_leftovers_of_another_folder_are_not_restored(load, tmp_path):
+    """`.out-a-abc12345` belongs to a killed run that wrote out-a, not to out."""
     load(rows_of(5), OUTPUT_DIR="out-a")
     (tmp_path / ".out-a-abc12345").mkdir()
     os.rename(tmp_path / "out-a", tmp_path / ".out-a-abc12345" / "old")
@@ -62,8 +56,8 @@ def test_what_another_folder_left_is_not_taken_for_ours(load, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux which files are open")
-def test_no_file_is_open_when_the_work_is_deleted(load, monkeypatch):
-    """Windows would not delete it."""
+def test_no_file_is_open_when_the_temporary_folder_is_deleted(load, monkeypatch):
+    """Windows does not delete open files."""
     before = Path("/proc/self/maps").read_text().count(".out-")
     seen = []
     monkeypatch.setattr(
@@ -94,14 +88,13 @@ script.main(override_constants(vars(script), sys.argv[1:]))
 
 @pytest.mark.parametrize("name", ["saving", "whole"])
 def test_a_killed_run_leaves_the_old_rows(load, tmp_path, tokenizer_folder, capsys, name):
-    """Killed while it saves, and in the worst moment: the old folder is moved away, the new one not there yet."""
+    """The worst moment is "whole": the old folder is moved away and the new one is not in its place yet."""
     load(rows_of(5))
     before = content_of(tmp_path / "out")
     rows = write_lines(tmp_path / "more.jsonl", rows_of(9))
     options = [f"--dataset={rows}", f"--tokenizer={tokenizer_folder}", f"--output_dir={tmp_path / 'out'}"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(name=name), *options, "--max_length=64"], cwd=ROOT, capture_output=True
-    )
+    command = [sys.executable, "-c", KILLED.format(name=name), *options, "--max_length=64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     (left,) = tmp_path.glob(".out-*")
     if name == "saving":
@@ -113,7 +106,7 @@ def test_a_killed_run_leaves_the_old_rows(load, tmp_path, tokenizer_folder, caps
     assert f"{left} is left of a run that was killed" in capsys.readouterr().out
 
 
-def test_the_command_that_makes_a_folder_again_names_its_source_and_what_was_set():
+def test_the_reload_command_names_the_source_and_the_changed_settings():
     settings = {"DATASET": "my rows", "RATING": "goodness", "MAX_ROWS": 0, "MAX_LENGTH": 512, "OUTPUT_DIR": "moved"}
     metadata = {"settings": settings | {"TOKENIZER": "old", "SEED": 42}}
     assert reload_command(metadata, "here", "new") == (
@@ -132,11 +125,10 @@ def test_the_command_that_makes_a_folder_again_names_its_source_and_what_was_set
     )
 
 
-def test_the_next_command_names_folder_and_model_that_are_not_its_own(tmp_path):
+def test_the_next_command_names_the_folder_and_the_model_if_they_are_not_the_defaults(tmp_path):
     hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert next_command("python x.py", "processed_helpsteer", hub) == "python x.py"
-    assert (
-        next_command("python x.py", "my rows", "models/copy") == "python x.py --data_dir 'my rows' --model models/copy"
-    )
+    other = next_command("python x.py", "my rows", "models/copy")
+    assert other == "python x.py --data_dir 'my rows' --model models/copy"
     (tmp_path / "reward_config.json").write_text("{}")
     assert next_command("python x.py", "processed_helpsteer", str(tmp_path), "owner/y") == "python x.py --model owner/y"

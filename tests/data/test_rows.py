@@ -1,18 +1,13 @@
-"""Rows as they are stored: chat turns from markers, the persona, the ledger, and the rows with every fault."""
+"""Prompts with markers become chat turns, and the ledger of the broken rows is complete."""
 
 import json
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.source_rows import dialogue
 from utils.data.preferences import Ledger, chat_turns, checked_pairs, finished_row
 from utils.data.sources import open_source
-
-
-def said(*texts, system=""):
-    roles = ("user", "assistant") * len(texts)
-    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-    return [{"role": "system", "content": system}, *turns] if system else turns
 
 
 @pytest.mark.parametrize(
@@ -33,36 +28,26 @@ def said(*texts, system=""):
         (" \n", []),
     ],
 )
-def test_markers_become_turns(prompt, turns):
-    assert chat_turns(prompt) == said(*turns)
+def test_markers_become_turns_without_the_empty_ones(prompt, turns):
+    assert chat_turns(prompt) == dialogue(*turns)
+    assert chat_turns("Q1\n<extra_id_1>Assistant\n\n<extra_id_1>User\nQ2") == [*dialogue("Q1"), *dialogue("Q2")]
 
 
-def test_an_empty_turn_is_left_out():
-    assert chat_turns("Q1\n<extra_id_1>Assistant\n\n<extra_id_1>User\nQ2") == [*said("Q1"), *said("Q2")]
+def test_a_stored_row_has_whole_conversations_and_the_system_prompt():
+    turns = dialogue("Q", system="source")
+    pair = {"prompt": "Q", "turns": turns, "answers": ("yes", "no"), "ratings": (2.0, 1.0)}
+    row = finished_row(pair, "pirate")
+    assert [row["chosen"], row["rejected"]] == [dialogue("Q", text, system="pirate") for text in ("yes", "no")]
+    row = finished_row(pair, "")
+    assert row["chosen"] == dialogue("Q", "yes", system="source") and row["chosen_attributes"] is None
 
 
-def test_the_stored_row_holds_whole_conversations_and_the_persona():
-    turns = said("Q", system="source")
-    row = finished_row({"prompt": "Q", "turns": turns, "answers": ("yes", "no"), "ratings": (2.0, 1.0)}, "pirate")
-    assert row["chosen"] == said("Q", "yes", system="pirate") and row["rejected"] == said("Q", "no", system="pirate")
-    row = finished_row({"prompt": "Q", "turns": turns, "answers": ("yes", "no"), "ratings": (2.0, 1.0)}, "")
-    assert row["chosen"] == said("Q", "yes", system="source") and row["chosen_attributes"] is None
-
-
-def test_ledger_of_the_broken_rows():
+def test_the_ledger_has_every_broken_row():
     source = open_source(str(ROOT / "sample_data" / "broken_rows.jsonl"), "average")
     ledger = Ledger()
     pairs = list(checked_pairs(source.splits["train"], "attributes", "average", "train", 0.0, ledger))
-    assert sorted(p["rows"] for p in pairs) == [
-        [0, 37],
-        [3, 4],
-        [22, 23],
-        [25, 26],
-        [27, 28],
-        [29, 30],
-        [31, 32],
-        [33, 34],
-    ]
+    starts = (22, 25, 27, 29, 31, 33)
+    assert sorted(p["rows"] for p in pairs) == [[0, 37], [3, 4], *([start, start + 1] for start in starts)]
     assert sorted((entry["rows"], entry["reason"]) for entry in ledger.entries) == [
         ([1, 2], "tie"),
         ([5], "duplicate"),
@@ -79,10 +64,10 @@ def test_ledger_of_the_broken_rows():
     ]
     assert ledger.totals() == {"rows_read": 38, "rows_used": 16, "rows_dropped": 22, "prompts": 18}
     turns = {p["rows"][0]: p["turns"] for p in pairs}
-    wanted = said("Pick a number between one and ten.", "Seven.", "Double it. (I wrote <extra_id_1>User in my notes.)")
-    assert turns[25] == wanted
+    last = "Double it. (I wrote <extra_id_1>User in my notes.)"
+    assert turns[25] == dialogue("Pick a number between one and ten.", "Seven.", last)
     assert "\u0000" in turns[29][0]["content"] and turns[29][0]["content"].endswith("\r\nend\u2028of line")
-    assert len(turns[31][0]["content"]) > 3000 and turns[33] == said("Почему небо голубое?")
+    assert len(turns[31][0]["content"]) > 3000 and turns[33] == dialogue("Почему небо голубое?")
     assert "<script>" in turns[27][0]["content"], "text is text, HTML too"
 
 
@@ -90,15 +75,15 @@ def test_the_ledger_shows_the_start_of_the_prompt(tmp_path):
     ledger = Ledger()
     ledger.drop("tie", "train", [3, 4], "я" * 200)
     ledger.drop("empty_prompt", "test", [5], None)
-    ledger.drop("bad_messages", "test", [6], said("ж"))
+    ledger.drop("bad_messages", "test", [6], dialogue("ж"))
     ledger.write(tmp_path / "dropped.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0] == {"reason": "tie", "split": "train", "rows": [3, 4], "prompt": "я" * 80}
     assert lines[1]["prompt"] == "null" and "ж" in lines[2]["prompt"]
 
 
-def test_whole_conversations_as_texts_are_parted_into_turns():
-    """Anthropic/hh-rlhf has no prompt of its own: what both texts have before their last answer is one."""
+def test_conversations_in_one_text_are_split_into_turns():
+    """Anthropic/hh-rlhf has no prompt column. The prompt is what both texts share before the last answer."""
     start = "\n\nHuman: Hi\n\nAssistant: Hello!\nYes?\n\nHuman: Tea or coffee?\n\nAssistant:"
     rows = [
         {"chosen": f"{start} Tea, Human: with milk.", "rejected": f"{start} Coffee.\n"},
@@ -110,9 +95,9 @@ def test_whole_conversations_as_texts_are_parted_into_turns():
     ]
     ledger = Ledger()
     pair, plain = checked_pairs(lambda: iter(rows), "pairs", "average", "train", 0.0, ledger)
-    assert pair["turns"] == said("Hi", "Hello!\nYes?", "Tea or coffee?")
+    assert pair["turns"] == dialogue("Hi", "Hello!\nYes?", "Tea or coffee?")
     assert pair["answers"] == ("Tea, Human: with milk.", "Coffee.") and pair["rows"] == [0]
-    assert plain["turns"] == said("Q") and plain["answers"] == ("\n\nHuman: yes", "\n\nHuman: no")
+    assert plain["turns"] == dialogue("Q") and plain["answers"] == ("\n\nHuman: yes", "\n\nHuman: no")
     reasons = [(entry["rows"], entry["reason"]) for entry in ledger.entries]
     assert reasons == [([1], "prompts_differ"), ([2], "empty_answer"), ([3], "empty_answer"), ([4], "empty_prompt")]
     assert ledger.totals() == {"rows_read": 6, "rows_used": 2, "rows_dropped": 4, "prompts": 6}

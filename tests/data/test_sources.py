@@ -1,4 +1,4 @@
-"""Datasets are recognised by their columns, read from every kind of file, and bad ones end in one line."""
+"""Datasets are read from every kind of file and folder, recognised by their columns, and refused if unreadable."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ def read(source, role="train"):
 
 
 def fails(dataset, match, rating="average"):
-    """Opening and reading the dataset ends in one line that says `match`."""
+    """Check that opening and reading the dataset stops with one line that matches."""
     with pytest.raises(SystemExit, match=match) as stop:
         source = open_source(str(dataset), rating)
         for records in source.splits.values():
@@ -29,7 +29,7 @@ def fails(dataset, match, rating="average"):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet"])
-def test_every_format_gives_the_same_rows(tmp_path, name):
+def test_every_format_has_the_same_rows(tmp_path, name):
     write_rows(tmp_path / name, ROWS)
     source = open_source(str(tmp_path / name), "average")
     assert [{key: str(value) for key, value in row.items()} for row in read(source)] == [
@@ -39,32 +39,28 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
     assert source.name == str(tmp_path / name) and source.rating == "average"
 
 
-def test_json_lines_under_the_name_json(tmp_path):
+def test_json_lines_are_read_under_the_suffix_json_and_with_empty_lines(tmp_path):
     write_lines(tmp_path / "rows.json", ROWS)
     assert read(open_source(str(tmp_path / "rows.json"), "average")) == ROWS
-
-
-def test_byte_order_mark_and_empty_lines_do_no_harm(tmp_path):
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "rows.jsonl"  # with a byte order mark
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n\r\n" + json.dumps(PAIR).encode())
     assert read(open_source(str(path), "average")) == [PAIR, PAIR]
 
 
 @pytest.mark.parametrize("as_text", [json.dumps, repr])
-def test_messages_in_csv_cells_are_messages(tmp_path, as_text):
+def test_messages_in_csv_cells_are_read_as_messages(tmp_path, as_text):
     write_rows(tmp_path / "rows.csv", [{"chosen": as_text(MESSAGES), "rejected": "[{see} the list]"}])
-    assert read(open_source(str(tmp_path / "rows.csv"), "average")) == [
-        {"chosen": MESSAGES, "rejected": "[{see} the list]"}
-    ]
+    (row,) = read(open_source(str(tmp_path / "rows.csv"), "average"))
+    assert row == {"chosen": MESSAGES, "rejected": "[{see} the list]"}
 
 
-def test_an_answer_that_only_begins_like_messages_stays_a_text(tmp_path):
+def test_an_answer_that_only_begins_like_messages_stays_text(tmp_path):
     answers = ["[{'role': 'user'}] is how a list of messages begins.", '[{"content": ' + "[" * 99999]
     write_rows(tmp_path / "rows.csv", [{"chosen": answer, "rejected": "x"} for answer in answers])
     assert [row["chosen"] for row in read(open_source(str(tmp_path / "rows.csv"), "average"))] == answers
 
 
-def test_messages_in_numpys_words_are_refused(tmp_path):
+def test_messages_printed_by_numpy_are_refused(tmp_path):
     cell = "[{'role': 'user', 'content': 'Why?'}\n {'role': 'assistant', 'content': 'So.'}]"
     write_rows(tmp_path / "rows.csv", [{"chosen": cell, "rejected": "x"}])
     fails(tmp_path / "rows.csv", "line 3: chosen holds messages that are neither JSON nor Python")
@@ -73,7 +69,7 @@ def test_messages_in_numpys_words_are_refused(tmp_path):
 # folders
 
 
-def test_folder_with_splits_and_shards(tmp_path, capsys):
+def test_a_folder_has_splits_in_shards(tmp_path, capsys):
     write_lines(tmp_path / "data" / "train-00001-of-00002.jsonl", ROWS[2:4])
     write_lines(tmp_path / "data" / "train-00000-of-00002.jsonl", ROWS[:2])
     write_lines(tmp_path / "data" / "validation-00000-of-00001-a09b74b3ef9c3b56.jsonl.gz", ROWS[4:])
@@ -86,13 +82,13 @@ def test_folder_with_splits_and_shards(tmp_path, capsys):
     assert "not read: extra" in capsys.readouterr().out
 
 
-def test_one_split_in_two_formats_is_not_read_twice(tmp_path):
+def test_a_split_in_two_formats_is_refused(tmp_path):
     write_rows(tmp_path / "train.jsonl", ROWS)
     write_rows(tmp_path / "train.parquet", ROWS)
     fails(tmp_path, "has its split 'train' twice: give .*train.jsonl or .*train.parquet")
 
 
-def test_a_single_file_in_a_folder_is_the_training_split(tmp_path):
+def test_the_only_file_of_a_folder_is_the_training_split(tmp_path):
     write_lines(tmp_path / "rows.jsonl", ROWS)
     source = open_source(str(tmp_path), "average")
     assert read(source) == ROWS and source.split_used == {"train": "rows"} and list(source.splits) == ["train"]
@@ -100,7 +96,7 @@ def test_a_single_file_in_a_folder_is_the_training_split(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", "_split"])
 @pytest.mark.parametrize("rating, split", [("average", "average_rating"), ("goodness", "goodness_score")])
-def test_rating_picks_the_split(tmp_path, rating, split, suffix):
+def test_the_rating_selects_the_split(tmp_path, rating, split, suffix):
     for name in ("average_rating", "goodness_score", "helpfulness"):
         row = {**PAIR, "chosen": name}
         write_lines(tmp_path / "data" / f"{name}{suffix}-00000-of-00001.jsonl", [row])
@@ -109,21 +105,21 @@ def test_rating_picks_the_split(tmp_path, rating, split, suffix):
     assert source.split_used == {"train": split + suffix} and source.rating == rating
 
 
-def test_a_rating_without_its_split_is_an_error(tmp_path):
+def test_a_rating_without_a_split_is_refused(tmp_path):
     for name in ("average_rating_split", "goodness_split"):
         write_lines(tmp_path / f"{name}.jsonl", [PAIR])
     first = tmp_path / "average_rating_split.jsonl"
     match = f"no split for RATING = 'nvidia_70b', it has: average_rating_split, goodness_split; name one: {first}$"
     fails(tmp_path, match, "nvidia_70b")
-    assert open_source(str(first), "nvidia_70b").split_used == {"train": "train"}, "the cure is one"
+    assert open_source(str(first), "nvidia_70b").split_used == {"train": "train"}, "the remedy works"
 
 
-def test_a_rating_that_decides_nothing_is_said_and_not_recorded(tmp_path, capsys):
+def test_a_rating_without_effect_is_reported_and_not_recorded(tmp_path, capsys):
     source = open_source(str(write_lines(tmp_path / "rows.jsonl", [PAIR])), "goodness")
     assert source.rating == "" and "RATING = 'goodness' decides nothing here" in capsys.readouterr().out
 
 
-def test_what_save_to_disk_wrote(tmp_path):
+def test_folders_of_save_to_disk_are_read(tmp_path):
     from datasets import Dataset, DatasetDict
 
     rows = Dataset.from_list([PAIR, {**PAIR, "prompt": "When?"}])
@@ -135,8 +131,8 @@ def test_what_save_to_disk_wrote(tmp_path):
     assert read(both) == read(one) == list(rows) and read(both, "test") == list(rows)[1:]
 
 
-def test_rows_for_training_and_held_out_in_one_file(tmp_path):
-    """HelpSteer2's folder preference/ has one file, with a column that says which row is whose."""
+def test_one_file_can_have_training_and_held_out_rows(tmp_path):
+    """The preference/ folder of HelpSteer2 has one file, with the split in a column."""
     row = {"prompt": "Why?", "response_1": "a", "response_2": "b", "preference_strength": 2}
     rows = [{**row, "split": "train" if i % 3 else "val", "prompt": f"{i}?"} for i in range(9)]
     source = open_source(str(write_lines(tmp_path / "preference.jsonl.gz", rows)), "average")
@@ -144,7 +140,7 @@ def test_rows_for_training_and_held_out_in_one_file(tmp_path):
     assert [r["prompt"] for r in read(source, "test")] == ["0?", "3?", "6?"] and len(read(source)) == 6
 
 
-def test_saved_splits_without_train_are_named_as_folders(tmp_path):
+def test_saved_splits_without_a_train_split_are_listed(tmp_path):
     from datasets import Dataset, DatasetDict
 
     rows = Dataset.from_list([PAIR])
@@ -168,19 +164,15 @@ def test_saved_splits_without_train_are_named_as_folders(tmp_path):
         ({"context": [], "response1": "", "response2": "", "overall_preference": 0, "domain": ""}, "strength"),
     ],
 )
-def test_layout_is_known_by_the_columns(tmp_path, row, layout):
+def test_the_columns_decide_the_layout(tmp_path, row, layout):
     path = write_lines(tmp_path / "named_anything.jsonl", [row])
     assert open_source(str(path), "average").layouts == {"train": layout}
 
 
-def test_a_first_row_that_lacks_a_column_does_not_hide_the_layout(tmp_path):
-    row = dict(ROWS[0])
-    del row["verbosity"]
-    path = write_lines(tmp_path / "rows.jsonl", [row, *ROWS])
-    assert open_source(str(path), "average").layouts == {"train": "attributes"}
-
-
 def test_wrong_columns_are_listed_with_the_known_ones(tmp_path):
+    first = {name: value for name, value in ROWS[0].items() if name != "verbosity"}
+    path = write_lines(tmp_path / "rows.jsonl", [first, *ROWS])
+    assert open_source(str(path), "average").layouts == {"train": "attributes"}, "a later row has the column"
     path = write_lines(tmp_path / "rows.jsonl", [{"question": "x", "answer": "y"}])
     fails(path, "has columns answer question, needed is one of: .*coherence.*; chosen rejected; .*overall_preference")
 
@@ -188,25 +180,22 @@ def test_wrong_columns_are_listed_with_the_known_ones(tmp_path):
 # bad input
 
 
-def test_missing_file_is_never_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_a_missing_file_is_not_searched_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("utils.data.sources.download", lambda dataset: pytest.fail("asked the hub"))
     for name in ("rows.jsonl", "data/rows.parquet", "./data/rows", "/data/rows", "~/no_rows_here", "rows", "a/b/c/d"):
         fails(name, f"DATASET = '{name}' is not there")
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv"])
-def test_empty_file(tmp_path, name):
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet"])
+def test_an_empty_file_is_reported(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    if name.endswith("parquet"):
+        write_rows(tmp_path / name, {"chosen": [], "rejected": []})
     fails(tmp_path / name, "has no rows in its split 'train'")
 
 
-def test_table_without_rows(tmp_path):
-    write_rows(tmp_path / "rows.parquet", {"chosen": [], "rejected": []})
-    fails(tmp_path / "rows.parquet", "has no rows")
-
-
-def test_folder_without_rows(tmp_path):
+def test_a_folder_without_rows_is_reported(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
     fails(tmp_path, "no file in it that can be read, known: .jsonl.gz, .jsonl, .json, .csv, .parquet")
     fails(tmp_path / "README.md", "cannot read this kind of file")
@@ -240,13 +229,13 @@ GOOD = json.dumps(PAIR).encode() + b"\n"
         ("rows.jsonl.gz", gzip.compress(GOOD * 500)[:-20], "rows.jsonl.gz cannot be read: EOFError"),
     ],
 )
-def test_unreadable_content_is_named(tmp_path, name, content, match):
+def test_unreadable_content_is_reported(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content)
     fails(tmp_path / name, match)
 
 
-def test_rows_of_all_formats_come_through_the_checks(tmp_path):
-    """CSV cells are text and parquet's are numpy-free Python: both pair as the JSON does."""
+def test_rows_of_all_formats_make_the_same_pair(tmp_path):
+    """Text cells of CSV and values of parquet make the same pair as JSON."""
     rows = [{**ROWS[0], "prompt": "Q?"}, {**ROWS[1], "prompt": "Q?", "helpfulness": 2}]
     for name in ("rows.csv", "rows.parquet", "rows.jsonl"):
         write_rows(tmp_path / name, rows)

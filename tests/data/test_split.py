@@ -1,4 +1,4 @@
-"""The split is by prompt and exact, near duplicates share a side, and nothing like the test split is trained on."""
+"""The split is exact and by prompt, near duplicates share a side, and no training prompt resembles a test prompt."""
 
 import time
 from itertools import permutations
@@ -14,10 +14,11 @@ from utils.data.sources import ATTRIBUTES
 from utils.data.split import SIMILAR, near_duplicate_groups, shingles, similarity, split_indices, words_of
 
 LONG = "Please write a short story about a lighthouse keeper who finds a letter in a bottle on the shore one morning"
+CHINESE = "请写一个关于灯塔看守人在海边发现瓶中信的短篇故事"
 
 
 def split(prompts, share, seed=42, never_train=()):
-    """(train prompts, validation prompts) of a plain dataset through the function that users call."""
+    """Split a plain dataset with the function that users call, and return its (train, validation) prompts."""
     dataset = Dataset.from_dict({"prompt": prompts})
     train, validation = load_helpsteer_dataset.split_dataset(dataset, share, seed, never_train)
     return train["prompt"][:], validation["prompt"][:]
@@ -37,21 +38,17 @@ def shingle_sets(prompts):
         ("What is 2 + 2?", "What is 2 + 3?", False),
         ("Translate: cat", "Translate: dog", False),
         ("Как сварить яйцо?", "как сварить яйцо", True),
-        (
-            "请写一个关于灯塔看守人在海边发现瓶中信的短篇故事",
-            "请写一个关于灯塔看守人在海边发现瓶中信的短篇故事吧",
-            True,
-        ),
+        (CHINESE, CHINESE + "吧", True),
         ("请写一个关于灯塔的故事", "请写一个关于火车的诗歌", False),
     ],
 )
-def test_what_counts_as_a_near_duplicate(one, other, same):
+def test_near_duplicates_differ_in_case_punctuation_or_a_few_words(one, other, same):
     groups = near_duplicate_groups([one, "Something else entirely, about tax law", other])
     assert (groups[0] == groups[2]) == same and groups[1] not in (groups[0], groups[2])
 
 
 def test_near_duplicates_are_found_among_prompts_that_share_a_template():
-    """Within one template all prompts resemble each other a little: each must still find its own kind."""
+    """All prompts of a template resemble each other a little, and each must still find its own duplicate."""
     random = np.random.default_rng(1)
     words = [f"word{i}" for i in range(3000)]
     template = " ".join(random.choice(words, 60))
@@ -67,9 +64,9 @@ def test_near_duplicates_are_found_among_prompts_that_share_a_template():
     assert len(set(groups.tolist())) == 40
 
 
-@pytest.mark.parametrize("number", range(40))
+@pytest.mark.parametrize("number", range(12))
 def test_a_chain_of_three_is_one_group_in_every_order(number):
-    """The first is like the second and the second like the third, but not the first like the third."""
+    """The first resembles the second and the second the third, but the first does not resemble the third."""
     words = [f"word{number}x{i}" for i in range(42)]
     chain = [" ".join(words[i : i + 36]) for i in (0, 3, 6)]
     sets = shingle_sets(chain)
@@ -80,12 +77,12 @@ def test_a_chain_of_three_is_one_group_in_every_order(number):
 
 
 @pytest.mark.parametrize("vocabulary", [3, 8, 40])
-def test_groups_are_those_that_comparing_all_with_all_gives(vocabulary):
+def test_groups_equal_those_of_comparing_all_with_all(vocabulary):
     random = np.random.default_rng(vocabulary)
     words = [f"word{i}" for i in range(vocabulary)]
     for _ in range(20):
         prompts = [" ".join(random.choice(words, random.integers(1, 25))) for _ in range(5)]
-        for _ in range(25):  # one of them again with a word changed, and perhaps with one more
+        for _ in range(25):  # a copy with one word changed and perhaps one word more
             changed = prompts[random.integers(len(prompts))].split()
             changed[random.integers(len(changed))] = random.choice(words)
             prompts.append(" ".join([*changed, *random.choice(words, random.integers(2))]))
@@ -94,8 +91,8 @@ def test_groups_are_those_that_comparing_all_with_all_gives(vocabulary):
         assert near_duplicate_groups(prompts).tolist() == connected_components(like, directed=False)[1].tolist()
 
 
-def test_a_template_of_many_prompts_takes_no_time():
-    """1,500 prompts of 60 words in common and 10 of their own: not similar, and not compared all with all."""
+def test_many_prompts_of_one_template_are_grouped_quickly():
+    """1,500 prompts share 60 words and have 10 of their own. They are not compared all with all."""
     random = np.random.default_rng(0)
     words = [f"word{i}" for i in range(5000)]
     template = " ".join(random.choice(words, 60))
@@ -105,20 +102,20 @@ def test_a_template_of_many_prompts_takes_no_time():
     assert time.monotonic() - began < 20, "0.2 s on two cores"
 
 
-def test_similarity_is_jaccards():
+def test_similarity_is_the_jaccard_index():
     one, other = shingle_sets(["a b c d e", "b c d e f"])
     assert len(one) == 3 and similarity(one, other) == pytest.approx(2 / 4) and similarity(one, one) == 1
     assert len(shingles(["a"])) == len(shingles([])) == 1
     assert len(near_duplicate_groups([])) == 0
 
 
-def test_groups_come_whole_to_one_side():
+def test_groups_are_never_split():
     groups = [0] * 7 + [1] * 5 + [2] * 3 + list(range(3, 30))
     for seed in range(20):
         train, validation = split_indices(groups, 0.25, seed)
         assert sorted([*train, *validation]) == list(range(len(groups)))
         assert not {groups[i] for i in train} & {groups[i] for i in validation}
-        assert len(validation) == 11, "ceil of 42 / 4: single rows fill up what groups leave"
+        assert len(validation) == 11, "ceil of 42 / 4: single rows fill the gap that groups leave"
 
 
 def test_a_few_large_groups_leave_neither_side_empty():
@@ -132,13 +129,13 @@ def test_a_few_large_groups_leave_neither_side_empty():
     "rows, share, wanted",
     [(8678, 0.2, 1736), (8678, 0.1, 868), (100, 0.07, 7), (10, 0.25, 3), (7, 0.0, 0), (1, 0.5, 0)],
 )
-def test_share_is_exact(rows, share, wanted):
-    """0.07 of 100 rows is 7.000000000000001 in binary fractions; of one row, training keeps it."""
+def test_the_validation_share_is_exact(rows, share, wanted):
+    """In floats, 0.07 of 100 is 7.000000000000001. A single row goes to training."""
     train, validation = split_indices(list(range(rows)), share, 42)
     assert (len(train), len(validation)) == (rows - wanted, wanted)
 
 
-def test_seed_decides_and_nothing_else():
+def test_only_the_seed_decides_the_split():
     prompts = [f"Question number {i} about subject {i * 7}" for i in range(100)]
     first = split(prompts, 0.2)
     assert first == split(prompts, 0.2) != split(prompts, 0.2, seed=43)
@@ -155,19 +152,19 @@ def test_equal_and_near_equal_prompts_share_a_side():
         assert len(validation) == 26
 
 
-def test_nothing_like_the_test_split_is_trained_on():
+def test_no_training_prompt_resembles_a_test_prompt():
     prompts = [LONG, *(f"Question number {i} about subject {i * 7}" for i in range(9))]
     held_out = (LONG.upper() + " ?", prompts[4])
     for seed in range(8):
         train, validation = split(prompts, 0.2, seed, held_out)
         assert {LONG, prompts[4]} == set(validation) and len(train) == 8
-    assert len(split(prompts, 0.0, 0, held_out)[1]) == 2, "held out even where no validation was asked for"
+    assert len(split(prompts, 0.0, 0, held_out)[1]) == 2, "held out even if no validation share was asked for"
     assert len(split(prompts, 0.5, 0, held_out)[1]) == 5, "they count as part of the share"
-    assert split(prompts[:2], 0.5, 0, tuple(prompts))[0] == [], "rather no training rows than leaked ones"
+    assert split(prompts[:2], 0.5, 0, tuple(prompts))[0] == [], "no training rows are better than leaked ones"
 
 
 def full_size_source():
-    """Rows as in nvidia/HelpSteer2: 20,324 in 10,161 prompts, one with four responses, 1,483 without a difference."""
+    """Yield 20,324 rows in 10,161 prompts as in nvidia/HelpSteer2: 1,483 ties, and one prompt with four answers."""
     for i in range(10_161):
         answers = 4 if i == 5000 else 2
         for k in range(answers):
@@ -176,18 +173,14 @@ def full_size_source():
             yield {"prompt": f"prompt{i} asks{i} this{i}", "response": f"answer {k}", **grades}
 
 
-def test_arithmetic_of_the_full_data():
+def test_the_full_data_gives_the_published_counts():
     """10,161 - 1,483 = 8,678 pairs, of them 6,942 / 1,736 at 0.2 and 7,810 / 868 at 0.1."""
     ledger = Ledger()
     pairs = list(checked_pairs(full_size_source, "attributes", "average", "train", 0.0, ledger))
     assert len(pairs) == 8_678
     assert ledger.counts() == {"between_best_and_worst": 2, "tie": 1_483}
-    assert ledger.totals() == {
-        "rows_read": 20_324,
-        "rows_used": 2 * 8_678,
-        "rows_dropped": 2 * 1_483 + 2,
-        "prompts": 10_161,
-    }
+    totals = {"rows_read": 20_324, "rows_used": 2 * 8_678, "rows_dropped": 2 * 1_483 + 2, "prompts": 10_161}
+    assert ledger.totals() == totals
     groups = near_duplicate_groups(pair["prompt"] for pair in pairs)
     assert [len(part) for part in split_indices(groups, 0.2, 42)] == [6_942, 1_736]
     assert [len(part) for part in split_indices(groups, 0.1, 42)] == [7_810, 868]

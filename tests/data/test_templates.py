@@ -1,9 +1,10 @@
-"""An answer's ids are those that it has in the whole conversation, whatever the tokenizer puts before a text."""
+"""Answer ids equal those in the whole conversation, whatever the tokenizer puts before a text."""
 
 import pytest
 
 from tests.conftest import TEMPLATE
-from tests.data.test_tokens import LONG, encode, said
+from tests.data.test_tokens import LONG, encode
+from tests.source_rows import dialogue
 from utils.data.tokens import PLAIN_TEMPLATE, end_of_turn, ids_of, render
 
 LLAMA = (  # the template of Llama 2
@@ -14,9 +15,9 @@ LLAMA = (  # the template of Llama 2
 
 @pytest.fixture(scope="session")
 def sentencepiece(texts):
-    """A function that makes a tokenizer in the manner of SentencePiece: a "▁" stands for a space, and before a text.
+    """Return a function that makes a SentencePiece tokenizer, which writes "▁" for a space and before a text.
 
-    prepend: by the normalizer, before each part between special tokens too (Llama 2 converted), or only at the start.
+    prepend: "normalizer" also writes it after each special token (Llama 2, converted), "first" only at the start.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -47,9 +48,9 @@ def sentencepiece(texts):
 
 @pytest.mark.parametrize("prepend", ["normalizer", "first"])
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, LLAMA, TEMPLATE.replace("<|im_end|>", "</s>")])
-def test_answers_have_no_sign_of_a_text_that_begins(sentencepiece, template, prepend):
-    """An answer tokenised by itself would begin in a "▁" that the whole conversation does not have there."""
-    tokenizer, prompt = sentencepiece(template, prepend), said("Hi", "Hello!", "What is two plus two?")
+def test_answers_do_not_begin_with_a_prefix_space(sentencepiece, template, prepend):
+    """Tokenised alone, an answer would begin with a "▁" that the whole conversation does not have there."""
+    tokenizer, prompt = sentencepiece(template, prepend), dialogue("Hi", "Hello!", "What is two plus two?")
     answers = ("Four.", "It is five,\n\n1. of course")
     pair = encode(tokenizer, prompt, *answers, 400)
     for ids, answer in zip(pair.answer_ids, answers, strict=True):
@@ -58,18 +59,18 @@ def test_answers_have_no_sign_of_a_text_that_begins(sentencepiece, template, pre
         closing = end_of_turn(tokenizer)
         assert closing and ids[-len(closing) :] == closing
     for window in (90, 140):
-        cut = encode(tokenizer, said(LONG), LONG, "Four.", window)
-        whole = render(tokenizer, [*said("Hi"), {"role": "assistant", "content": LONG}], ask=False)
-        asked = render(tokenizer, said("Hi"), ask=True)
+        cut = encode(tokenizer, dialogue(LONG), LONG, "Four.", window)
+        whole = render(tokenizer, [*dialogue("Hi"), {"role": "assistant", "content": LONG}], ask=False)
+        asked = render(tokenizer, dialogue("Hi"), ask=True)
         ids = tokenizer([asked, whole], add_special_tokens=False)["input_ids"]
         kept = cut.answer_ids[0]
         assert cut.prompt_cut and cut.answer_cut[0] and kept == ids[1][len(ids[0]) :][: len(kept)]
         assert len(cut.prompt_ids) >= window // 2 - 8 and len(kept) == window - len(cut.prompt_ids)
 
 
-def test_where_nothing_is_put_before_a_text_answers_are_tokenised_by_themselves(tokenizer, monkeypatch):
-    """The whole conversation once more for each answer would take three times as long."""
+def test_answers_are_tokenised_alone_if_the_tokenizer_adds_no_prefix(tokenizer, monkeypatch):
+    """Rendering the whole conversation for each answer would take three times as long."""
     asked = []
     monkeypatch.setattr("utils.data.tokens.ids_of", lambda t, texts: asked.extend(texts) or ids_of(t, texts))
-    encode(tokenizer, said(LONG), "yes", "no", 200)
+    encode(tokenizer, dialogue(LONG), "yes", "no", 200)
     assert sum(LONG in text for text in asked) == 1

@@ -89,7 +89,7 @@ def test_the_report_averages_runs_that_differ_in_their_seed_only(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, model_folder, sample_folder, judges, tokenizer):
+def compared(tmp_path_factory, model_folder, sample_folder, judges):
     """The folder of a comparison of a copy of the start and of a policy that was pushed away from it."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -96,7 +96,7 @@ def test_page_without_data_says_so(folder, browser, tmp_path):
         bare.write_text(re.sub(r'(id="data">).*?(</script>)', rf"\g<1>{data}\g<2>", text, flags=re.S), encoding="utf-8")
         browser.open(bare)
         assert browser.texts("h1") == ["No answers here"], data
-    template = ROOT / "extras" / "rating" / "page.html.jinja"
+    template = ROOT / "extras" / "lib" / "page.html.jinja"
     bare.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     browser.open(bare)
     assert browser.texts("h1") == ["No answers here"]

@@ -18,7 +18,6 @@ from tests.conftest import ROOT, run_script
 from tests.source_rows import tree, write_lines
 from tests.toys import toy_run
 from utils.models.loading import add_lora, load_causal
-from utils.runs import Run
 from utils.training.trainer import last_checkpoint, train, trained_state
 
 SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 24, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -169,12 +168,13 @@ def test_adapters_go_on_from_a_checkpoint_and_four_rows_at_once_equal_one_row_fo
         torch.manual_seed(0)
         model = add_lora(load_causal(model_folder), "CAUSAL_LM", 4, 8, 0.0, ("q_proj", "down_proj"))
         folder = tmp_path / name.replace("again", "wide")
-        how = {"batch": batch, "accumulation": accumulation, "max_steps": 3, "save_steps": 1, "learning_rate": 0.01}
-        trainer = trainer_of(folder, model, tokenizer, rows, **how)
+        options = {"batch_size": batch, "accumulation": accumulation, "max_steps": 3, "save_every_steps": 1}
+        run = toy_run(folder, **options, learning_rate=0.01)
+        trainer = sft.answer_trainer(model, rows, tokenizer, run, dict)
         if name == "again":
             shutil.rmtree(folder / "checkpoints/checkpoint-3")
             assert last_checkpoint(folder).endswith("checkpoint-2")
-        train(trainer, Run(folder, {"SEED": 0}))
+        train(trainer, run)
         found[name] = trained_state(model)
     assert any(value.abs().max() > 1e-3 for name, value in found["wide"].items() if "lora_B" in name)
     for name, value in found["wide"].items():

@@ -1,4 +1,4 @@
-"""load_helpsteer_dataset.py under bad input, accidents and kills: one line, and the old rows stay as they are."""
+"""load_helpsteer_dataset.py leaves the old rows as they are on bad input, a full disk and Ctrl-C."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ def load(tmp_path, tokenizer_folder, monkeypatch):
 
 @pytest.fixture
 def old_folder(load, tmp_path):
-    """Rows of an earlier run in out/, and a check that they are still the same with nothing lying beside them."""
+    """Write rows to out/, and check after the test that they are unchanged and that no temporary folder is left."""
     load(rows_of(5))
     (tmp_path / "source.jsonl").unlink()
     before = content_of(tmp_path / "out")
@@ -28,146 +28,67 @@ def old_folder(load, tmp_path):
     assert content_of(tmp_path / "out") == before and not list(tmp_path.glob(".out-*"))
 
 
-def missing(tmp_path):
-    return {"DATASET": tmp_path / "none.jsonl"}, "none.jsonl' is not there"
-
-
-def empty(tmp_path):
-    return {"DATASET": write_lines(tmp_path / "empty.jsonl", [])}, "has no rows"
-
-
-def wrong_columns(tmp_path):
-    return {"DATASET": write_lines(tmp_path / "x.jsonl", [{"a": 1}])}, "has columns a, needed is one of"
-
-
-def unreadable_line(tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", rows_of(80))
+@pytest.fixture
+def bad_inputs(tmp_path):
+    """Write the files that BAD_INPUT names."""
+    write_lines(tmp_path / "empty.jsonl", [])
+    write_lines(tmp_path / "columns.jsonl", [{"a": 1}])
+    path = write_lines(tmp_path / "line.jsonl", rows_of(80))
     path.write_text(path.read_text() + "{]\n")
-    return {"DATASET": path}, "line 161 is not JSON"
-
-
-def half_a_table(tmp_path):
-    write_rows(tmp_path / "x.parquet", list(rows_of(2000)))
-    whole = (tmp_path / "x.parquet").read_bytes()
-    (tmp_path / "x.parquet").write_bytes(whole[:300] + bytes(len(whole) - 600) + whole[-300:])
-    return {"DATASET": tmp_path / "x.parquet"}, "x.parquet cannot be read"
-
-
-def no_pair_left(tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", rows_of(3, gap=0))
-    return {"DATASET": path}, "no pair is left of 6 rows of .*x.jsonl, left out: {'tie': 3}"
-
-
-def all_held_out(tmp_path):
+    table = write_rows(tmp_path / "table.parquet", list(rows_of(2000))).read_bytes()
+    (tmp_path / "table.parquet").write_bytes(table[:300] + bytes(len(table) - 600) + table[-300:])
+    write_lines(tmp_path / "ties.jsonl", rows_of(3, gap=0))
+    write_lines(tmp_path / "unrated.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b"}])
     for name in ("train", "test"):
-        write_lines(tmp_path / "rows" / f"{name}.jsonl", rows_of(3))
-    return {"DATASET": tmp_path / "rows"}, "no pair is left for training"
+        write_lines(tmp_path / "held_out" / f"{name}.jsonl", rows_of(3))
+        write_lines(tmp_path / "photos" / name / "photos.jsonl", [{"a": 1}])
+    texts = {"file": "mine", "home/thesis.tex": "mine", "mine/train/x": "", "mine/metadata.json": '{"title": "photos"}'}
+    for name, text in (texts | {"repository/.git/HEAD": "ref: refs/heads/main"}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
 
 
-def no_ratings(tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b"}])
-    return {"DATASET": path, "MIN_RATING_GAP": 0.5}, "MIN_RATING_GAP = 0.5: .*x.jsonl has no ratings, set it to 0"
+BAD_INPUT = [
+    ({"DATASET": "none.jsonl"}, "none.jsonl' is not there"),
+    ({"DATASET": "empty.jsonl"}, "has no rows"),
+    ({"DATASET": "columns.jsonl"}, "has columns a, needed is one of"),
+    ({"DATASET": "line.jsonl"}, "line 161 is not JSON"),
+    ({"DATASET": "table.parquet"}, "table.parquet cannot be read"),
+    ({"DATASET": "ties.jsonl"}, "no pair is left of 6 rows of .*ties.jsonl, left out: {'tie': 3}"),
+    ({"DATASET": "held_out"}, "no pair is left for training"),
+    ({"DATASET": "unrated.jsonl", "MIN_RATING_GAP": 0.5}, "MIN_RATING_GAP = 0.5: .* has no ratings, set it to 0"),
+    ({"RATING": "averge"}, "RATING = 'averge' is not known, choose one of: average"),
+    ({"TOKENIZER": "nobody/no_such_tokenizer"}, "TOKENIZER = 'nobody/no_such_tokenizer'"),
+    ({"MAX_LENGTH": 8}, "MAX_LENGTH = 8 is too small"),
+    ({"MAX_LENGTH": -5}, "MAX_LENGTH = -5 is too small"),
+    ({"VALIDATION_SHARE": 1}, "VALIDATION_SHARE = 1.0: expected 0 or more, and less than 1"),
+    ({"MAX_ROWS": -1}, "MAX_ROWS = -1: expected 0"),
+    ({"MIN_RATING_GAP": -0.1}, "MIN_RATING_GAP = -0.1: expected 0 or more"),
+    ({"MIN_RATING_GAP": 0.005}, "MIN_RATING_GAP = 0.005: ratings are compared in hundredths, expected 0 or 0.01"),
+    ({"SEED": -1}, "SEED = -1: expected 0 or more"),
+    ({"OUTPUT_DIR": "file/out"}, "cannot write .*file"),
+    ({"OUTPUT_DIR": "file"}, "file' is a file: choose another name"),
+    ({"OUTPUT_DIR": "home"}, "holds thesis.tex, not made here: choose another name"),
+    ({"OUTPUT_DIR": "photos"}, "photos' holds test, train, of no run of a script here: choose another name"),
+    ({"OUTPUT_DIR": "mine"}, "holds metadata.json, train, of no run of a script here"),
+    ({"OUTPUT_DIR": "repository"}, "repository' holds .git, not made here: choose another name"),
+    ({"DATASET": "out", "OUTPUT_DIR": "./out"}, "out' is or holds DATASET, whose rows would be lost"),
+    ({"DATASET": "out/train"}, "out' is or holds DATASET, whose rows would be lost: choose another name"),
+]
 
 
-def misspelt_rating(tmp_path):
-    return {"RATING": "averge"}, "RATING = 'averge' is not known, choose one of: average"
-
-
-def no_tokenizer(tmp_path):
-    return {"TOKENIZER": "nobody/no_such_tokenizer"}, "TOKENIZER = 'nobody/no_such_tokenizer'"
-
-
-def small_window(tmp_path):
-    return {"MAX_LENGTH": 8}, "MAX_LENGTH = 8 is too small"
-
-
-def no_window(tmp_path):
-    return {"MAX_LENGTH": -5}, "MAX_LENGTH = -5 is too small"
-
-
-def whole_share(tmp_path):
-    return {"VALIDATION_SHARE": 1}, "VALIDATION_SHARE = 1.0: expected 0 or more, and less than 1"
-
-
-def negative_rows(tmp_path):
-    return {"MAX_ROWS": -1}, "MAX_ROWS = -1: expected 0"
-
-
-def negative_gap(tmp_path):
-    return {"MIN_RATING_GAP": -0.1}, "MIN_RATING_GAP = -0.1: expected 0 or more"
-
-
-def gap_below_a_hundredth(tmp_path):
-    return {"MIN_RATING_GAP": 0.005}, "MIN_RATING_GAP = 0.005: ratings are compared in hundredths, expected 0 or 0.01"
-
-
-def negative_seed(tmp_path):
-    return {"SEED": -1}, "SEED = -1: expected 0 or more"
-
-
-def under_a_file(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    return {"OUTPUT_DIR": tmp_path / "file" / "out"}, "cannot write .*file"
-
-
-def on_a_file(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    return {"OUTPUT_DIR": tmp_path / "file"}, "file' is a file: choose another name"
-
-
-def on_foreign_files(tmp_path):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("mine")
-    return {"OUTPUT_DIR": tmp_path / "home"}, "holds thesis.tex, not made here: choose another name"
-
-
-def on_folders_with_our_names(tmp_path):
-    for name in ("train", "test"):
-        write_lines(tmp_path / "mine" / name / "photos.jsonl", [{"a": 1}])
-    return {"OUTPUT_DIR": tmp_path / "mine"}, "mine' holds test, train, of no run of a script here: choose another name"
-
-
-def on_metadata_of_others(tmp_path):
-    (tmp_path / "mine" / "train").mkdir(parents=True)
-    (tmp_path / "mine" / "metadata.json").write_text('{"title": "my photos"}')
-    return {"OUTPUT_DIR": tmp_path / "mine"}, "holds metadata.json, train, of no run of a script here"
-
-
-def on_a_repository(tmp_path):
-    (tmp_path / "mine" / ".git").mkdir(parents=True)
-    (tmp_path / "mine" / ".git" / "HEAD").write_text("ref: refs/heads/main")
-    return {"OUTPUT_DIR": tmp_path / "mine"}, "mine' holds .git, not made here: choose another name"
-
-
-def on_what_it_reads(tmp_path):
-    return {"DATASET": tmp_path / "out", "OUTPUT_DIR": "./out"}, "out' is or holds DATASET, whose rows would be lost"
-
-
-def on_what_holds_what_it_reads(tmp_path):
-    return {"DATASET": "out/train"}, "out' is or holds DATASET, whose rows would be lost: choose another name"
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(missing, empty, wrong_columns, unreadable_line, half_a_table, no_pair_left, all_held_out, no_ratings),
-        *(misspelt_rating, no_tokenizer, small_window, no_window, whole_share, negative_rows, negative_gap),
-        *(gap_below_a_hundredth, negative_seed),
-        *(under_a_file, on_a_file, on_foreign_files, on_folders_with_our_names, on_metadata_of_others),
-        *(on_a_repository, on_what_it_reads, on_what_holds_what_it_reads),
-    ],
-    ids=lambda case: case.__name__,
-)
-def test_bad_input_ends_in_one_line_and_the_old_rows_stay(load, old_folder, tmp_path, case):
-    constants, match = case(tmp_path)
-    theirs = content_of(tmp_path)
-    with pytest.raises(SystemExit, match=match) as stop:
-        load(constants.pop("DATASET", SAMPLE), **constants)
+@pytest.mark.parametrize("constants, message", BAD_INPUT, ids=lambda value: str(value)[:40])
+def test_bad_input_stops_with_one_message_and_the_old_rows_stay(
+    load, old_folder, bad_inputs, tmp_path, constants, message
+):
+    before = content_of(tmp_path)
+    with pytest.raises(SystemExit, match=message) as stop:
+        load(SAMPLE, **constants)
     assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, "one line on stderr, exit code 1"
-    assert content_of(tmp_path) == theirs
+    assert content_of(tmp_path) == before
 
 
-def test_a_tokenizer_without_template_names_the_cure(load, old_folder, tokenizer_folder, tmp_path):
+def test_a_tokenizer_without_a_template_is_reported_with_the_remedy(load, old_folder, tokenizer_folder, tmp_path):
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "bare")
@@ -245,7 +166,7 @@ def raising(error):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_an_accident_leaves_the_old_rows(load, old_folder, monkeypatch, accident, code):
+def test_an_accident_leaves_the_old_rows_unchanged(load, old_folder, monkeypatch, accident, code):
     with monkeypatch.context() as patched:
         accident(patched)
         with pytest.raises(SystemExit) as stop:
@@ -253,7 +174,7 @@ def test_an_accident_leaves_the_old_rows(load, old_folder, monkeypatch, accident
     assert str(stop.value.code).startswith(str(code)) and "\n" not in str(stop.value.code)
 
 
-def test_an_unwritable_place_is_named(load, tmp_path):
+def test_an_unwritable_folder_is_reported(load, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     if os.access(tmp_path / "locked", os.W_OK):
         pytest.skip("this user may write everywhere")

@@ -1,5 +1,6 @@
-"""load_helpsteer_dataset.py from end to end: what it writes and what it says."""
+"""load_helpsteer_dataset.py from end to end: columns, metadata, window, test split and the three public functions."""
 
+from collections import Counter
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.source_rows import load_rows, rows_of, write_lines
 from utils.data.split import near_duplicate_groups
 from utils.data.tokens import chat_template_sha256, tokenizer_sha256
 
-REAL = ROOT.parent / "shared" / "data"  # rows of NVIDIA's, on the developers' machines only
+REAL = ROOT.parent / "shared" / "data"  # rows of nvidia/HelpSteer2, which are not part of this project
 COLUMNS = [
     *("prompt", "chosen", "rejected", "chosen_rating", "rejected_rating", "chosen_attributes", "rejected_attributes"),
     *("input_ids", "attention_mask", "chosen_ids", "rejected_ids"),
@@ -34,7 +35,7 @@ def load(tmp_path, tokenizer_folder, monkeypatch):
 
 
 def check_books(metadata, parts, ledger):
-    """Rows read = rows used + rows in the ledger, and the metadata says what the folder holds."""
+    """Check that rows read = rows used + rows in the ledger, and that the metadata describes the folder."""
     counts = metadata["counts"]
     assert counts["rows_read"] == counts["rows_used"] + sum(len(entry["rows"]) for entry in ledger)
     assert sum(counts["dropped"].values()) == len(ledger)
@@ -51,8 +52,8 @@ def pair_of(*turns, answers=("good", "bad")):
     return {"chosen": sides[0], "rejected": sides[1]}
 
 
-def test_rows_that_no_cut_brings_into_the_window_are_left_out_by_name(load, tokenizer, tmp_path):
-    """One such row in a large source must not end the load; a long system turn with room enough stays."""
+def test_rows_that_never_fit_the_window_are_dropped_with_their_reason(load, tokenizer, tmp_path):
+    """One such row must not stop the load of a large source. A long system turn that fits stays."""
     ask = [{"role": "user", "content": f"Question{i} asks{i} about{i}?"} for i in range(8)]
     long = {"role": "system", "content": "Be brief. " * (60 // len(tokenizer("Be brief. ")["input_ids"]) + 2)}
     rows = [pair_of(turn) for turn in ask[:5]]
@@ -69,7 +70,7 @@ def test_rows_that_no_cut_brings_into_the_window_are_left_out_by_name(load, toke
     assert [(entry["reason"], entry["rows"]) for entry in ledger] == [("refused_by_template", [i]) for i in (5, 6, 7)]
 
 
-def test_metadata_and_columns_of_the_sample(load, tokenizer, tokenizer_folder, capsys):
+def test_the_metadata_describe_the_sample(load, tokenizer, tokenizer_folder, capsys):
     metadata, parts, ledger = load(SAMPLE, MAX_ROWS=160)
     check_books(metadata, parts, ledger)
     assert set(metadata) == METADATA
@@ -87,10 +88,10 @@ def test_metadata_and_columns_of_the_sample(load, tokenizer, tokenizer_folder, c
     shown = capsys.readouterr().out
     assert "read 160 rows of 80 prompts" in shown and shown.endswith("next: python dataset_summary.py --data_dir out\n")
     assert sorted(path.name for path in Path("out").iterdir()) == sorted(["dropped.jsonl", "metadata.json", *parts])
-    assert [path.name for path in Path().glob(".*")] == [], "nothing is left of the work"
+    assert [path.name for path in Path().glob(".*")] == [], "no temporary folder is left"
 
 
-def test_rows_hold_the_pair_and_its_ids(load, tokenizer):
+def test_a_row_has_the_pair_and_its_ids(load, tokenizer):
     metadata, parts, _ = load(rows_of(10), MAX_LENGTH=64)
     assert (metadata["train_size"], metadata["validation_size"]) == (8, 2)
     for row in [*parts["train"], *parts["validation"]]:
@@ -107,7 +108,7 @@ def test_rows_hold_the_pair_and_its_ids(load, tokenizer):
         assert row["input_ids"][:length] + row["chosen_ids"] == whole
 
 
-def test_padding_is_told_from_the_end_token_by_the_mask(load, tokenizer):
+def test_the_mask_separates_padding_from_end_tokens(load, tokenizer):
     import torch
 
     _, parts, _ = load(SAMPLE, MAX_ROWS=80)
@@ -125,7 +126,7 @@ def test_padding_is_told_from_the_end_token_by_the_mask(load, tokenizer):
         assert length + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= 128
 
 
-def test_answers_equal_after_the_cut_stay_and_are_counted(load, capsys):
+def test_answers_that_are_equal_after_the_cut_stay_and_are_counted(load, capsys):
     rows = list(rows_of(4))
     for row in rows[:2]:
         row["response"] = "word " * 200 + row["response"]
@@ -135,24 +136,15 @@ def test_answers_equal_after_the_cut_stay_and_are_counted(load, capsys):
     assert "1 pairs are equal" in capsys.readouterr().out
 
 
-def test_the_broken_rows_come_through(load):
+def test_the_broken_rows_are_loaded_with_complete_books(load):
     metadata, parts, ledger = load(ROOT / "sample_data" / "broken_rows.jsonl")
     check_books(metadata, parts, ledger)
-    assert metadata["counts"]["dropped"] == {
-        "bad_attribute": 8,
-        "between_best_and_worst": 2,
-        "broken_text": 1,
-        "duplicate": 1,
-        "empty_answer": 1,
-        "empty_prompt": 2,
-        "equal_answers": 1,
-        "tie": 1,
-        "unpaired": 2,
-    }
-    assert metadata["counts"]["pairs"] == 8 and metadata["counts"]["rows_read"] == 38
+    counts = metadata["counts"]
+    assert counts["dropped"] == Counter(entry["reason"] for entry in ledger) and len(counts["dropped"]) == 9
+    assert counts["pairs"] == 8 and counts["rows_read"] == 38
 
 
-def test_the_test_split_is_kept_apart_and_nothing_like_it_is_trained_on(load, tmp_path):
+def test_the_test_split_is_separate_and_nothing_like_it_is_in_training(load, tmp_path):
     write_lines(tmp_path / "rows" / "train.jsonl", rows_of(20))
     held_out = [*rows_of(3, start=18), *rows_of(2, start=50, gap=0)]
     held_out += [{**row, "prompt": row["prompt"].upper() + " !"} for row in rows_of(1, start=5)]
@@ -161,17 +153,15 @@ def test_the_test_split_is_kept_apart_and_nothing_like_it_is_trained_on(load, tm
     check_books(metadata, parts, ledger)
     assert metadata["split_used"] == {"train": "train", "test": "validation"}
     assert [metadata[f"{name}_size"] for name in ("train", "validation", "test")] == [16, 4, 4]
-    assert [(entry["split"], entry["reason"], entry["rows"]) for entry in ledger] == [
-        ("test", "tie", [6, 7]),
-        ("test", "tie", [8, 9]),
-    ]
+    assert [(entry["split"], entry["reason"]) for entry in ledger] == [("test", "tie")] * 2
+    assert [entry["rows"] for entry in ledger] == [[6, 7], [8, 9]]
     prompts = {name: [prompt.upper().rstrip(" !?") for prompt in part["prompt"]] for name, part in parts.items()}
     assert not set(prompts["train"]) & set(prompts["test"])
     assert {f"QUESTION{i} ASKS{i} ABOUT{i}" for i in (18, 19, 5)} <= set(prompts["validation"])
     assert parts["test"].features == parts["train"].features
 
 
-def test_settings_change_the_rows_as_they_say(load):
+def test_settings_change_the_rows(load):
     rows = [*rows_of(10), *rows_of(10, start=10, gap=2)]
     metadata, parts, _ = load(rows, MIN_RATING_GAP=0.4, VALIDATION_SHARE=0.0, SYSTEM_PROMPT="Be a pirate.")
     assert metadata["counts"]["dropped"] == {"small_gap": 10}
@@ -181,11 +171,11 @@ def test_settings_change_the_rows_as_they_say(load):
     metadata, parts, _ = load(rows, RATING="goodness", MAX_ROWS=6)
     assert metadata["counts"]["rows_read"] == 6 and metadata["rating"] == "goodness"
     assert parts["train"]["chosen_rating"][0] == pytest.approx(0.65 * 3 + 0.8 * 2 + 0.45 * 2)
-    assert load(rows, MAX_ROWS=10**20)[0]["counts"]["rows_read"] == 40, "more than a machine can count"
+    assert load(rows, MAX_ROWS=10**20)[0]["counts"]["rows_read"] == 40, "more than 64 bits"
     assert [len(load(list(rows_of(1)))[1][name]) for name in ("train", "validation")] == [1, 0]
 
 
-def test_fingerprint_is_of_the_rows(load):
+def test_the_fingerprint_depends_on_the_rows_alone(load):
     rows = list(rows_of(12))
     first = load(rows)[0]["fingerprint"]
     assert first == load(rows, OUTPUT_DIR="elsewhere")[0]["fingerprint"]
@@ -196,7 +186,7 @@ def test_fingerprint_is_of_the_rows(load):
     assert len({first, *others, load(rows)[0]["fingerprint"]}) == 5
 
 
-def test_a_source_without_ratings_has_nulls_and_can_be_loaded_again(load):
+def test_a_source_without_ratings_has_nulls_and_its_folder_can_be_loaded(load):
     rows = [{"prompt": f"Question{i} asks{i}", "chosen": "yes", "rejected": "no"} for i in range(5)]
     metadata, parts, _ = load(rows)
     assert metadata["rating"] == "" and parts["train"]["chosen_rating"][:] == [None] * 4
@@ -205,8 +195,8 @@ def test_a_source_without_ratings_has_nulls_and_can_be_loaded_again(load):
     assert (again["train_size"] + again["validation_size"], again["test_size"]) == (4, 1), "validation is held out"
 
 
-def test_users_calls_on_a_plain_dataset(tokenizer_folder):
-    """The three functions as they are called from a notebook, on rows that this script did not make."""
+def test_the_public_functions_take_a_plain_dataset(tokenizer_folder):
+    """A notebook may call the three functions on rows that this script did not make."""
     sides = [
         [[{"role": "user", "content": f"Q{i} is{i}?"}, {"role": "assistant", "content": text}] for i in range(10)]
         for text in ("yes", "no")
@@ -220,18 +210,13 @@ def test_users_calls_on_a_plain_dataset(tokenizer_folder):
     assert tokenizer.decode(train[0]["chosen_ids"]) == "yes<|im_end|>\n" and len(train[0]["input_ids"]) == 64
 
 
-# the rows of NVIDIA's, where they are at hand
-
-
-@pytest.mark.skipif(not REAL.exists(), reason="real rows are not at hand")
-def test_real_rows(load):
+@pytest.mark.skipif(not REAL.exists(), reason="needs rows of nvidia/HelpSteer2")
+def test_the_real_rows_make_the_published_pairs(load):
     metadata, parts, ledger = load(REAL / "helpsteer2_rows.parquet", MAX_LENGTH=256)
     check_books(metadata, parts, ledger)
     assert metadata["counts"]["dropped"] == {"tie": 57} and metadata["counts"]["pairs"] == 443
-    assert metadata["counts"]["rows_read"] == 1000 and (metadata["train_size"], metadata["validation_size"]) == (
-        354,
-        89,
-    )
+    assert metadata["counts"]["rows_read"] == 1000
+    assert (metadata["train_size"], metadata["validation_size"]) == (354, 89)
     groups = near_duplicate_groups([*parts["train"]["prompt"], *parts["validation"]["prompt"]])
     assert not set(groups[:354].tolist()) & set(groups[354:].tolist())
     assert not any("<extra_id_1>" in turn["content"] for row in parts["train"] for turn in row["chosen"])
@@ -239,7 +224,5 @@ def test_real_rows(load):
     assert binarised["counts"]["pairs"] == 200 and ledger == []
     ours = {row["prompt"] + row["chosen"][-1]["content"]: row for part in parts.values() for row in part}
     for row in (row for part in rows.values() for row in part):
-        same = dict(
-            ours[row["prompt"] + row["chosen"][-1]["content"]], chosen_attributes=None, rejected_attributes=None
-        )
-        assert same == row, "paired here and paired by others: the same pair, turns and ids"
+        same = ours[row["prompt"] + row["chosen"][-1]["content"]]
+        assert same | dict.fromkeys(("chosen_attributes", "rejected_attributes")) == row, "the published pair"
