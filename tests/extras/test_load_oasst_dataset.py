@@ -1,4 +1,4 @@
-"""extras/load_oasst_dataset.py: trees of messages to pairs or answers, with the books kept for every message."""
+"""extras/load_oasst_dataset.py makes pairs or answers of message trees, and the ledger has every dropped message."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ def load(tmp_path, tokenizer_folder, monkeypatch):
 
 
 def reasons(ledger):
-    """{row number: reason}."""
+    """Return {row number: reason}."""
     return {row: entry["reason"] for entry in ledger for row in entry["rows"]}
 
 
@@ -36,7 +36,7 @@ def rows_in(parts):
 # rows
 
 
-def test_pairs_of_the_sample_are_a_processed_folder_like_any_other(load, tokenizer, capsys):
+def test_the_sample_becomes_a_processed_folder_of_pairs(load, tokenizer, capsys):
     metadata, parts, ledger = load(SAMPLE, MAX_LENGTH=512)
     counts = metadata["counts"]
     assert counts["rows_read"] == 84 == counts["rows_used"] + len(reasons(ledger)) and counts["pairs"] == 16
@@ -58,24 +58,24 @@ def test_pairs_of_the_sample_are_a_processed_folder_like_any_other(load, tokeniz
     assert capsys.readouterr().out.endswith("next: python dataset_summary.py --data_dir out\n")
 
 
-def test_later_turns_have_the_conversation_before_them(load):
+def test_later_turns_keep_the_conversation_before_them(load):
     rows = [*tree("a", 1, 0, None), message("a.3.1"), message("a.3.1.1", rank=2), message("a.3.1.2", rank=1)]
     rows += [message("a.3.1.3", rank=4), message("a.3.1.2.1"), message("a.3.1.2.1.1")]
     metadata, parts, ledger = load(rows, TURNS="all")
     found = {len(row["chosen"]): row for row in rows_in(parts)}
     assert sorted(found) == [2, 4]
     said = [turn["content"].split()[0].removeprefix("Текст") for turn in found[4]["chosen"]]
-    assert said == ["a", "a.3", "a.3.1", "a.3.1.2"], "the answer that was built on, though nobody ranked it"
+    assert said == ["a", "a.3", "a.3.1", "a.3.1.2"], "the unranked answer that the conversation continues"
     assert [turn["role"] for turn in found[4]["rejected"]] == ["user", "assistant"] * 2
     assert found[4]["prompt"].startswith("user: Текстa про") and "assistant: Текстa.3 " in found[4]["prompt"]
     assert (found[4]["chosen_rating"], found[4]["rejected_rating"]) == (-1.0, -4.0)
     assert reasons(ledger) == {5: "between_best_and_worst", 8: "unpaired", 9: "unranked"}
-    assert metadata["counts"]["rows_used"] == 7, "a message that is context is used"
+    assert metadata["counts"]["rows_used"] == 7, "messages of the context are used"
     _, parts, ledger = load(rows)
     assert len(rows_in(parts)) == 1 and reasons(ledger) == {3: "unranked", **dict.fromkeys(range(4, 10), "later_turn")}
 
 
-def test_every_message_that_is_left_out_has_its_reason(load):
+def test_every_dropped_message_has_its_reason(load):
     expected = [
         *((m, "used") for m in tree("good", 1, 0)),
         *((m, "other_language") for m in tree("en", 0, 1, lang="en")),
@@ -121,28 +121,21 @@ def test_every_message_that_is_left_out_has_its_reason(load):
     ]
     assert metadata["counts"]["rows_used"] == 3 and len(rows_in(parts)) == 1
     per_tree = [entry["rows"] for entry in ledger if entry["prompt"].startswith("Текстen ")]
-    assert per_tree == [[3, 4, 5]], "one line for each tree and reason"
+    assert per_tree == [[3, 4, 5]], "one entry for each tree and reason"
 
 
-def test_children_may_come_before_their_parents(load):
-    rows = [*tree("a", 0, 1), *tree("b", 1, 0)]
-    assert len(rows_in(load(rows[::-1])[1])) == 2
-
-
-def test_nested_trees_and_tables_give_the_rows_of_flat_messages(load, tmp_path):
+def test_nested_trees_and_tables_make_the_same_rows_as_flat_messages(load, tmp_path):
     flat = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     flat = [m for m in flat if not m["message_id"].startswith("ru19")]
     metadata, _, ledger = load(flat, TURNS="all")
     for name, rows in (("trees.jsonl.gz", nested(flat)), ("flat.parquet", flat), ("flat.csv", flat)):
-        if name.endswith("gz"):
-            write_lines(tmp_path / name, rows)
-        else:
-            write_rows(tmp_path / name, rows)
+        write_rows(tmp_path / name, rows)
         other, _, its_ledger = load(tmp_path / name, TURNS="all", OUTPUT_DIR=name.partition(".")[0])
         assert other["fingerprint"] == metadata["fingerprint"] and its_ledger == ledger, name
+    assert len(rows_in(load(flat[::-1], TURNS="all")[1])) == metadata["counts"]["pairs"], "answers before prompts"
 
 
-def test_sft_rows_are_all_human_answers_and_their_ids_fit_trl(load, tokenizer):
+def test_sft_rows_have_all_human_answers_and_the_ids_that_trl_expects(load, tokenizer):
     rows = [*tree("a", 1, None, 0), message("a.4", synthetic=True), message("a.2.1"), message("a.2.1.1", rank=0)]
     rows.append(message("a.5", text=rows[1]["text"], rank=3))
     metadata, parts, ledger = load(rows, ROWS="sft", TURNS="all", SYSTEM_PROMPT="Ты пират.", MAX_LENGTH=512)
@@ -160,8 +153,8 @@ def test_sft_rows_are_all_human_answers_and_their_ids_fit_trl(load, tokenizer):
         assert row["answer_cut"] and len(row["input_ids"]) <= 64 and row["input_ids"][-1] != tokenizer.eos_token_id
 
 
-def test_each_prompt_with_each_of_its_answers_is_a_row(load):
-    """The reference count: top-level prompts of a language joined with their replies, deeper ones not."""
+def test_each_answer_to_a_prompt_is_a_row(load):
+    """The reference joins the top-level prompts of a language with their replies and ignores deeper ones."""
     rows = [m for i in range(12) for m in tree(f"t{i}", *range(i % 4), lang="ru" if i % 3 else "en")]
     rows += [message("t1.1.1"), message("t1.1.1.1")]
     by_id = {m["message_id"]: m for m in rows}
@@ -173,7 +166,7 @@ def test_each_prompt_with_each_of_its_answers_is_a_row(load):
 # the split
 
 
-def test_whole_trees_are_on_one_side(load):
+def test_a_tree_is_never_split(load):
     rows = []
     for i in range(10):
         rows += [*tree(f"t{i}", 0, 1), message(f"t{i}.1.1"), message(f"t{i}.1.1.1", rank=0)]
@@ -186,7 +179,7 @@ def test_whole_trees_are_on_one_side(load):
     assert not tops["train"] & tops["validation"] and len(tops["train"] | tops["validation"]) == 10
 
 
-def test_train_is_never_left_empty(load):
+def test_the_training_split_is_never_empty(load):
     rows = [*tree("a", 0, 1), message("a.1.1"), message("a.1.1.1", rank=0), message("a.1.1.2", rank=1)]
     metadata, _, _ = load(rows, TURNS="all", VALIDATION_SHARE=0.9)
     assert (metadata["train_size"], metadata["validation_size"]) == (2, 0)
@@ -194,7 +187,7 @@ def test_train_is_never_left_empty(load):
     assert metadata["train_size"] and metadata["validation_size"]
 
 
-def test_the_sources_own_validation_is_kept_and_nothing_like_it_is_trained_on(load, tmp_path):
+def test_the_validation_split_of_the_source_is_kept_and_nothing_like_it_is_in_training(load, tmp_path):
     own = tree("own", 0, 1)
     alike = [*tree("alike", 0, 1), message("alike.1.1"), message("alike.1.1.1", rank=0), message("alike.1.1.2", rank=1)]
     alike[0]["text"] = own[0]["text"].upper() + " ?"
@@ -216,40 +209,29 @@ def test_the_sources_own_validation_is_kept_and_nothing_like_it_is_trained_on(lo
 # who reads the folder
 
 
-def test_train_dpo_takes_the_pairs_and_the_persona(load, model_folder, tmp_path):
+def test_train_dpo_reads_the_pairs_with_their_system_prompt(load, model_folder, tmp_path):
     load(SAMPLE, TURNS="all", SYSTEM_PROMPT="Отвечай как старый моряк.", MAX_LENGTH=256)
     for name, count in (("train", 16), ("validation", 5)):
         rows = load_pairs("out", name)
         assert len(rows) == count and all(row["chosen"][0]["content"] == "Отвечай как старый моряк." for row in rows)
-    small = {
-        "MODEL": model_folder,
-        "MAX_STEPS": 1,
-        "MAX_ROWS": 4,
-        "SAMPLE_PROMPTS": 0,
-        "REFERENCE_CACHE": tmp_path / "c",
-    }
+    small = {"MODEL": model_folder, "MAX_STEPS": 1, "MAX_ROWS": 4, "SAMPLE_PROMPTS": 0, "REFERENCE_CACHE": "cache"}
     run_script(train_dpo, DATA_DIR="out", OUTPUT_DIR=tmp_path / "run", DEVICE="cpu", PRECISION="fp32", **small)
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["pairs"] == 4
 
 
-def test_who_needs_pairs_refuses_sft_rows_in_one_line(load):
+def test_readers_of_pairs_refuse_sft_rows(load):
     load(tree("a", 0, 1), ROWS="sft")
     for read in (lambda: load_pairs("out", "train"), lambda: run_script(dataset_summary, DATA_DIR="out")):
-        with pytest.raises(
-            SystemExit, match="^out holds sft rows, not pairs: .*extras.train_sft.* reads these"
-        ) as stop:
+        with pytest.raises(SystemExit, match="^out holds sft rows, not pairs: .*extras.train_sft.* reads these"):
             read()
-        assert "\n" not in str(stop.value)
 
 
-def test_another_tokenizer_is_mended_by_this_loader(load, tokenizer, tmp_path):
+def test_a_folder_of_another_tokenizer_is_reported_with_the_command_of_this_loader(load):
     load(tree("a", 0, 1), CHAT_TEMPLATE="plain")
     metadata = json.loads(Path("out/metadata.json").read_text())
     Path("out/metadata.json").write_text(json.dumps(metadata | {"tokenizer_sha256": "of another"}))
-    with pytest.raises(
-        SystemExit,
-        match="run `python -m extras.load_oasst_dataset --dataset .* --output_dir out --chat_template plain` first",
-    ):
+    command = "python -m extras.load_oasst_dataset --dataset .* --output_dir out --chat_template plain"
+    with pytest.raises(SystemExit, match=f"run `{command}` first"):
         run_script(dataset_summary, DATA_DIR="out")
 
 
@@ -276,7 +258,7 @@ def test_a_tree_without_a_root_is_counted(load):
         ([{"prompt": "x", "chosen": "y", "rejected": "z"}], {}, "needed is one of: .*message_id parent_id role text"),
     ],
 )
-def test_mistakes_end_in_one_line_and_the_old_rows_stay(load, rows, settings, match):
+def test_user_errors_stop_with_one_message_and_the_old_rows_stay(load, rows, settings, match):
     before = load(tree("old", 0, 1))[0]
     with pytest.raises(SystemExit, match=match) as stop:
         load(rows, **settings)
@@ -284,13 +266,13 @@ def test_mistakes_end_in_one_line_and_the_old_rows_stay(load, rows, settings, ma
     assert json.loads(Path("out/metadata.json").read_text()) == before and not list(Path().glob(".out*"))
 
 
-def test_a_broken_line_is_named(load, tmp_path):
+def test_a_broken_line_is_reported(load, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", tree("a", 0, 1))
     path.write_text(path.read_text() + '{"message_id": \n')
     with pytest.raises(SystemExit, match="x.jsonl: line 4 is not JSON"):
         load(path)
 
 
-def test_the_loader_of_pairs_says_who_reads_trees(tokenizer_folder):
+def test_the_loader_of_pairs_names_the_loader_of_trees(tokenizer_folder):
     with pytest.raises(SystemExit, match=r"message trees: `python -m extras.load_oasst_dataset --dataset .*` reads"):
         load_rows(tokenizer_folder, SAMPLE)

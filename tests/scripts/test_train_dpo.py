@@ -1,6 +1,5 @@
-"""train_dpo.py from end to end: names, folders, caches, guidance, two processes, mistakes."""
+"""train_dpo.py from end to end: run names, folders, the reference cache, guidance, two processes, user errors."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -9,24 +8,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dpo
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, SAMPLE, error_of, run_script
 from utils.models import policies
+from utils.runs import read_json as read
+from utils.runs import read_lines as lines_of
 from utils.runs import run_names, short_dataset, short_model
 
 SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 30, "PRECISION": "fp32", "DEVICE": "cpu"}
 SMALL |= {"LEARNING_RATE": 1e-3, "SAMPLE_PROMPTS": 3, "MAX_NEW_TOKENS": 8}
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -46,11 +39,11 @@ def options(model_folder, sample_folder, tmp_path):
         ("google/gemma-2-2b", "gemma-2-2b"),
     ],
 )
-def test_short_names_of_models(name, short):
+def test_model_names_are_shortened(name, short):
     assert short_model(name) == short
 
 
-def test_names_of_runs(tmp_path):
+def test_run_names_show_dataset_mode_model_and_loss(tmp_path):
     found = run_names("nvidia/HelpSteer2", "Text", "Qwen2.5-1.5B", "new_pref_po", 0.05, 0.1)
     assert found == ("HelpSteer_new_pref_po_Text", "HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.05-alpha0.1")
     names = ("esfrankel17/HelpSteer2_binarized", "HuggingFaceH4/ultrafeedback_binarized", "OpenAssistant/oasst1", "x")
@@ -58,10 +51,10 @@ def test_names_of_runs(tmp_path):
     rows = tmp_path / "helpsteer-things" / "mine.jsonl"
     rows.parent.mkdir()
     rows.touch()
-    assert short_dataset(str(rows)) == "Custom", "the folders above a file say nothing of its rows"
+    assert short_dataset(str(rows)) == "Custom", "the folder of a file does not name its rows"
 
 
-def test_the_run_folder_is_complete_and_a_plain_model(options, model_folder, tmp_path, monkeypatch):
+def test_the_run_folder_is_complete_and_loads_in_plain_transformers(options, model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_script(train_dpo, **options | {"OUTPUT_DIR": "", "MODEL_SHORT_NAME": "Tiny"})
     folder = tmp_path / "model_output/HelpSteer_dpo_Plain/HelpSteer-Plain-Tiny-dpo-beta0.1-alpha0.1"
@@ -83,7 +76,7 @@ def test_the_run_folder_is_complete_and_a_plain_model(options, model_folder, tmp
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_second_run_reads_the_reference_from_the_cache_and_ends_the_same(options, tmp_path, monkeypatch):
+def test_a_second_run_reads_the_reference_from_the_cache(options, tmp_path, monkeypatch):
     forwards = []
     real = policies.forward_pairs
     monkeypatch.setattr(policies, "forward_pairs", lambda *a: forwards.append(1) or real(*a))
@@ -101,9 +94,8 @@ def test_a_second_run_reads_the_reference_from_the_cache_and_ends_the_same(optio
 
 
 def test_the_cache_is_never_stale(options, model_folder, tokenizer_folder, tmp_path, monkeypatch):
-    """Another window, other weights, another precision, guidance: computed anew. Sums serve every loss."""
+    """Another window, precision, guidance or other weights need new log-probs. Another loss does not."""
     import load_helpsteer_dataset
-    from tests.conftest import SAMPLE
 
     forwards = []
     real = policies.forward_pairs
@@ -122,8 +114,6 @@ def test_the_cache_is_never_stale(options, model_folder, tokenizer_folder, tmp_p
     shutil.copytree(model_folder, tmp_path / "other")
     state = load_file(tmp_path / "other/model.safetensors")
     state["model.norm.weight"] = state["model.norm.weight"] * 1.01
-    from safetensors.torch import save_file
-
     save_file(state, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
     assert computed(MODEL=tmp_path / "other") == 2
     assert computed(PRECISION="bf16") == 2
@@ -135,38 +125,37 @@ def test_the_cache_is_never_stale(options, model_folder, tokenizer_folder, tmp_p
 
 
 @pytest.mark.parametrize("loss", ["dpo", "new_pref_po"])
-def test_trained_vectors_serve_another_run(options, tmp_path, loss):
+def test_another_run_can_use_trained_vectors(options, tmp_path, loss):
     guided = {"LOSS": loss, "GUIDANCE": "embedding", "PROMPT_EMBEDDING_TOKENS": 4, "TRAIN_POLICY": "false"}
     run_script(train_dpo, **options | guided | {"PROMPT_LEARNING_RATE": 1.0})
     moved = abs(read(tmp_path / "run/eval.json")["kl"]) > 1e-4
-    assert moved == (loss == "dpo"), "its answers are asked for with the vectors, those of new_pref_po without"
+    assert moved == (loss == "dpo"), "only the answers of dpo are generated with the vectors"
     vectors = load_file(tmp_path / "run/prompt_embedding.safetensors")["prompt_embeddings"]
     assert vectors.shape == (4, 32)
     path = tmp_path / "run/prompt_embedding.safetensors"
     again = {"LOSS": loss, "GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": path, "OUTPUT_DIR": tmp_path / "again"}
     run_script(train_dpo, **options | again)
-    assert not (tmp_path / "again/prompt_embedding.safetensors").exists(), "loaded vectors stay as they are"
+    assert not (tmp_path / "again/prompt_embedding.safetensors").exists(), "loaded vectors are not trained"
     before = load_file(f"{options['MODEL']}/model.safetensors")
     frozen, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
     assert all(torch.equal(before[name], frozen[name]) for name in before)
     assert not torch.equal(before["model.norm.weight"], trained["model.norm.weight"])
 
 
-def test_a_reward_model_is_no_policy(options, judges):
+def test_a_reward_model_is_refused_as_a_policy(options, judges):
     with pytest.raises(SystemExit, match=r"MODEL = .* is a reward model: name a language model"):
         run_script(train_dpo, **options | {"MODEL": judges["scalar"]})
 
 
-@pytest.mark.parametrize("variable", [{"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}])
-def test_launchers_that_take_the_weights_apart_are_refused(options, tmp_path, monkeypatch, variable):
-    for name, value in variable.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("variable", [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")])
+def test_launchers_that_shard_the_weights_are_refused(options, tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(*variable)
     with pytest.raises(SystemExit, match="the scripts here need them whole: use configs/multi_gpu.yaml"):
         run_script(train_dpo, **options)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_preference_must_fit_behind_the_persona_of_the_rows(tokenizer, capsys):
+def test_a_preference_must_fit_beside_the_system_turn(tokenizer, capsys):
     from datasets import Dataset
 
     from utils.data.tokens import prompt_ids
@@ -192,7 +181,7 @@ def test_a_preference_must_fit_behind_the_persona_of_the_rows(tokenizer, capsys)
         guidance.with_room(tokenizer, said, window, Dataset.from_list(rows[1:3]))
 
 
-def test_an_adapter_folder_is_a_start_and_the_reference_is_that_model(options, tmp_path):
+def test_training_can_start_from_an_adapter_which_is_also_the_reference(options, tmp_path):
     run_script(train_dpo, **options | {"USE_LORA": "true", "LORA_RANK": 4, "LOSS": "sipa"})
     adapter, merged = tmp_path / "run/adapter", tmp_path / "run"
     logps = []
@@ -217,11 +206,6 @@ def test_a_reward_model_compares_before_and_after(options, tmp_path):
     assert found["win_rate_low"] <= found["win_rate"] <= found["win_rate_high"]
 
 
-def command_of(options, *launcher):
-    words = [f"--{name.lower()}={value}" for name, value in options.items()]
-    return [sys.executable, *launcher, "train_dpo.py", *words]
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
     options = options | {"SAMPLE_PROMPTS": 0, "BATCH_SIZE": 2, "LOSS": "ipo"}
@@ -229,9 +213,10 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
     runs = {"two": (launcher, 1), "one": ((), 2)}
     for name, (how, accumulation) in runs.items():
         mine = options | {"OUTPUT_DIR": tmp_path / name, "ACCUMULATION": accumulation}
-        done = subprocess.run(
-            command_of(mine, *how), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        words = [f"--{name.lower()}={value}" for name, value in mine.items()]
+        command = [sys.executable, *how, "train_dpo.py", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
     assert read(tmp_path / "two/run.json")["processes"] == 2
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in runs)
@@ -253,10 +238,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
         ({"GUIDANCE": "text", "PREFERENCE_TEXT": " "}, "PREFERENCE_TEXT is empty"),
         ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not there"),
         ({"TRAIN_POLICY": "false"}, "TRAIN_POLICY = False trains the vectors only"),
-        (
-            {"LABEL_SMOOTHING": 0.1, "LOSS": "ipo"},
-            "LABEL_SMOOTHING = 0.1 has no effect with LOSS = 'ipo'",
-        ),
+        ({"LABEL_SMOOTHING": 0.1, "LOSS": "ipo"}, "LABEL_SMOOTHING = 0.1 has no effect with LOSS = 'ipo'"),
         ({"PROMPT_EMBEDDING_PATH": "x.pt"}, "PROMPT_EMBEDDING_PATH needs GUIDANCE = embedding"),
         ({"SEED": -1}, "SEED = -1: expected 0 or more"),
         ({"WARMUP_SHARE": 2.0}, "WARMUP_SHARE = 2.0: expected a number from 0 to 1"),
@@ -266,13 +248,11 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
         ({"GUIDANCE": "text", "PREFERENCE_TEXT": "word " * 200}, "PREFERENCE_TEXT does not fit"),
     ],
 )
-def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
-    with pytest.raises(SystemExit) as stop:
-        run_script(train_dpo, **options | constants)
-    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+def test_user_errors_stop_with_one_message(options, tmp_path, constants, message):
+    assert message in error_of(train_dpo, **options | constants) and not (tmp_path / "run").exists()
 
 
-def test_weights_are_hashed_by_value_whatever_their_shape():
+def test_the_hash_of_weights_depends_on_every_value():
     model = torch.nn.Linear(2, 2)
     model.register_buffer("scale", torch.tensor(1.0))  # no dimensions
     first = policies.weights_digest(model)

@@ -1,4 +1,4 @@
-"""train_helpsteer.sh, the shell way into preference-guided DPO, and the files for accelerate launch."""
+"""train_helpsteer.sh starts preference-guided DPO, and accelerate reads the files in configs/."""
 
 import json
 import os
@@ -14,21 +14,14 @@ from utils.training.losses import POLICY_LOSSES
 SMALL = {"MAX_STEPS": 4, "MAX_ROWS": 30, "PRECISION": "fp32", "DEVICE": "cpu", "SAMPLE_PROMPTS": 3, "MAX_NEW_TOKENS": 8}
 
 
-def shell(tmp_path, **variables):
+def shell(*words, **variables):
     environment = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in variables.items()}}
-    return subprocess.run(["./train_helpsteer.sh"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(["./train_helpsteer.sh", *words], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def test_the_shell_script_shows_what_it_starts(sample_folder, tmp_path):
-    done = shell(
-        tmp_path,
-        DRY_RUN=1,
-        DATA_DIR=sample_folder,
-        GPUS=2,
-        CONFIG="configs/deepspeed_zero2.yaml",
-        BETA=0.2,
-        PRECISION="fp32",
-    )
+def test_the_shell_script_prints_the_command_and_the_run_name(sample_folder):
+    settings = {"GPUS": 2, "CONFIG": "configs/deepspeed_zero2.yaml", "BETA": 0.2, "PRECISION": "fp32"}
+    done = shell(DRY_RUN=1, DATA_DIR=sample_folder, **settings)
     assert done.returncode == 0, done.stderr
     assert "HelpSteer_new_pref_po_Text/HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.2-alpha0.1" in done.stdout
     assert "accelerate launch --config_file configs/deepspeed_zero2.yaml --num_processes 2 train_dpo.py" in done.stdout
@@ -49,27 +42,24 @@ def test_the_shell_script_shows_what_it_starts(sample_folder, tmp_path):
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py"),
     ],
 )
-def test_the_shell_script_checks_its_variables(sample_folder, tmp_path, variables, message):
-    done = shell(tmp_path, **{"DATA_DIR": sample_folder} | variables)
+def test_the_shell_script_checks_its_variables(sample_folder, variables, message):
+    done = shell(**{"DATA_DIR": sample_folder} | variables)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
-def test_the_shell_script_takes_the_beta_of_the_loss(sample_folder, tmp_path, loss):
-    done = shell(tmp_path, DRY_RUN=1, DATA_DIR=sample_folder, LOSS_NAME=loss, MODEL_SHORT_NAME="My-Instruct")
+def test_the_shell_script_takes_the_beta_of_the_loss(sample_folder, loss):
+    done = shell(DRY_RUN=1, DATA_DIR=sample_folder, LOSS_NAME=loss, MODEL_SHORT_NAME="My-Instruct")
     assert done.returncode == 0, done.stderr
     beta = float(done.stdout.partition("--beta ")[2].split()[0])
-    assert (
-        beta == POLICY_LOSSES[loss].beta and f"HelpSteer-Text-My-Instruct-{loss}-beta{beta:g}-alpha0.1" in done.stdout
-    )
+    assert beta == POLICY_LOSSES[loss].beta
+    assert f"HelpSteer-Text-My-Instruct-{loss}-beta{beta:g}-alpha0.1" in done.stdout
 
 
 def test_the_shell_script_trains(sample_folder, model_folder, tmp_path):
-    copied = {"DATA_DIR": sample_folder, "POLICY_MODEL_PATH": model_folder, "MODEL_SHORT_NAME": "Tiny"}
-    environment = {**os.environ, "PYTHON": sys.executable, **copied}
     options = SMALL | {"OUTPUT_DIR": tmp_path / "run", "REFERENCE_CACHE": tmp_path / "cache"}
-    rest = [f"--{name.lower()}={value}" for name, value in options.items()]
-    done = subprocess.run(["./train_helpsteer.sh", *rest], cwd=ROOT, capture_output=True, text=True, env=environment)
+    words = [f"--{name.lower()}={value}" for name, value in options.items()]
+    done = shell(*words, DATA_DIR=sample_folder, POLICY_MODEL_PATH=model_folder, MODEL_SHORT_NAME="Tiny")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "run/run.json").read_text())["settings"]["LOSS"] == "new_pref_po"
 
