@@ -157,3 +157,18 @@ def judges(tmp_path_factory, model_folder, sample_folder):
         reward_model.save_reward_model(model, tokenizer, folder, reading, rows, PairCollator(2, 8), max_length=128)
         folders[head] = str(folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def reward_models(tmp_path_factory, model_folder, sample_folder):
+    """Train a reward model with each head, and return {head: run folder}; the distribution is trained with LoRA."""
+    import train_reward_model
+    from utils.models.reward_model import HEADS
+
+    options = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
+    options |= {"LEARNING_RATE": 1e-3, "CONTROL_PAIRS": 6, "DATA_DIR": sample_folder, "MODEL": model_folder}
+    root = tmp_path_factory.mktemp("reward_models")
+    for head in HEADS:
+        more = {"USE_LORA": "true", "LORA_RANK": 4, "RATING_WEIGHT": 0.3} if head == "distribution" else {}
+        run_script(train_reward_model, **options | more, HEAD=head, OUTPUT_DIR=root / head)
+    return {head: root / head for head in HEADS}

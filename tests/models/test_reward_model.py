@@ -1,28 +1,29 @@
-"""Every head from end to end: what is saved, how others load it, the warm start, seeds, epochs, the page."""
+"""Reward models: scores equal plain transformers, new heads, the warm start, saved folders that are refused."""
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-import train_reward_model
-from extras import evaluate, make_report
-from tests.conftest import run_script
 from utils.data.processed import closed_answers, load_pairs, ratings_of
 from utils.data.tokens import render
-from utils.evaluation.predictions import trained_on
-from utils.models.reward_model import HEADS, RewardHead, RewardModel, RewardPairs, new_reward_head, start_model
+from utils.models.reward_model import (
+    HEADS,
+    RewardHead,
+    RewardModel,
+    RewardPairs,
+    check_better_than_chance,
+    new_reward_head,
+    start_model,
+)
 from utils.models.shared_prompt import PairCollator
 from utils.runs import write_json
 from utils.training.losses import PairLoss
 
 MEANS = [3.0, 3.0, 3.5, 2.0, 2.0]  # of the attributes
-SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
-SMALL |= {"LEARNING_RATE": 1e-3, "CONTROL_PAIRS": 6}
 
 
 def read(path):
@@ -33,20 +34,14 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture(scope="module")
-def folders(model_folder, sample_folder, tmp_path_factory):
-    """{head: its run folder}; the distribution is trained with LoRA."""
-    root = tmp_path_factory.mktemp("heads")
-    for head in HEADS:
-        options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": root / head, "HEAD": head}
-        options |= {"USE_LORA": "true", "RATING_WEIGHT": 0.3} if head == "distribution" else {}
-        run_script(train_reward_model, **options)
-    return {head: root / head for head in HEADS}
+@pytest.fixture
+def folders(reward_models):
+    return reward_models
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_scorer_equals_plain_transformers(folders, sample_folder, head):
-    """On short and long, alone and in a batch: our scores, AutoModel and the pipeline come from the same numbers."""
+    """Our scores, AutoModel and the pipeline agree on short and long texts, alone and in a batch."""
     conversations = [row["chosen"] for row in load_pairs(sample_folder, "validation", 5)]
     conversations.append([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
     ours = RewardModel.load(str(folders[head]), device="cpu")
@@ -67,116 +62,22 @@ def test_the_scorer_equals_plain_transformers(folders, sample_folder, head):
         assert [piped[name] for name in HEADS[head].names] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_the_folder_says_how_it_is_read(folders):
+def test_the_folder_has_the_settings_of_the_head(folders):
     config = read(folders["distribution"] / "reward_config.json")
     assert config["head"] == "distribution" and config["grades"] == list(range(1, 11)) and config["max_length"] == 128
     assert (config["lowest_rating"], config["highest_rating"]) == (0.0, 4.0) and len(config["surface_weights"]) == 9
     lines = lines_of(folders["distribution"])
     rewards = [line[side] for line in lines for side in ("chosen", "rejected")]
-    assert config["reward_mean"] == pytest.approx(np.mean(rewards)) and config["reward_std"] == pytest.approx(
-        np.std(rewards)
-    )
+    figures = (config["reward_mean"], config["reward_std"])
+    assert figures == pytest.approx((np.mean(rewards), np.std(rewards)))
     assert all(1 <= reward <= 10 for reward in rewards) and all(line["chosen_spread"] > 0 for line in lines)
     assert read(folders["attributes"] / "reward_config.json")["weights"] == pytest.approx([0.2] * 5)
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_evaluate_gives_the_figures_of_the_training_again(folders, sample_folder, tmp_path, head):
-    options = {"DATA_DIR": sample_folder, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu", "CONTROL_PAIRS": 6}
-    run_script(evaluate, **options, REWARD_MODEL=folders[head], OUTPUT_DIR=tmp_path / "out")
-    before, after = read(folders[head] / "eval.json"), read(tmp_path / "out/eval.json")
-    assert set(after["shortcuts"]) == set(before["shortcuts"]) >= {"surface", "without_prompt", "untrained_head"}
-    for name, part in before["shortcuts"].items():
-        assert after["shortcuts"][name]["accuracy"] == pytest.approx(part["accuracy"], abs=0.06), name
-    if head != "distribution":  # merged adapters are rounded once more, which can turn a near tie round
-        for name in ("pairs", "accuracy", "accuracy_low", "ece", "brier", "length_correlation"):
-            assert after[name] == pytest.approx(before[name], abs=1e-4), name
-        assert after["verdict"] == before["verdict"] and after["best_shortcut"] == before["best_shortcut"]
-    for one, other in zip(lines_of(folders[head]), lines_of(tmp_path / "out"), strict=True):
-        assert one["win"] == pytest.approx(other["win"], abs=1e-4)
-        assert one["chosen"] == pytest.approx(other["chosen"], abs=1e-4)
-
-
-def test_evaluate_takes_pairs_of_another_origin_with_subsets(folders, tmp_path, capsys):
-    rows = [
-        {"prompt": f"Say {i}", "chosen": f"{i} {i}", "rejected": "no <b>" * (i + 1), "subset": "ab"[i % 2]}
-        for i in range(9)
-    ]
-    rows.append({"prompt": "Say x", "chosen": "same", "rejected": "same", "subset": "a"})
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    options = {"DATASET": tmp_path / "pairs.jsonl", "REWARD_MODEL": folders["scalar"], "OUTPUT_DIR": tmp_path / "out"}
-    run_script(evaluate, **options, DEVICE="cpu")
-    result, out = read(tmp_path / "out/eval.json"), capsys.readouterr().out
-    assert result["pairs"] == 9 and {name: part["pairs"] for name, part in result["by_subset"].items()} == {
-        "a": 5,
-        "b": 4,
-    }
-    assert "left out: 1 equal_answers" in out and "a: " in out
-
-
-def test_evaluate_judges_what_a_source_holds_out(folders, tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    for name, count in (("train", 7), ("test", 3)):
-        rows = [{"prompt": f"{name} {i}", "chosen": f"{i} {i}", "rejected": "no"} for i in range(count)]
-        (tmp_path / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    options = {"DATASET": tmp_path / "data", "REWARD_MODEL": folders["scalar"], "DEVICE": "cpu"}
-    run_script(evaluate, **options, OUTPUT_DIR=tmp_path / "out")
-    assert read(tmp_path / "out/eval.json")["pairs"] == 3 and "split test" in capsys.readouterr().out
-    alike = {"prompt": "Q", "chosen": "word " * 400 + "good", "rejected": "word " * 400 + "bad"}
-    (tmp_path / "one.jsonl").write_text(json.dumps(alike) + "\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="no pair differs in the window of 128 tokens"):
-        run_script(evaluate, **options | {"DATASET": tmp_path / "one.jsonl"}, OUTPUT_DIR=tmp_path / "other")
-
-
-def test_evaluate_says_what_the_model_was_trained_on(folders, sample_folder, tmp_path, capsys):
-    options = {"DATA_DIR": sample_folder, "REWARD_MODEL": folders["scalar"], "DEVICE": "cpu", "CONTROL_PAIRS": 0}
-    for split, expected in (("train", 20), ("validation", 0)):
-        run_script(evaluate, **options, SPLIT=split, MAX_ROWS=20, OUTPUT_DIR=tmp_path / split)
-        assert read(tmp_path / split / "eval.json")["pairs_trained_on"] == expected
-        fingerprint = read(tmp_path / split / "run.json")["data_fingerprint"]
-        assert fingerprint == read(Path(sample_folder) / "metadata.json")["fingerprint"]
-        assert ("was trained on the prompts of 20 of these pairs" in capsys.readouterr().out) == (split == "train")
-    record = read(folders["scalar"] / "run.json")
-    shutil.copytree(folders["scalar"], tmp_path / "half")
-    half = record | {"settings": record["settings"] | {"HALF": "even", "MAX_ROWS": 10}}
-    (tmp_path / "half/run.json").write_text(json.dumps(half))
-    assert trained_on(tmp_path / "half", load_pairs(sample_folder, "train", 20)) == 5
-    with pytest.raises(SystemExit, match="SPLIT = 'test' is not known, choose one of: train, validation"):
-        run_script(evaluate, **options, SPLIT="test", OUTPUT_DIR=tmp_path / "none")
-
-
-def test_evaluate_goes_on_without_the_model_that_it_was_trained_from(folders, sample_folder, tmp_path, capsys):
-    shutil.copytree(folders["scalar"], tmp_path / "run")
-    record = read(tmp_path / "run/run.json")
-    record["settings"]["MODEL"] = "of/another-machine"
-    (tmp_path / "run/run.json").write_text(json.dumps(record), encoding="utf-8")
-    options = {"DATA_DIR": sample_folder, "MAX_ROWS": 20, "DEVICE": "cpu", "CONTROL_PAIRS": 4}
-    run_script(evaluate, **options, REWARD_MODEL=tmp_path / "run", OUTPUT_DIR=tmp_path / "out")
-    found = read(tmp_path / "out/eval.json")["shortcuts"]
-    assert "untrained_head" not in found and "without_prompt" in found
-    assert "not compared with an untrained head: of/another-machine" in capsys.readouterr().out
-
-
-def test_the_page_needs_nothing_else_and_escapes_what_rows_say(folders, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(folders["scalar"], folder)
-    result = read(folder / "eval.json")
-    assert result["worst_mistakes"], "a tiny model makes some"
-    result["worst_mistakes"][0]["chosen_text"] = "<script>alert(1)</script>"
-    (folder / "eval.json").write_text(json.dumps(result), encoding="utf-8")
-    run_script(make_report, RUNS=f"{folder},{folders['distribution']}", OUTPUT=tmp_path / "page.html", LOOK_IN=tmp_path)
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert result["verdict"].replace("'", "&#39;") in text and text.count("data:image/png;base64,") == 10
-    assert "<script" not in text and "&lt;script&gt;" in text and "Not here:" not in text, "these two were asked for"
-    assert "http://" not in text and "https://" not in text
-    with pytest.raises(SystemExit, match=r"nothing/run.json is not there yet"):
-        run_script(make_report, RUNS=tmp_path / "nothing", OUTPUT=tmp_path / "page.html")
 
 
 # where a head starts
 
 
-def test_a_new_head_starts_at_equal_rewards_and_attributes_at_their_means(model_folder, sample_folder, tokenizer):
+def test_a_new_head_starts_at_equal_rewards_or_at_the_means_of_the_attributes(model_folder, sample_folder, tokenizer):
     rows, collator = load_pairs(sample_folder, "train", 16), PairCollator(0, 8)
     batch = collator(list(rows))
     for head in HEADS:
@@ -192,8 +93,8 @@ def test_a_new_head_starts_at_equal_rewards_and_attributes_at_their_means(model_
     assert variance == pytest.approx(given.var(axis=0).mean(), abs=1e-4), "the loss of knowing the means only"
 
 
-def test_the_warm_start_from_attributes_ranks_as_they_did(folders, sample_folder, tokenizer):
-    """Two commands: regression on the attributes, then a scalar loss from there."""
+def test_a_warm_start_from_attributes_keeps_their_ranking(folders, sample_folder, tokenizer):
+    """Train by regression on the attributes, then continue with a scalar loss."""
     rows = load_pairs(sample_folder, "validation", 20)
     old = RewardModel.load(str(folders["attributes"]), device="cpu")
     expected = old.reading.rewards(torch.tensor(old.pair_outputs(rows)))
@@ -211,7 +112,7 @@ def test_the_warm_start_from_attributes_ranks_as_they_did(folders, sample_folder
 # the scorer
 
 
-def test_answers_to_one_prompt_share_a_window_and_neighbours_change_nothing(folders, sample_folder, tokenizer):
+def test_scores_of_conversations_equal_those_of_tokenised_pairs(folders, sample_folder, tokenizer):
     rows = closed_answers(load_pairs(sample_folder, "validation", 12), tokenizer)
     model = RewardModel.load(str(folders["distribution"]), device="cpu")
     prompts = [row["chosen"][:-1] for row in rows]
@@ -222,7 +123,7 @@ def test_answers_to_one_prompt_share_a_window_and_neighbours_change_nothing(fold
     torch.testing.assert_close(alone, outputs[:1], atol=1e-5, rtol=0)
 
 
-def test_any_model_with_one_output_is_a_reward_model(folders, tmp_path, model_folder):
+def test_any_model_with_one_output_can_score(folders, tmp_path, model_folder):
     shutil.copytree(folders["scalar"], tmp_path / "hub")
     (tmp_path / "hub/reward_config.json").unlink()
     conversation = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]]
@@ -239,7 +140,7 @@ def test_any_model_with_one_output_is_a_reward_model(folders, tmp_path, model_fo
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_padding_and_batch_mates_change_no_score_where_pad_is_the_end_of_turn(folders, sample_folder, head):
+def test_padding_with_the_end_of_turn_changes_no_score(folders, sample_folder, head):
     conversations = [row["chosen"] for row in load_pairs(sample_folder, "validation", 6)]
     model = RewardModel.load(str(folders[head]), device="cpu")
     alone = torch.cat([model.score([conversation]) for conversation in conversations])
@@ -247,7 +148,7 @@ def test_padding_and_batch_mates_change_no_score_where_pad_is_the_end_of_turn(fo
     torch.testing.assert_close(model.score(conversations, batch_size=6), alone, atol=1e-5, rtol=0)
 
 
-def test_a_model_of_an_older_version_loads_where_its_scores_stay_the_same(folders, tmp_path):
+def test_a_model_of_an_older_version_loads_if_its_scores_stay_the_same(folders, tmp_path):
     shutil.copytree(folders["scalar"], tmp_path / "run")
     config = read(tmp_path / "run/reward_config.json")
     write_json(tmp_path / "run/reward_config.json", config | {"length_penalty": 0.0, "answers_only": False})
@@ -258,9 +159,39 @@ def test_a_model_of_an_older_version_loads_where_its_scores_stay_the_same(folder
             RewardModel.load(str(tmp_path / "run"))
 
 
-def test_another_template_than_that_of_the_training_is_refused(folders, tmp_path):
+def test_a_model_with_another_chat_template_is_refused(folders, tmp_path):
     shutil.copytree(folders["scalar"], tmp_path / "run")
     template = tmp_path / "run/chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
     with pytest.raises(SystemExit, match="its chat template is not the one it was trained with"):
         RewardModel.load(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "high, verdict, outcome",
+    [
+        (0.45, "worse than x", "stop"),
+        (0.62, "not shown to be better than x", "WARNING"),
+        (0.8, "better than x by 0.1", ""),
+    ],
+)
+def test_a_reward_model_worse_than_a_coin_is_refused_for_policies(tmp_path, capsys, high, verdict, outcome):
+    result = {"accuracy": high - 0.05, "accuracy_high": high, "pairs": 100, "verdict": verdict}
+    (tmp_path / "eval.json").write_text(json.dumps(result))
+    if outcome == "stop":
+        with pytest.raises(SystemExit, match="is worse than a coin"):
+            check_better_than_chance(str(tmp_path))
+    else:
+        check_better_than_chance(str(tmp_path))
+    assert ("WARNING" in capsys.readouterr().out) == (outcome == "WARNING")
+
+
+def test_a_few_pairs_do_not_show_that_a_model_is_worse_than_a_coin(tmp_path):
+    result = {"accuracy": 0.0, "accuracy_high": 0.0, "pairs": 5, "verdict": "not shown to be better than x"}
+    (tmp_path / "eval.json").write_text(json.dumps(result))
+    check_better_than_chance(str(tmp_path))
+    (tmp_path / "eval.json").write_text(json.dumps(result | {"pairs": 60, "prompts": 5}))
+    check_better_than_chance(str(tmp_path))
+    (tmp_path / "eval.json").write_text(json.dumps(result | {"pairs": 6}))
+    with pytest.raises(SystemExit, match="is worse than a coin"):
+        check_better_than_chance(str(tmp_path))

@@ -1,6 +1,5 @@
-"""Training runs of reward models: the best epoch, constants that do not go together."""
+"""Reward model runs: the best epoch, losses that need ratings, resuming, what the report finds in planted data."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,10 +13,13 @@ from safetensors.torch import load_file, save_file
 
 import train_reward_model
 from tests.conftest import ROOT, run_script
+from tests.source_rows import write_lines
 from utils.data.processed import load_pairs, ratings_of
 from utils.evaluation import predictions
 from utils.models.reward_model import new_reward_head
 from utils.models.shared_prompt import PairCollator
+from utils.runs import read_json as read
+from utils.runs import write_json
 from utils.training import trainer as training
 from utils.training.losses import PairLoss
 from utils.training.trainer import last_checkpoint
@@ -26,15 +28,11 @@ SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp3
 SMALL |= {"LEARNING_RATE": 1e-3, "CONTROL_PAIRS": 6}
 
 
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def data_with_test(sample_folder, folder):
-    """The sample rows with a split that the source itself holds out."""
+    """Copy the sample rows and give them a test split."""
     shutil.copytree(sample_folder, folder)
     load_from_disk(str(folder / "train")).select(range(12)).save_to_disk(folder / "test")
-    (folder / "metadata.json").write_text(json.dumps(read(folder / "metadata.json") | {"test_size": 12}))
+    write_json(folder / "metadata.json", read(folder / "metadata.json") | {"test_size": 12})
     return folder
 
 
@@ -60,7 +58,7 @@ def test_the_best_epoch_is_kept_and_measured_on_test_rows(model_folder, sample_f
     assert torch.equal(saved[name], best[f"model.{name}"]) and not torch.equal(saved[name], last[f"model.{name}"])
 
 
-def test_an_epoch_chosen_on_the_measured_rows_is_said(model_folder, sample_folder, tmp_path):
+def test_an_epoch_chosen_on_the_measured_rows_is_reported(model_folder, sample_folder, tmp_path):
     options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 2, "DATA_DIR": sample_folder, "MODEL": model_folder}
     run_script(train_reward_model, **options, OUTPUT_DIR=tmp_path / "run")
     result = read(tmp_path / "run/eval.json")
@@ -80,7 +78,7 @@ def test_an_epoch_chosen_on_the_measured_rows_is_said(model_folder, sample_folde
         ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
     ],
 )
-def test_what_does_not_go_together_is_said_before_the_training(
+def test_settings_that_contradict_each_other_stop_before_the_training(
     sample_folder, model_folder, tmp_path, constants, message
 ):
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
@@ -89,12 +87,11 @@ def test_what_does_not_go_together_is_said_before_the_training(
     assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
 
 
-def test_losses_of_ratings_need_ratings(model_folder, tokenizer_folder, tmp_path):
+def test_losses_that_use_ratings_need_ratings(model_folder, tokenizer_folder, tmp_path):
     import load_helpsteer_dataset
 
     rows = [{"prompt": f"Say {i}", "chosen": f"{i} " * (i + 1), "rejected": "no"} for i in range(20)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    source = {"DATASET": tmp_path / "pairs.jsonl", "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 64}
+    source = {"DATASET": write_lines(tmp_path / "pairs.jsonl", rows), "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 64}
     run_script(load_helpsteer_dataset, **source, OUTPUT_DIR=tmp_path / "data")
     options = SMALL | {"DATA_DIR": tmp_path / "data", "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
     for constants in ({"PAIR_LOSS": "scaled"}, {"HEAD": "distribution", "RATING_WEIGHT": 0.5}):
@@ -106,15 +103,7 @@ def test_losses_of_ratings_need_ratings(model_folder, tokenizer_folder, tmp_path
     assert read(tmp_path / "run/eval.json")["by_gap"] == {}
 
 
-def test_a_run_does_not_move_aside_what_it_reads(model_folder, sample_folder, tmp_path):
-    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
-    run_script(train_reward_model, **options)
-    with pytest.raises(SystemExit, match=r"is or holds MODEL, which this run reads: choose another name"):
-        run_script(train_reward_model, **options | {"MODEL": tmp_path / "run", "PAIR_LOSS": "scaled"})
-    assert read(tmp_path / "run/eval.json") and len(list(tmp_path.glob("run*"))) == 1
-
-
-def test_a_run_does_not_go_on_over_another_model_of_the_same_name(model_folder, sample_folder, tmp_path, monkeypatch):
+def test_a_run_is_not_resumed_if_the_weights_of_its_model_changed(model_folder, sample_folder, tmp_path, monkeypatch):
     start = tmp_path / "start"
     shutil.copytree(model_folder, start)
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": start, "OUTPUT_DIR": tmp_path / "run", "USE_LORA": "true"}
@@ -129,7 +118,7 @@ def test_a_run_does_not_go_on_over_another_model_of_the_same_name(model_folder, 
     assert not read(aside / "run.json")["finished"] and read(tmp_path / "run/run.json")["finished"]
 
 
-def test_an_epoch_whose_evaluation_was_killed_is_still_compared(model_folder, sample_folder, tmp_path, monkeypatch):
+def test_an_epoch_whose_evaluation_was_killed_is_evaluated_again(model_folder, sample_folder, tmp_path, monkeypatch):
     options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 2, "DATA_DIR": sample_folder, "MODEL": model_folder}
     options |= {"SAVE_EVERY_STEPS": 10, "OUTPUT_DIR": tmp_path / "run"}  # 40 pairs are 10 steps an epoch
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -159,7 +148,7 @@ def test_two_processes_choose_the_epoch_that_one_chooses(model_folder, sample_fo
 
 
 def planted_pairs(kind, count=800):
-    """Pairs in which the longer answer is mostly the chosen one, or in which the chosen one says a good word."""
+    """Yield pairs that are decided by length, mostly in favour of the longer answer, or by a good and a bad word."""
     random = np.random.default_rng(0)
     words = ["the", "of", "and", "to", "in", "is", "it", "for", "on", "as", "with", "by", "at", "from"]
     for i in range(count):
@@ -174,24 +163,23 @@ def planted_pairs(kind, count=800):
 
 
 @pytest.mark.parametrize("kind", ["length", "content"])
-def test_what_was_planted_in_the_rows_is_what_the_report_finds(kind, model_folder, tokenizer_folder, tmp_path):
+def test_the_report_finds_what_was_planted_in_the_rows(kind, model_folder, tokenizer_folder, tmp_path):
     import load_helpsteer_dataset
 
-    lines = "".join(json.dumps(row) + "\n" for row in planted_pairs(kind))
-    (tmp_path / "pairs.jsonl").write_text(lines, encoding="utf-8")
-    source = {"DATASET": tmp_path / "pairs.jsonl", "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 128}
+    pairs = write_lines(tmp_path / "pairs.jsonl", planted_pairs(kind))
+    source = {"DATASET": pairs, "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 128}
     run_script(load_helpsteer_dataset, **source, OUTPUT_DIR=tmp_path / "data")
     options = {"DATA_DIR": tmp_path / "data", "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "DEVICE": "cpu"}
     run_script(train_reward_model, **options, EPOCHS=1, MAX_STEPS=120, LEARNING_RATE=3e-3, CONTROL_PAIRS=8)
     result = read(tmp_path / "run/eval.json")
-    assert result["accuracy"] > 0.7, "it has learned what was planted"
+    assert result["accuracy"] > 0.7, "the planted difference is learned"
     if kind == "length":
         assert result["verdict"].startswith("not shown") and result["length_correlation_in_window"] > 0.8
     else:
         assert result["verdict"].startswith("better than") and abs(result["length_correlation_in_window"]) < 0.3
 
 
-def test_attributes_are_learned_where_some_rows_have_none(sample_folder, tokenizer):
+def test_attributes_are_learned_from_rows_that_have_them(sample_folder, tokenizer):
     rows = load_pairs(sample_folder, "train", 8)
     kinds = rows.features
     gaps = [None if i % 2 else given for i, given in enumerate(rows["chosen_attributes"])]

@@ -1,7 +1,6 @@
-"""train_reward_model.py from end to end: what it writes, that the save is proved, that others can load it."""
+"""train_reward_model.py from end to end: its folder, the proof of the save, LoRA, resuming, user errors."""
 
 import contextlib
-import json
 from functools import partial
 
 import numpy as np
@@ -9,79 +8,51 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, pipeline
 
 import train_reward_model
 from benchmarks.stock_trl import reward_trainer
-from tests.conftest import SAMPLE, run_script
+from tests.conftest import SAMPLE, error_of, run_script
 from tests.toys import toy_run
 from utils.data.processed import load_pairs
-from utils.data.tokens import render
 from utils.evaluation import reward_report
 from utils.models.loading import add_lora, load_classifier, plain, save_with_proof
 from utils.models.reward_model import RewardHead, RewardModel
+from utils.runs import read_json, read_lines
 from utils.training.trainer import training_arguments
 
-SMALL = {
-    "MAX_STEPS": 6,
-    "LOG_EVERY_STEPS": 2,
-    "MAX_ROWS": 40,
-    "PRECISION": "fp32",
-    "LEARNING_RATE": 1e-3,
-    "DEVICE": "cpu",
-}
+SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
+SMALL |= {"LEARNING_RATE": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def trained(model_folder, sample_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("outputs") / "reward_model"
-    run_script(train_reward_model, **SMALL, DATA_DIR=sample_folder, MODEL=model_folder, OUTPUT_DIR=folder)
-    return folder
+@pytest.fixture
+def trained(reward_models):
+    return reward_models["scalar"]
 
 
-def test_the_run_folder_is_complete_and_its_figures_agree(trained, sample_folder):
-    result = json.loads((trained / "eval.json").read_text())
-    lines = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+def test_the_run_folder_is_complete_and_its_metrics_agree(trained, sample_folder, model_folder):
+    result, lines = read_json(trained / "eval.json"), read_lines(trained / "predictions.jsonl")
     right = [1.0 if p["chosen"] > p["rejected"] else 0.5 if p["chosen"] == p["rejected"] else 0.0 for p in lines]
     longer = [(p["chosen_characters"] > p["rejected_characters"]) for p in lines]
     validation = load_pairs(sample_folder, "validation", 40)
     assert result["pairs"] == len(lines) == len(validation) and result["accuracy"] == pytest.approx(np.mean(right))
     assert result["length_baseline"] == pytest.approx(np.mean(longer), abs=0.02)
     assert result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] and result["verdict"]
-    record = json.loads((trained / "run.json").read_text())
+    record = read_json(trained / "run.json")
     assert record["finished"] and record["seconds"] > 0 and record["peak_memory_gb"] > 0
     assert record["settings"]["LEARNING_RATE"] == 1e-3 and record["data_fingerprint"] and record["device"] == "cpu"
     assert f"{result['accuracy']:.3f}" in (trained / "README.md").read_text()
     assert (trained / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_trained_weights_differ_from_the_start(trained, model_folder):
+    config = read_json(trained / "config.json")
+    assert config["pad_token_id"] not in (None, config["eos_token_id"]), "plain transformers pool by the pad token"
     before, after = load_file(f"{model_folder}/model.safetensors"), load_file(trained / "model.safetensors")
     body = [name for name in before if name in after]
-    assert len(body) > 10 and all(not torch.equal(before[name], after[name]) for name in body)
+    assert len(body) > 10 and not any(torch.equal(before[name], after[name]) for name in body), "every weight moved"
 
 
-def test_scores_are_those_of_plain_transformers(trained, sample_folder):
-    """Ours, AutoModel and the pipeline agree, on short and long, alone and in a batch; pad is not the end of turn."""
-    conversations = [row["chosen"] for row in load_pairs(sample_folder, "validation", 5)]
-    conversations.append([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
-    ours = RewardModel.load(str(trained), device="cpu")
-    ours.max_length = 480  # nothing is cut, as in the pipeline
-    scores = ours.score(conversations, batch_size=4)
-    model = AutoModelForSequenceClassification.from_pretrained(trained)
-    assert model.config.pad_token_id not in (None, model.config.eos_token_id)
-    texts = [render(ours.tokenizer, messages, ask=False) for messages in conversations]
-    theirs = pipeline("text-classification", model=str(trained), device="cpu")(texts, batch_size=3)
-    assert [found["score"] for found in theirs] == pytest.approx(scores.tolist(), abs=1e-4)
-    for text, score in zip(texts, scores.tolist(), strict=True):
-        batch = ours.tokenizer([text, text + " and more"], return_tensors="pt", padding=True, add_special_tokens=False)
-        assert model(**batch).logits[0, 0].item() == pytest.approx(score, abs=1e-4)
-
-
-def test_scores_at_the_window_equal_those_of_training(trained, sample_folder):
-    """predictions.jsonl (ids of the window) and RewardModel.score (conversations) agree where no pair is cut."""
+def test_scores_of_whole_pairs_equal_the_predictions(trained, sample_folder):
+    """predictions.jsonl, from token ids, and RewardModel.score, from conversations, agree if the pair is not cut."""
     rows = load_pairs(sample_folder, "validation", 40)
-    lines = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+    lines = read_lines(trained / "predictions.jsonl")
     model = RewardModel.load(str(trained), device="cpu")
     whole = [i for i, row in enumerate(rows) if not (row["prompt_cut"] or row["chosen_cut"] or row["rejected_cut"])]
     assert whole, "the sample has pairs that fit"
@@ -90,10 +61,8 @@ def test_scores_at_the_window_equal_those_of_training(trained, sample_folder):
         assert scores.tolist() == pytest.approx([lines[i][side] for i in whole], abs=1e-4)
 
 
-def test_lora_keeps_its_head_and_leaves_a_plain_folder(model_folder, sample_folder, tmp_path):
-    folder = tmp_path / "lora"
-    options = SMALL | {"USE_LORA": "true", "LORA_RANK": 4}
-    run_script(train_reward_model, **options, DATA_DIR=sample_folder, MODEL=model_folder, OUTPUT_DIR=folder)
+def test_lora_saves_its_head_and_a_plain_folder(reward_models):
+    folder = reward_models["distribution"]
     assert (folder / "adapter/adapter_config.json").exists() and not (folder / "adapter_config.json").exists()
     adapter, whole = load_file(folder / "adapter/adapter_model.safetensors"), load_file(folder / "model.safetensors")
     saved_head = [value for name, value in adapter.items() if "score" in name]
@@ -101,8 +70,8 @@ def test_lora_keeps_its_head_and_leaves_a_plain_folder(model_folder, sample_fold
     assert not any("lora" in name for name in whole)
 
 
-def test_trl_gets_every_row_whole_also_those_over_its_own_limit(model_folder, tokenizer, tmp_path):
-    """trl.RewardTrainer filters rows over max_length, 1024 by default, out of the data behind a progress bar."""
+def test_trl_gets_every_row_whole_even_over_its_limit(model_folder, tokenizer, tmp_path):
+    """trl.RewardTrainer silently drops rows over max_length, 1024 by default."""
     ids = list(range(3, 203))
     row = {"input_ids": ids, "attention_mask": [1] * 200, "chosen_ids": ids * 5, "rejected_ids": ids[:9]}
     rows = Dataset.from_list([row, row | {"chosen_ids": ids[:5]}])
@@ -113,38 +82,26 @@ def test_trl_gets_every_row_whole_also_those_over_its_own_limit(model_folder, to
     assert lengths == [(1200, 209), (205, 209)]
 
 
-def test_rewards_that_are_not_finite_end_in_one_line(model_folder, tokenizer):
+def test_rewards_that_are_not_finite_are_reported(model_folder, tokenizer):
     model = load_classifier(model_folder, 1).eval()
     model.score.weight.data[:] = float("nan")
     with pytest.raises(SystemExit, match="rewards are not finite: set PRECISION = fp32"):
         RewardModel(model, tokenizer, RewardHead("scalar"), 64).outputs_of_ids([[3, 4]], 1)
 
 
-def test_a_finished_run_is_moved_aside_and_nothing_is_lost(model_folder, sample_folder, tmp_path, capsys):
-    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "MAX_STEPS": 1}
-    run_script(train_reward_model, **options)
-    first = (tmp_path / "run/run.json").read_text()
-    run_script(train_reward_model, **options)
-    (aside,) = tmp_path.glob("run-*")
-    assert (aside / "run.json").read_text() == first and f"moved aside to {aside}" in capsys.readouterr().out
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(model_folder, sample_folder, tmp_path):
+@pytest.mark.parametrize(
+    "steps, message",
+    [(6, r"the loss of training rows \["), (1, "the model's outputs are not finite: set PRECISION")],
+)
+def test_a_loss_or_a_model_that_is_not_finite_ends_the_run(model_folder, sample_folder, tmp_path, steps, message):
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
-    options |= {"LEARNING_RATE": 1e38, "WARMUP_SHARE": 0, "SCHEDULE": "constant"}
-    with pytest.raises(SystemExit, match=r"the loss of training rows \["):
-        run_script(train_reward_model, **options)
-
-
-def test_a_model_that_is_not_finite_after_the_last_step_ends_in_one_line(model_folder, sample_folder, tmp_path):
-    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
-    options |= {"MAX_STEPS": 1, "LEARNING_RATE": 1e38, "WARMUP_SHARE": 0, "SCHEDULE": "constant"}
-    with pytest.raises(SystemExit, match="the model's outputs are not finite: set PRECISION"):
+    options |= {"MAX_STEPS": steps, "LEARNING_RATE": 1e38, "WARMUP_SHARE": 0, "SCHEDULE": "constant"}
+    with pytest.raises(SystemExit, match=message):
         run_script(train_reward_model, **options)
 
 
 @pytest.mark.parametrize("constants", [{}, {"EPOCHS": 2, "MAX_STEPS": 0, "SAVE_EVERY_STEPS": 10}])
-def test_what_fails_after_training_does_not_cost_the_training(
+def test_a_failure_after_training_does_not_lose_the_training(
     model_folder, sample_folder, tmp_path, monkeypatch, constants
 ):
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"} | constants
@@ -157,12 +114,10 @@ def test_what_fails_after_training_does_not_cost_the_training(
     assert (tmp_path / "run/metrics.jsonl").read_text() == steps_before, "no step is trained again"
     again = load_file(tmp_path / "run/model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert (
-        json.loads((tmp_path / "run/run.json").read_text())["finished"] and not (tmp_path / "run/checkpoints").exists()
-    )
+    assert read_json(tmp_path / "run/run.json")["finished"] and not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_save_that_does_not_reload_equal_is_an_error(model_folder, tokenizer, tmp_path):
+def test_a_save_that_reloads_with_other_scores_is_an_error(model_folder, tokenizer, tmp_path):
     model = load_classifier(model_folder, 1)
 
     def other(folder):
@@ -187,8 +142,8 @@ def test_a_save_that_does_not_reload_equal_is_an_error(model_folder, tokenizer, 
             save_with_proof(adapted, tokenizer, tmp_path / str(equal), other, head)
 
 
-def test_a_save_is_proved_on_the_device_of_the_training(model_folder, tokenizer, tmp_path):
-    """Scores come back on the CPU, so they do not tell where they were made; two devices round in two ways."""
+def test_a_save_is_checked_on_the_device_of_the_training(model_folder, tokenizer, tmp_path):
+    """Two devices round differently. Scores are returned on the CPU, so the device of the model is checked."""
     model = load_classifier(model_folder, 1).to("meta")
     model.save_pretrained = model.cpu = model.to = lambda *_: None
     places = []
@@ -201,7 +156,7 @@ def test_a_save_is_proved_on_the_device_of_the_training(model_folder, tokenizer,
     assert places == ["meta", "meta"]
 
 
-def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model_folder, tokenizer_folder, tmp_path):
+def test_a_tokenizer_other_than_that_of_the_data_is_refused(sample_folder, model_folder, tokenizer_folder, tmp_path):
     from transformers import AutoTokenizer
 
     other = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -209,8 +164,8 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model
     other.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=r"another chat template than that of MODEL = ") as end:
         run_script(train_reward_model, DATA_DIR=sample_folder, MODEL=tmp_path)
-    mended = f"--dataset {SAMPLE} --tokenizer {tmp_path} --max_length 128 --output_dir {sample_folder} --max_rows 160"
-    assert end.value.code.endswith(f"run `python load_helpsteer_dataset.py {mended}` first"), "the same rows again"
+    options = f"--dataset {SAMPLE} --tokenizer {tmp_path} --max_length 128 --output_dir {sample_folder} --max_rows 160"
+    assert end.value.code.endswith(f"run `python load_helpsteer_dataset.py {options}` first"), "for the same rows"
     with pytest.raises(SystemExit, match=r"nowhere is not there yet: run `python load_helpsteer_dataset.py` first"):
         run_script(train_reward_model, DATA_DIR="nowhere", MODEL=model_folder)
 
@@ -230,23 +185,15 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(sample_folder, model
         ("SCHEDULE", "cosin", "SCHEDULE = 'cosin' is not known, choose one of: cosine, linear, constant"),
     ],
 )
-def test_mistakes_end_in_one_line(sample_folder, model_folder, tmp_path, constant, value, message):
+def test_user_errors_stop_with_one_message(sample_folder, model_folder, tmp_path, constant, value, message):
     options = {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "DEVICE": "cpu"}
-    with pytest.raises(SystemExit) as stop:
-        run_script(train_reward_model, **options | {constant: value})
-    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+    assert message in error_of(train_reward_model, **options | {constant: value}) and not (tmp_path / "run").exists()
 
 
-def test_a_folder_without_validation_pairs_is_named(model_folder, tokenizer_folder, tmp_path):
+def test_a_folder_without_validation_pairs_is_reported(model_folder, tokenizer_folder, tmp_path):
     import load_helpsteer_dataset
 
-    options = {
-        "DATASET": SAMPLE,
-        "TOKENIZER": tokenizer_folder,
-        "MAX_ROWS": 20,
-        "VALIDATION_SHARE": 0,
-        "MAX_LENGTH": 128,
-    }
-    run_script(load_helpsteer_dataset, **options, OUTPUT_DIR=tmp_path / "data")
+    options = {"DATASET": SAMPLE, "TOKENIZER": tokenizer_folder, "MAX_ROWS": 20, "MAX_LENGTH": 128}
+    run_script(load_helpsteer_dataset, **options, VALIDATION_SHARE=0, OUTPUT_DIR=tmp_path / "data")
     with pytest.raises(SystemExit, match="validation has no pair to use"):
         run_script(train_reward_model, DATA_DIR=tmp_path / "data", MODEL=model_folder, DEVICE="cpu")
