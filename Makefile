@@ -1,7 +1,8 @@
-# make quickstart: from nothing to a reward model, two policies and a report on the sample rows. make test: all tests.
-# make assignment: both levels of reward model and REINFORCE, a third model as their judge, and the report on them.
-# Each makes .venv and installs what it needs first. PYTHON=python3.12 picks another interpreter.
-# VENV= (empty) makes and installs nothing and takes PYTHON as it is, for machines like Colab's.
+# make quickstart: train a reward model and two policies on the sample rows, and write a report.
+# make assignment: train both kinds of reward model, a judge and the REINFORCE policies, and write a report.
+# make test: run all tests.
+# Each creates .venv and installs the requirements first. PYTHON=python3.12 chooses another interpreter.
+# VENV= (empty) installs nothing and uses PYTHON as it is, for machines such as Colab.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ READY_DEV = $(if $(VENV),$(VENV)/.installed-dev)
 MODEL = models/SmolLM2-135M-Instruct
 QUICK = outputs/quickstart
 
-# make assignment: the small setting; DATASET=sample_data/helpsteer_sample.jsonl START=$(MODEL) needs no hub
+# make assignment, small by default; DATASET=sample_data/helpsteer_sample.jsonl START=$(MODEL) works without the hub
 WORK ?= outputs/assignment
 DATASET ?= nvidia/HelpSteer2
 START ?= HuggingFaceTB/SmolLM2-135M-Instruct
@@ -46,8 +47,8 @@ assignment: $(WORK)/comparison/eval.json
 $(MODEL)/config.json: | $(READY)
 	$(PY) -m extras.get_offline_model
 
-# what all results under WORK were made with: other settings make them again, and the older ones are moved aside;
-# other seeds train the policies that are missing, and compare again. A file that stays as it is makes nothing new.
+# The settings of the results under WORK. Other settings make everything again and move the old results aside.
+# Other seeds train only the missing policies, and compare again. STAMP leaves a file alone if it would not change.
 SETTINGS = $(DATASET) $(START) $(PAIRS) $(STEPS) $(ANSWERS) $(PROMPTS)
 STAMP = mkdir -p $(@D); echo "$(1)" | cmp -s - $@ || echo "$(1)" > $@
 $(WORK)/settings.txt: FORCE
@@ -93,9 +94,9 @@ types: $(READY_DEV)
 	$(PY) -m mypy
 
 $(VENV)/bin/python:
-	$(PYTHON) -c "import sys; sys.exit('Python 3.11 to 3.13 is needed, this is ' + sys.version.split()[0] + ': make $(MAKECMDGOALS) PYTHON=python3.12') if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0"
+	$(PYTHON) -c "import sys; sys.exit('Python 3.11 to 3.13 is needed, not ' + sys.version.split()[0] + ': run make $(MAKECMDGOALS) PYTHON=python3.12') if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0"
 	new=$$(test -e $(VENV) || echo yes); $(PYTHON) -m venv $(VENV) || \
-		{ rm -f $@; test -z "$$new" || rm -rf $(VENV); exit 1; }  # else the next make would take it for whole
+		{ rm -f $@; test -z "$$new" || rm -rf $(VENV); exit 1; }  # so that the next make does not use half a .venv
 
 $(VENV)/.installed: requirements.txt constraints.txt | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt

@@ -22,18 +22,17 @@ import numpy as np
 from utils.data.preferences import hundredths
 from utils.data.processed import next_command, refuse_sft_rows
 from utils.data.split import first_rows, leaking_groups, repeats
-from utils.evaluation.baselines import bands_of
 from utils.evaluation.data_report import (
     LENGTHS,
-    SHORTCUT_LABELS,
     describe_lengths,
-    describe_shortcut,
+    describe_shortcuts,
     example_text,
+    format_summary,
     measure,
     near_duplicates,
     share,
-    summary_text,
 )
+from utils.evaluation.statistics import bands_of
 from utils.runs import write_json, write_text
 from utils.script import check, needs, say, script, stop
 
@@ -83,7 +82,7 @@ def describe(m: dict[str, np.ndarray], window: int) -> dict:
         "cut_share": cut | {"both_answers": share(m["chosen_cut"] & m["rejected_cut"])},
         "equal_after_cut": int(m["equal_after_cut"].sum()),
         "rating_gap": describe_gaps(m["gap"]),
-        "shortcuts": {name: describe_shortcut(m, name) for name in SHORTCUT_LABELS},
+        "shortcuts": describe_shortcuts(m),
     }
 
 
@@ -132,7 +131,7 @@ def draw(m: dict[str, np.ndarray], section: dict, window: int, folder: Path) -> 
     rated, of_rated = {name: values[has] for name, values in m.items()}, section | {"pairs": int(has.sum())}
     figures = {
         "token_lengths.png": lambda: plots.plot_token_lengths(m, section, window),
-        "shortcuts.png": lambda: plots.plot_shortcuts(section, SHORTCUT_LABELS),
+        "shortcuts.png": lambda: plots.plot_shortcuts(section),
         "rating_gaps.png": lambda: plots.plot_rating_gaps(rated["gap"], of_rated),
         "length_by_gap.png": lambda: plots.plot_length_by_gap(rated, of_rated),
     }
@@ -177,7 +176,7 @@ def main(settings: dict) -> None:
     summary["repeats"] = find_repeats(parts, measures, near_duplicates(parts))
     summary["examples"] = examples_of(parts)
     # 4. save
-    text = summary_text(summary, list(parts))
+    text = format_summary(summary, list(parts))
     figures = draw(everything, summary["all"], metadata["max_length"], output)
     write_json(output / "summary.json", summary)
     write_text(output / "summary.md", markdown(text, figures, summary["examples"]))

@@ -229,8 +229,8 @@ def main(settings: dict) -> None:
     if first_process():
         if policy.trains_vectors:
             guidance.save_vectors(policy.vectors, run.folder)
-        policy_report.save_policy(policy.model, tokenizer, run.folder, rows["train"], collator)
-        policy_report.write_pair_results(run.folder, result, samples, run.record)
+        policies.save_policy(policy.model, tokenizer, run.folder, rows["train"], collator)
+        policy_report.write_dpo_report(run.folder, result, samples, run.record)
     training.close(run, trainer.accelerator)
     # 7. say where it is and what to run next
     say(f"{policy_report.format_summary(result)}\nwritten: {run.folder}")

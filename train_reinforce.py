@@ -239,8 +239,8 @@ def main(settings: dict) -> None:
         # 5. evaluate
         lines, result = compare_answers(actor, held_out, judges)
         # 6. save
-        policy_report.save_policy(model, tokenizer, run.folder, rows, shared_prompt.collator_for(tokenizer, device))
-        policy_report.write_reinforce_results(run.folder, result, lines, run.record)
+        policies.save_policy(model, tokenizer, run.folder, rows, shared_prompt.collator_for(tokenizer, device))
+        policy_report.write_reinforce_report(run.folder, result, lines, run.record)
     training.close(run, engine.accelerator)
     engine.accelerator.end_training()  # trackers are closed, and processes no longer wait for each other
     # 7. say where it is and what to run next

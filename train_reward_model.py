@@ -137,7 +137,7 @@ def build_trainer(
 
 def predict(trainer: PairTrainer, rows: dict, tokenizer: PreTrainedTokenizerBase, head: RewardHead) -> tuple:
     """Return (the lines of predictions.jsonl for the held-out pairs, weights of the surface measures)."""
-    from utils.evaluation import predictions
+    from utils.evaluation import baselines, predictions
     from utils.models.reward_model import RewardPairs, random_head_model
 
     def outputs_of(pairs: Dataset, model: nn.Module | None = None) -> np.ndarray:
@@ -146,7 +146,7 @@ def predict(trainer: PairTrainer, rows: dict, tokenizer: PreTrainedTokenizerBase
     held_out = rows.get("test", rows["validation"])
     if HEAD == "attributes":  # the other heads learn the size of a difference from their pairs
         predictions.fit_win_scale(head, rows["validation" if "test" in rows else "train"], outputs_of)
-    weights = predictions.surface_weights(rows["train"])
+    weights = baselines.surface_weights(rows["train"])
     untrained = partial(random_head_model, MODEL, head, trainer.accelerator.device, SEED)
     return predictions.predict_pairs(
         outputs_of, held_out, tokenizer, head, weights, CONTROL_PAIRS, untrained
@@ -199,7 +199,7 @@ def main(settings: dict) -> None:
         facts = {"max_length": metadata["max_length"], "surface_weights": weights}
         facts |= {name: result[name] for name in ("reward_mean", "reward_std")}
         reward_model.save_reward_model(model, tokenizer, run.folder, head, rows["train"], collator, **facts)
-        reward_report.write_results(run.folder, result, lines, run.record)
+        reward_report.write_report(run.folder, result, lines, run.record)
     training.close(run, trainer.accelerator)
     # 7. say where it is and what to run next
     say(f"{reward_report.format_summary(result)}\nwritten: {run.folder}")

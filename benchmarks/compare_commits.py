@@ -72,7 +72,7 @@ COMMON = {  # for every script that has the option, unless the case gives it
 }
 ENVIRONMENT = {
     **{"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    "PYTHONHASHSEED": "0",  # dataset_summary.py sorts prompts by hash(), and peft writes target_modules as a set
+    "PYTHONHASHSEED": "0",  # peft writes target_modules as a set
 }
 VARY = {
     "files": ("state.json", "cache", "checkpoints"),
@@ -120,7 +120,7 @@ def read_command(name: str, checkouts: list[Path]) -> tuple[str, str, dict[str, 
     how, words = "", words_of(name)
     if words[0] in ("two", "kill"):
         how, *words = words
-    given, options = iter(words[1:]), {"OUTPUT_DIR": f"{name}/out", "ANSWERS_DIR": f"{name}/answers"} | COMMON
+    given, options = iter(words[1:]), {"OUTPUT_DIR": f"{name}/out"} | COMMON
     for word in given:
         key, has_value, value = word.removeprefix("--").upper().partition("=")
         options[key] = value if has_value else next(given)

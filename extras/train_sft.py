@@ -104,7 +104,6 @@ def main(settings: dict) -> None:
 
     from extras.lib import sft
     from utils.data import processed
-    from utils.evaluation import policy_report
     from utils.models import loading, policies, shared_prompt
     from utils.training import trainer as training
 
@@ -136,7 +135,7 @@ def main(settings: dict) -> None:
     result = sft.perplexity_figures(before, scored("perplexity after"))
     # 6. save
     if first_process():
-        policy_report.save_policy(model, tokenizer, run.folder, rows, collator)
+        policies.save_policy(model, tokenizer, run.folder, rows, collator)
         sft.write_results(run.folder, result, run.record)
     training.close(run, trainer.accelerator)
     # 7. print where it is

@@ -1,164 +1,141 @@
-"""OpenAssistant's messages, flat or nested: built into trees, made into pairs or answers, and a reason for the rest."""
+"""OpenAssistant's message trees: read them, make pairs or single answers, and record why other messages are unused."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from utils.data.preferences import (
-    Ledger,
-    Message,
-    check_pair,
-    is_text,
-    is_unicode,
-    prompt_text,
-    whole_number,
-    with_persona,
-)
+from utils.data.preferences import Ledger, check_pair, is_text, is_unicode, prompt_text, whole_number, with_persona
 from utils.data.sources import Record
 from utils.script import stop
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
-BAD_TREES = ("aborted_low_grade", "halted_by_moderator")  # states of trees that the makers of the data gave up
+BAD_TREES = ("aborted_low_grade", "halted_by_moderator")  # states of trees that the annotators gave up
+TRUE, FALSE = ("true", "1"), ("false", "0")  # also as text, in CSV cells
 
 
 @dataclass(slots=True, eq=False)
 class Node:
     """One message in its tree."""
 
-    row: int  # number in its split, from 0; in nested files counted depth first
-    key: str  # its message_id, "" where it has none
+    row: int  # number in its split, from 0; depth first in nested files
+    key: str  # message_id, "" if missing
     text: str
     role: str  # user | assistant
     lang: str
-    rank: int | None  # 0 = the best of its siblings, as people rank them
-    reason: str  # why it stands in no conversation, "" = it can
-    unused: str = ""  # why no row has it, if none has
+    rank: int | None  # 0 = ranked best among its siblings
+    reason: str  # why no conversation may contain it, "" = it can be used
+    unused: str = ""  # why no row contains it although it can be used
     used: bool = False
-    depth: int = -1  # 0 = top-level prompt, -1 = reached from none
-    above: Node | None = None
+    depth: int = -1  # 0 = top-level prompt, -1 = not connected to one
+    parent: Node | None = None
     replies: list[Node] = field(default_factory=list)
 
-    @property
-    def turn(self) -> Message:
-        return {"role": self.role, "content": self.text}
-
     def path(self) -> list[Node]:
-        """The conversation from the top-level prompt down to this message."""
+        """Return the conversation from the top-level prompt down to this message."""
         nodes = [self]
-        while nodes[-1].above:
-            nodes.append(nodes[-1].above)
+        while nodes[-1].parent:
+            nodes.append(nodes[-1].parent)
         return nodes[::-1]
 
 
 def read_nodes(records: Iterable[Record], layout: str, language: str) -> list[Node]:
-    """All messages of one split, in its order, with their replies; every one that cannot be used has its reason.
+    """Return all messages of one split in its order, linked to their replies; unusable ones have a reason.
 
-    layout: a key of utils.data.sources.TREE_LAYOUTS. language: "" = all; a conversation is in one language throughout.
+    layout: a key of utils.data.sources.TREE_LAYOUTS. language: "" = all; a conversation stays in one language.
     """
-    nodes, ids, tops, parents = [], {}, [], []
-    for message, parent_id, state in messages_of(records, layout):
+    nodes: list[Node] = []
+    by_key: dict[str, Node] = {}
+    roots, children = [], []
+    for message, parent_key, state in messages_of(records, layout):
         node = node_of(len(nodes), message, state, language)
         nodes.append(node)
-        if node.key in ids:
+        if node.key in by_key:
             node.reason = node.reason or "duplicate"
         elif node.key:
-            ids[node.key] = node
-            if parent_id:
-                parents.append((node, str(parent_id)))
+            by_key[node.key] = node
+            if parent_key:
+                children.append((node, str(parent_key)))
             else:
-                tops.append(node)
-    for node, parent_id in parents:
-        if parent_id in ids:
-            node.above = ids[parent_id]
-            node.above.replies.append(node)
-    descend(tops)
+                roots.append(node)
+    for node, parent_key in children:  # after all are read: a child may come before its parent
+        if parent_key in by_key:
+            node.parent = by_key[parent_key]
+            node.parent.replies.append(node)
+    descend(roots)
     for node in nodes:
-        if node.depth < 0:  # its parent is missing, or that one's, or they go round in a circle
-            node.reason, node.above = node.reason or "orphan", None
+        if node.depth < 0:  # an ancestor is missing, or the parents form a circle
+            node.reason, node.parent = node.reason or "orphan", None
     return nodes
 
 
 def messages_of(records: Iterable[Record], layout: str) -> Iterator[tuple[Record | None, object, str]]:
-    """(message, id of its parent, state of its tree) of each message; the message of a tree without a root is None."""
+    """Yield (message, message_id of its parent, state of its tree); a tree without a root yields None as message."""
     for record in records:
+        state = str(record.get("tree_state"))
         if layout == "messages":
-            yield record, record.get("parent_id"), str(record.get("tree_state"))
+            yield record, record.get("parent_id"), state
             continue
         root = record if "replies" in record else record.get("prompt")
-        waiting = [(root if isinstance(root, dict) else None, None)]
-        while waiting:
-            message, parent_id = waiting.pop()
-            yield message, parent_id, str(record.get("tree_state"))
-            replies = (message or {}).get("replies") or []
-            under = (message or {}).get("message_id")
-            waiting += [(reply if isinstance(reply, dict) else {}, under) for reply in reversed(replies)]
+        stack: list[tuple[Record | None, object]] = [(root if isinstance(root, dict) else None, None)]
+        while stack:
+            message, parent_key = stack.pop()
+            yield message, parent_key, state
+            if message:
+                replies = [reply if isinstance(reply, dict) else {} for reply in message.get("replies") or []]
+                stack += [(reply, message.get("message_id")) for reply in reversed(replies)]
 
 
 def node_of(row: int, message: Record | None, state: str, language: str) -> Node:
-    """The message as a node without a place yet, with the reason why it cannot be used by itself."""
-    given = message or {}
-    text, role = given.get("text"), ROLES.get(str(given.get("role")), "")
-    node = Node(
-        row,
-        str(given.get("message_id") or ""),
-        text if is_text(text) else "",
-        role,
-        str(given.get("lang") or "unknown"),
-        whole_number(given.get("rank")),
-        "",
-    )
-    checks = {  # the first that is true is the reason
+    """Return the message as a node without parent and replies, with the reason if it is unusable by itself."""
+    fields = message or {}
+    key, lang = str(fields.get("message_id") or ""), str(fields.get("lang") or "unknown")
+    role = ROLES.get(str(fields.get("role")), "")
+    text = str(fields["text"]) if is_text(fields.get("text")) else ""
+    checks = {  # the first true one is the reason
         "no_root": message is None,
-        "bad_message": not node.key or not role,
-        "other_language": language not in ("", node.lang),
-        "deleted": is_true(given.get("deleted")),
-        "synthetic": is_true(given.get("synthetic")),
-        "spam": is_false(given.get("review_result")),  # not reviewed yet (null) is none
+        "bad_message": not key or not role,
+        "other_language": language not in ("", lang),
+        "deleted": str(fields.get("deleted")).lower() in TRUE,
+        "synthetic": str(fields.get("synthetic")).lower() in TRUE,
+        "spam": str(fields.get("review_result")).lower() in FALSE,  # null: not reviewed yet
         "bad_tree": state in BAD_TREES,
-        "empty_prompt": role == "user" and not node.text,
-        "empty_answer": role == "assistant" and not node.text,
-        "broken_text": not is_unicode(node.text),
+        "empty_prompt": role == "user" and not text,
+        "empty_answer": role == "assistant" and not text,
+        "broken_text": not is_unicode(text),
     }
-    node.reason = next((reason for reason, found in checks.items() if found), "")
-    return node
+    reason = next((reason for reason, failed in checks.items() if failed), "")
+    return Node(row, key, text, role, lang, whole_number(fields.get("rank")), reason)
 
 
-def is_true(value: object) -> bool:
-    return str(value).lower() in ("true", "1")  # CSV cells are text
-
-
-def is_false(value: object) -> bool:
-    return str(value).lower() in ("false", "0")
-
-
-def descend(tops: list[Node]) -> None:
+def descend(roots: list[Node]) -> None:
     """Set the depth of each message; replies to an unusable message get the reason lost_context."""
-    waiting = list(tops)
-    while waiting:
-        node = waiting.pop()
-        node.depth = node.above.depth + 1 if node.above else 0
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        node.depth = node.parent.depth + 1 if node.parent else 0
         if node.role != ("assistant" if node.depth % 2 else "user"):
-            node.reason = node.reason or "bad_turn"  # a tree begins with a prompt, then the two take turns
-        if node.above and node.above.reason:
+            node.reason = node.reason or "bad_turn"
+        if node.parent and node.parent.reason:
             node.reason = node.reason or "lost_context"
-        waiting += node.replies
+        stack += node.replies
 
 
 def check_language(trees: Iterable[list[Node]], dataset: str, language: str) -> None:
-    """End the script where no message is in the language, with those that there are."""
-    found = Counter(node.lang for nodes in trees for node in nodes)
-    if language and language not in found:
-        known = ", ".join(f"{name} {count}" for name, count in found.most_common())
-        stop(f"LANGUAGE = {language!r}: no message of {dataset} is in it, it has (with messages): {known}")
+    """Stop if no message is in the language, and list the languages of the dataset."""
+    counts = Counter(node.lang for nodes in trees for node in nodes)
+    if language and language not in counts:
+        known = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+        stop(f"LANGUAGE = {language!r}: no message of {dataset} has it; languages (with messages): {known}")
 
 
-def pair_rows(nodes: list[Node], all_turns: bool) -> list[dict]:
-    """One pair for each prompt with ranked answers: the best against the worst, ratings are -rank.
+def pair_rows(nodes: list[Node], all_turns: bool) -> list[dict[str, Any]]:
+    """Return one pair for each prompt with ranked answers: the best against the worst. Ratings are -rank.
 
-    A row is a dict of prompt, turns (before the answer), answers and ratings (chosen first), nodes (all messages in
-    it) and root (the text of the top-level prompt). all_turns: later prompts too, with the turns before them.
+    A row has prompt, turns (before the answer), answers and ratings (chosen first), nodes (all of its messages), root
+    (text of the top-level prompt) and content (all texts). all_turns: include later prompts with the turns before.
     """
     rows, seen = [], set()
     for node in prompts_of(nodes, all_turns):
@@ -170,37 +147,34 @@ def pair_rows(nodes: list[Node], all_turns: bool) -> list[dict]:
             mark(ranked, "unpaired")
             node.unused = "unpaired" if answers else "unanswered"
             continue
-        sides = [min(ranked, key=lambda reply: reply.rank), max(ranked, key=lambda reply: reply.rank)]
-        row = row_of(node, sides)
-        content = (*(turn["content"] for turn in row["turns"]), *row["answers"])
-        reason = check_pair(row, 0.0) or ("duplicate" if content in seen else "")
+        row = row_of(node, [min(ranked, key=lambda reply: reply.rank), max(ranked, key=lambda reply: reply.rank)])
+        reason = check_pair(row, 0.0) or ("duplicate" if row["content"] in seen else "")
         if reason:
             mark([node, *ranked], reason)
         else:
-            seen.add(content)
+            seen.add(row["content"])
             rows.append(row)
     return rows
 
 
-def answer_rows(nodes: list[Node], all_turns: bool) -> list[dict]:
-    """One row for each answer, as in `pair_rows` with one answer and one rating (None where it has no rank)."""
+def answer_rows(nodes: list[Node], all_turns: bool) -> list[dict[str, Any]]:
+    """Return one row for each answer, as in `pair_rows` with one answer and one rating (None without a rank)."""
     rows, seen = [], set()
     for node in prompts_of(nodes, all_turns):
         answers = [reply for reply in node.replies if not reply.reason]
         node.unused = "duplicate" if answers else "unanswered"
         for answer in answers:
             row = row_of(node, [answer])
-            content = (*(turn["content"] for turn in row["turns"]), *row["answers"])
-            if content in seen:
+            if row["content"] in seen:
                 answer.unused = "duplicate"
             else:
-                seen.add(content)
+                seen.add(row["content"])
                 rows.append(row)
     return rows
 
 
 def prompts_of(nodes: list[Node], all_turns: bool) -> Iterator[Node]:
-    """The prompts that rows are made of, in the source's order; mark deeper messages as later turns."""
+    """Yield the usable prompts in the order of the source; without all_turns, mark deeper messages as later turns."""
     for node in nodes:
         if not all_turns and node.depth > 1:
             node.unused = "later_turn"
@@ -213,10 +187,10 @@ def mark(nodes: Iterable[Node], unused: str) -> None:
         node.unused = unused
 
 
-def row_of(prompt: Node, answers: list[Node]) -> dict:
-    """The row of a prompt and its answers, see `pair_rows`."""
+def row_of(prompt: Node, answers: list[Node]) -> dict[str, Any]:
+    """Return the row of a prompt and its answers, see `pair_rows`."""
     path = prompt.path()
-    turns = [node.turn for node in path]
+    turns = [{"role": node.role, "content": node.text} for node in path]
     return {
         "prompt": prompt_text("", turns),
         "turns": turns,
@@ -224,34 +198,36 @@ def row_of(prompt: Node, answers: list[Node]) -> dict:
         "ratings": tuple(None if answer.rank is None else float(-answer.rank) for answer in answers),
         "nodes": [*path, *answers],
         "root": path[0].text,
+        "content": tuple(node.text for node in [*path, *answers]),
     }
 
 
-def finished_answer(row: dict, system_prompt: str) -> Record:
-    """The sft row that is stored: the whole conversation, the persona in its system turn."""
+def finished_answer(row: dict[str, Any], system_prompt: str) -> Record:
+    """Return the stored sft row: the whole conversation, with the persona as its system turn."""
     answer = {"role": "assistant", "content": row["answers"][0]}
     messages = [*with_persona(row["turns"], system_prompt), answer]
     return {"prompt": row["prompt"], "messages": messages, "rating": row["ratings"][0]}
 
 
-def enter(trees: dict[str, list[Node]], rows: Iterable[list[dict]], ledger: Ledger) -> None:
-    """Note what was read and used, and why not: one entry for each reason and tree, with all its message numbers.
+def fill_ledger(trees: dict[str, list[Node]], splits: Iterable[list[dict]], ledger: Ledger) -> None:
+    """Count the messages read and used, and add one entry for each tree and reason with its unused messages.
 
-    trees: the messages of each split of the source. rows: all rows that are kept; a message that stands in one of
-    them, as context too, is used.
+    trees: the messages of each split of the source. splits: the rows that are kept; their context counts as used.
     """
-    for node in (node for some in rows for row in some for node in row["nodes"]):
-        node.used = True
+    for rows in splits:
+        for row in rows:
+            for node in row["nodes"]:
+                node.used = True
     for split, nodes in trees.items():
-        left_out = defaultdict(list)
+        unused = defaultdict(list)
         for node in nodes:
             ledger.rows_read += 1
             ledger.rows_used += node.used
-            if not node.depth:
+            if node.depth == 0:
                 ledger.prompts.add(hash(node.text))
             if not node.used:
                 reason = node.reason or node.unused
                 assert reason, node
-                left_out[node.path()[0].row, reason].append(node.row)
-        for (top, reason), numbers in left_out.items():
-            ledger.drop(reason, split, numbers, nodes[top].text)
+                unused[node.path()[0].row, reason].append(node.row)
+        for (root, reason), numbers in unused.items():
+            ledger.drop(reason, split, numbers, nodes[root].text)

@@ -96,9 +96,9 @@ def test_greedy_answers_need_no_luck(sampler, start, better):
 def test_repetition_and_the_figures_of_answers():
     assert repetition([1, 2, 3, 4]) == 0.0 and repetition([1, 2]) == 0.0 and repetition([1] * 12) == 0.9
     answers = Answers([Answer([9], [1, 2, 1, 2], "", True), Answer([9], [1, 2], "", False)], np.zeros(2))
-    assert answers.figures() == {"length": 3.0, "ended": 0.5, "repetition": 0.0}
+    assert answers.metrics() == {"length": 3.0, "ended": 0.5, "repetition": 0.0}
     again = Answers([Answer([9], [1] * 12, "", True), Answer([9], [1, 2, 3], "", True)], np.zeros(2))
-    assert again.figures()["repetition"] == pytest.approx(0.9 / 2)
+    assert again.metrics()["repetition"] == pytest.approx(0.9 / 2)
 
 
 def test_what_length_does_not_explain_is_after_minus_before():

@@ -7,8 +7,17 @@ import pytest
 from datasets import Dataset
 
 from utils.data.processed import HALVES, half, unique_prompts
-from utils.evaluation.baselines import SHORTCUT_NAMES, SURFACE, fit_logistic, shuffled_prompts, surface, without_prompts
-from utils.evaluation.predictions import fit_win_scale, prediction_lines, shortcuts_right, surface_weights
+from utils.evaluation.baselines import (
+    SHORTCUT_NAMES,
+    SURFACE,
+    fit_logistic,
+    shortcuts_right,
+    shuffled_prompts,
+    surface,
+    surface_weights,
+    without_prompts,
+)
+from utils.evaluation.predictions import fit_win_scale, prediction_lines
 from utils.evaluation.reward_report import format_summary, length_bands, report
 from utils.models.reward_model import RewardHead
 

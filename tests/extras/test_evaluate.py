@@ -75,14 +75,14 @@ def test_the_report_averages_runs_that_differ_in_their_seed_only(tmp_path):
     seed_run(tmp_path / "other_setting", 5, 0.1, RATING="goodness")
     seed_run(tmp_path / "other_script", 6, 0.1, "evaluate.py", RATING="")
     seed_run(tmp_path / "same_seed", 3, 0.1, RATING="")
-    runs = [make_report.read_run(folder, 0) for folder in make_report.find_runs((), (str(tmp_path),))]
+    runs = [make_report.read_run(folder) for folder in make_report.find_runs((), (str(tmp_path),))]
     reward, dpo = make_report.over_seeds(runs)
     assert reward["runs"] == [str(tmp_path / f"reward_{seed}") for seed in (1, 2, 3)] and reward["seeds"] == [1, 2, 3]
-    assert set(reward["figures"]) == {"accuracy", "length_correlation"}, "no pair is of equal length"
-    found = reward["figures"]["accuracy"]
+    assert set(reward["metrics"]) == {"accuracy", "length_correlation"}, "no pair is of equal length"
+    found = reward["metrics"]["accuracy"]
     assert found["values"] == [0.5, 0.6, 0.8] and found["mean"] == pytest.approx(np.mean(found["values"]))
     assert found["std"] == pytest.approx(np.std(found["values"], ddof=1))
-    assert dpo["figures"]["accuracy"]["values"] == [0.25, 0.3, 0.4] and list(dpo["figures"]) == ["accuracy"]
+    assert dpo["metrics"]["accuracy"]["values"] == [0.25, 0.3, 0.4] and list(dpo["metrics"]) == ["accuracy"]
     assert spread([0.5])["std"] is None
     page = make_report.page(runs, [reward, dpo], [], [])
     assert "seeds 1, 2, 3" in page and f"{found['mean']:.3f}" in page and f"{found['std']:.3f}" in page
@@ -103,7 +103,7 @@ def compared(tmp_path_factory, model_folder, sample_folder, judges):
         value.data += 0.2 * torch.randn_like(value)
     model.save_pretrained(work / "pushed")
     where = {"MODEL": model_folder, "DATA_DIR": sample_folder, "OUTPUT_DIR": work / "comparison"}
-    judged = {"REWARD_MODEL": judges["scalar"], "JUDGE_MODEL": judges["distribution"], "SYSTEM_PROMPT": "Be brief."}
+    judged = {"REWARD_MODEL": judges["scalar"], "JUDGE_MODEL": judges["distribution"]}
     run_script(evaluate, **SMALL | where | judged | {"POLICIES": f"{work}/same,{work}/pushed"})
     return work / "comparison"
 
@@ -112,7 +112,7 @@ def test_a_comparison_of_policies(compared):
     result = json.loads((compared / "eval.json").read_text())
     for way in ("sampled", "greedy"):
         found = result["policies"][way]
-        assert {"start", "same", "pushed", "same with persona"} <= set(found)
+        assert {"start", "same", "pushed"} <= set(found)
         for judge in ("reward", "judge"):
             same, pushed = found["same"][judge], found["pushed"][judge]
             assert same["verdict"] == "not shown" and same["win_rate"] == 0.5 and same["difference"] == 0.0
@@ -121,7 +121,6 @@ def test_a_comparison_of_policies(compared):
             assert found["pushed"]["kl"] is None, "the log-ratio of the likeliest answer is no KL"
             continue
         assert abs(found["same"]["kl"]) < 1e-3 and found["pushed"]["kl"] > 0.5
-        assert abs(found["start with persona"]["kl"]) > 1e-4, "another prompt, other log-probs"
     sampled = result["policies"]["sampled"]
     assert sampled["best of 3"]["reward"]["difference"] > 0 and "best of 3" not in result["policies"]["greedy"]
     assert {path.name for path in compared.glob("*.png")} == {"frontier_reward.png", "frontier_judge.png"}

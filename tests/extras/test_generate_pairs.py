@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import train_dpo
 from extras import generate_pairs, load_oasst_dataset
 from extras.lib import generated
-from extras.lib.generated import Asked, Written, in_batches, left_open, pairs_of, read_written
+from extras.lib.generated import Answers, Prompt, make_batches, pairs_of, read_answers, remove_end_of_cut_answers
 from tests.conftest import run_script
 from tests.source_rows import tree, write_lines
 from utils.data.preferences import Ledger
@@ -37,9 +37,9 @@ def answers_in(folder):
 
 
 @pytest.fixture
-def options(model_folder, sample_folder, tmp_path):
-    where = {"DATA_DIR": sample_folder, "MODEL": model_folder}
-    return SMALL | where | {"OUTPUT_DIR": tmp_path / "pairs", "ANSWERS_DIR": tmp_path / "answers"}
+def options(model_folder, sample_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": "pairs"}
 
 
 # sampling
@@ -80,16 +80,16 @@ def test_without_top_k_and_top_p_nothing_changes():
 # pairs of answers
 
 
-def one(number, human="A human.", split="train", prompt="Hi"):
-    return Asked(number, split, number, prompt, [{"role": "user", "content": prompt}], human)
+def one(number, human="A human.", split="train", text="Hi", length=1):
+    return Prompt(number, split, number, text, [{"role": "user", "content": text}], human, [0] * length)
 
 
 def test_the_human_answer_is_chosen_and_empty_or_equal_answers_are_counted():
     asked, ledger = [one(i) for i in range(3)] + [one(3, split="validation")], Ledger()
     for each in asked:
-        ledger.read(each.prompt)
+        ledger.read(each.text)
     texts = ["A model.", " ", "A human. ", "Other."]
-    written = {i: Written(i, [text], [i != 3], []) for i, text in enumerate(texts)}
+    written = {i: Answers(i, [text], [i != 3], []) for i, text in enumerate(texts)}
     made = pairs_of(asked, written, "self_align", ledger)
     assert ledger.counts() == {"empty_answer": 1, "equal_answers": 1} and ledger.totals()["rows_used"] == 2
     ((row,), ended) = made["train"]
@@ -101,12 +101,12 @@ def test_the_human_answer_is_chosen_and_empty_or_equal_answers_are_counted():
 def test_the_best_of_n_stands_against_the_worst_that_is_not_empty():
     asked, ledger = [one(i) for i in range(4)], Ledger()
     for each in asked:
-        ledger.read(each.prompt)
+        ledger.read(each.text)
     written = {
-        0: Written(0, ["a", "b", "", "c"], [True, False, True, True], [0.5, 2.0, -9.0, -1.0]),
-        1: Written(1, ["a", "a "], [True] * 2, [1.0, 2.0]),
-        2: Written(2, ["", " "], [True] * 2, [1.0, 2.0]),
-        3: Written(3, ["a", "b"], [True] * 2, [1.0, 1.0]),
+        0: Answers(0, ["a", "b", "", "c"], [True, False, True, True], [0.5, 2.0, -9.0, -1.0]),
+        1: Answers(1, ["a", "a "], [True] * 2, [1.0, 2.0]),
+        2: Answers(2, ["", " "], [True] * 2, [1.0, 2.0]),
+        3: Answers(3, ["a", "b"], [True] * 2, [1.0, 1.0]),
     }
     made = pairs_of(asked, written, "ranked", ledger)
     ((row,), ended) = made["train"]
@@ -117,10 +117,10 @@ def test_the_best_of_n_stands_against_the_worst_that_is_not_empty():
 
 def test_an_answer_that_was_cut_has_no_end_of_turn(tokenizer):
     asked = [one(0), one(1), one(2, human="A human. " * 99)]
-    written = {i: Written(i, ["Same words"], [i == 1], []) for i in range(3)}
+    written = {i: Answers(i, ["Same words"], [i == 1], []) for i in range(3)}
     rows, ended = pairs_of(asked, written, "self_align", Ledger())["train"]
     rows = tokenised(Dataset.from_list(rows, features=row_features()), tokenizer, 64)
-    found = left_open(rows, ended, tokenizer)
+    found = remove_end_of_cut_answers(rows, ended, tokenizer)
     closing = end_of_turn(tokenizer)
     assert found["rejected_cut"][:] == [True, False, True] and found["chosen_cut"][:] == [False, False, True]
     assert [tokenizer.decode(ids) for ids in found["rejected_ids"]] == [
@@ -132,18 +132,18 @@ def test_an_answer_that_was_cut_has_no_end_of_turn(tokenizer):
 
 
 def test_half_a_letter_at_the_end_of_a_cut_answer_goes():
-    assert generated.whole_letters("мир и м\ufffd", False) == "мир и м"
-    assert generated.whole_letters("what is \ufffd", True) == "what is \ufffd"
+    assert generated.whole_characters("мир и м\ufffd", False) == "мир и м"
+    assert generated.whole_characters("what is \ufffd", True) == "what is \ufffd"
 
 
-def test_a_prompt_is_asked_once_with_its_best_rated_answer(tokenizer_folder, tmp_path, monkeypatch):
+def test_a_prompt_is_asked_once_with_its_best_rated_answer(tokenizer_folder, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [*tree("a", 1, 0, None), *tree("b", 0, 1)]
     source = write_lines(tmp_path / "trees.jsonl", rows)
     loading = {"TOKENIZER": tokenizer_folder, "ROWS": "sft", "SYSTEM_PROMPT": "Ты кот.", "VALIDATION_SHARE": 0}
     run_script(load_oasst_dataset, DATASET=source, OUTPUT_DIR="out", **loading)
     ledger = Ledger()
-    asked = generated.asked_of("out", ("train",), 0, ledger)
+    asked = generated.load_prompts("out", 0, tokenizer, 256, ledger)
     assert sorted(each.human for each in asked) == [rows[2]["text"], rows[5]["text"]], "those of rank 0"
     assert all(each.turns[0] == {"role": "system", "content": "Ты кот."} for each in asked)
     assert ledger.counts() == {"same_prompt": 3} and ledger.rows_read == 5
@@ -155,7 +155,7 @@ def test_a_prompt_is_asked_once_with_its_best_rated_answer(tokenizer_folder, tmp
 
 def test_the_folder_keeps_the_split_and_train_dpo_takes_it(options, sample_folder, tokenizer, tmp_path):
     run_script(generate_pairs, **options)
-    metadata, said = read(tmp_path / "pairs/metadata.json"), answers_in(tmp_path / "answers")
+    metadata, said = read(tmp_path / "pairs/metadata.json"), answers_in(tmp_path / "outputs/pairs")
     assert metadata["counts"]["rows_read"] == 24 == metadata["counts"]["pairs"] + metadata["counts"]["rows_dropped"]
     closing, texts = end_of_turn(tokenizer), {text for line in said.values() for text in line["texts"]}
     for split in ("train", "validation"):
@@ -174,8 +174,8 @@ def test_the_folder_keeps_the_split_and_train_dpo_takes_it(options, sample_folde
 
 
 def test_a_killed_run_goes_on_to_the_same_pairs(options, tmp_path, monkeypatch, capsys):
-    options = options | {"TEMPERATURE": 1.5, "SPLITS": "train"}
-    run_script(generate_pairs, **options | {"OUTPUT_DIR": tmp_path / "whole", "ANSWERS_DIR": tmp_path / "once"})
+    options = options | {"TEMPERATURE": 1.5, "MAX_ROWS": 6}
+    run_script(generate_pairs, **options | {"OUTPUT_DIR": "whole"})
     real, calls = generation.generate, []
 
     def until_the_third(*arguments, **named):
@@ -187,8 +187,8 @@ def test_a_killed_run_goes_on_to_the_same_pairs(options, tmp_path, monkeypatch, 
     monkeypatch.setattr(generation, "generate", until_the_third)
     with pytest.raises(RuntimeError, match="killed"):
         run_script(generate_pairs, **options)
-    assert not (tmp_path / "pairs").exists() and len(answers_in(tmp_path / "answers")) == 8
-    with open(tmp_path / "answers/answers.jsonl", "ab") as file:
+    assert not (tmp_path / "pairs").exists() and len(answers_in(tmp_path / "outputs/pairs")) == 8
+    with open(tmp_path / "outputs/pairs/answers.jsonl", "ab") as file:
         file.write('{"number": 11, "texts": ["поло'.encode()[:-1])  # half a line that ends in half a letter
     run_script(generate_pairs, **options)
     assert "8 of 12 prompts are answered already" in capsys.readouterr().out
@@ -196,19 +196,18 @@ def test_a_killed_run_goes_on_to_the_same_pairs(options, tmp_path, monkeypatch, 
     assert (
         read(tmp_path / "pairs/metadata.json")["fingerprint"] == read(tmp_path / "whole/metadata.json")["fingerprint"]
     )
-    assert answers_in(tmp_path / "answers") == answers_in(tmp_path / "once")
-    other = options | {"OUTPUT_DIR": tmp_path / "other", "ANSWERS_DIR": tmp_path / "small", "BATCH_SIZE": 5}
-    run_script(generate_pairs, **other)
-    assert answers_in(tmp_path / "small") == answers_in(tmp_path / "once"), "luck does not depend on the batch"
+    assert answers_in(tmp_path / "outputs/pairs") == answers_in(tmp_path / "outputs/whole")
+    run_script(generate_pairs, **options | {"OUTPUT_DIR": "other", "BATCH_SIZE": 5})
+    assert answers_in(tmp_path / "outputs/other") == answers_in(tmp_path / "outputs/whole"), "not by batch"
 
 
 def test_lines_of_a_batch_that_was_not_finished_are_made_again(tmp_path):
-    batches = in_batches([one(i) for i in range(5)], [3, 9, 9, 1, 5], 2)
+    batches = make_batches([one(i, length=n) for i, n in enumerate((3, 9, 9, 1, 5))], 2)
     assert [[each.number for each in batch] for batch in batches] == [[1, 2], [4, 0], [3]], "the longest first"
     path = tmp_path / "answers.jsonl"
-    lines = [Written(number, ["line\u2028break\x85"], [True], [0.5]) for number in (1, 2, 4)]
-    generated.append_written(path, lines)
-    found = read_written(path, batches)
+    lines = [Answers(number, ["line\u2028break\x85"], [True], [0.5]) for number in (1, 2, 4)]
+    generated.append_answers(path, lines)
+    found = read_answers(path, batches)
     assert found == {line.number: line for line in lines[:2]} and set(answers_in(tmp_path)) == {1, 2}
 
 
@@ -221,13 +220,13 @@ def test_another_policy_does_not_go_on_with_the_answers_of_the_first(options, tm
     for _ in range(2):
         with pytest.raises(RuntimeError, match="killed"):
             run_script(generate_pairs, **options | {"MODEL": tmp_path / "policy"})
-    assert len(list(tmp_path.glob("answers*"))) == 1, "the same run"
+    assert len(list(tmp_path.glob("outputs/pairs*"))) == 1, "the same run"
     state = load_file(tmp_path / "policy/model.safetensors")
     state["model.norm.weight"] = state["model.norm.weight"] * 1.5
     save_file(state, tmp_path / "policy/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="killed"):
         run_script(generate_pairs, **options | {"MODEL": tmp_path / "policy"})
-    assert len(list(tmp_path.glob("answers*"))) == 2, "moved aside"
+    assert len(list(tmp_path.glob("outputs/pairs*"))) == 2, "moved aside"
 
 
 def test_ranked_answers_carry_their_rewards(options, tmp_path, monkeypatch):
@@ -236,14 +235,12 @@ def test_ranked_answers_carry_their_rewards(options, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(reward_model, "check_better_than_chance", lambda folder: None)
     monkeypatch.setattr(reward_model.RewardModel, "load", lambda *arguments: judge)
-    run_script(generate_pairs, **options | {"MODE": "ranked", "ANSWERS_PER_PROMPT": 3, "SPLITS": "train"})
-    metadata, said = read(tmp_path / "pairs/metadata.json"), answers_in(tmp_path / "answers")
-    assert (
-        metadata["rating"] == "reward" and metadata["generated"]["answers"] == 36 and metadata["validation_size"] == 0
-    )
+    run_script(generate_pairs, **options | {"MODE": "ranked", "ANSWERS_PER_PROMPT": 3, "MAX_ROWS": 6})
+    metadata, said = read(tmp_path / "pairs/metadata.json"), answers_in(tmp_path / "outputs/pairs")
+    assert metadata["rating"] == "reward" and metadata["generated"]["answers"] == 36
     assert all(line["rewards"] == [len(text) for text in line["texts"]] for line in said.values())
-    found = load_from_disk(str(tmp_path / "pairs/train"))
-    assert len(found) >= 10
+    found = [row for split in ("train", "validation") for row in load_from_disk(f"pairs/{split}")]
+    assert len(found) == metadata["train_size"] + metadata["validation_size"] >= 10
     for row in found:
         (line,) = [line for line in said.values() if row["chosen"][-1]["content"] in line["texts"]]
         assert row["chosen_rating"] == max(line["rewards"]) == len(row["chosen"][-1]["content"])
@@ -260,7 +257,7 @@ def test_ctrl_c_keeps_what_is_answered(options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generation, "generate", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_script(generate_pairs, **options)
-    assert stop.value.code == 130 and len(answers_in(tmp_path / "answers")) == 4
+    assert stop.value.code == 130 and len(answers_in(tmp_path / "outputs/pairs")) == 4
     assert "stopped after 4 of 24 prompts: run the same command to resume" in capsys.readouterr().out
 
 
@@ -268,13 +265,9 @@ def test_ctrl_c_keeps_what_is_answered(options, tmp_path, monkeypatch, capsys):
     "constants, message",
     [
         ({"MODE": "song"}, "MODE = 'song' is not known, choose one of: self_align, ranked"),
-        ({"MODE": "ranked", "TEMPERATURE": 0.0}, "MODE = 'ranked' compares different answers to a prompt"),
-        ({"MODE": "ranked", "ANSWERS_PER_PROMPT": 1}, "ANSWERS_PER_PROMPT = 1 must be 2 or more"),
+        ({"MODE": "ranked", "TEMPERATURE": 0.0}, "MODE = 'ranked' needs different answers"),
+        ({"MODE": "ranked", "ANSWERS_PER_PROMPT": 1}, "set ANSWERS_PER_PROMPT to 2 or more"),
         ({"MODE": "ranked", "REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
-        ({"TOP_P": 0.0}, "TOP_P = 0.0: expected more than 0"),
-        ({"TOP_K": -1}, "TOP_K = -1: expected 0 or more"),
-        ({"SPLITS": "validation"}, "SPLITS = 'validation': expected train"),
-        ({"SPLITS": "train,test"}, "test is not there yet"),
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),
         ({"DATA_DIR": ".", "OUTPUT_DIR": "."}, "is or holds DATA_DIR, whose rows would be lost"),
     ],
@@ -283,7 +276,7 @@ def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
     with pytest.raises(SystemExit) as stop:
         run_script(generate_pairs, **options | constants)
     assert message in str(stop.value) and "\n" not in str(stop.value)
-    assert not (tmp_path / "pairs").exists() and not (tmp_path / "answers").exists()
+    assert not (tmp_path / "pairs").exists() and not (tmp_path / "outputs").exists()
 
 
 def test_no_pair_at_all_is_said_and_nothing_is_written(options, tmp_path, monkeypatch):
@@ -291,6 +284,6 @@ def test_no_pair_at_all_is_said_and_nothing_is_written(options, tmp_path, monkey
         return [Answer(prompt, [2], "", True) for prompt in ids]
 
     monkeypatch.setattr(generation, "generate", silent)
-    with pytest.raises(SystemExit, match="no pair is left for training of 24 prompts, left out: {'empty_answer': 24}"):
+    with pytest.raises(SystemExit, match="no training pair is left of 24 prompts, left out: {'empty_answer': 24}"):
         run_script(generate_pairs, **options)
     assert not (tmp_path / "pairs").exists()

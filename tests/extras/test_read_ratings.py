@@ -5,9 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from extras import rate_answers
 from extras.lib import agreement, ratings
-from tests.conftest import run_script
 from tests.extras.rating_toys import rated, read_back, six_pairs
 from utils.data.preferences import Ledger, checked_pairs
 from utils.data.sources import open_source
@@ -69,13 +67,13 @@ def test_importing_again_changes_nothing_and_a_later_rating_counts(folder, capsy
     first = read_back(folder, path)
     before = (folder / "ratings.jsonl").read_bytes()
     assert read_back(folder, path) == first and (folder / "ratings.jsonl").read_bytes() == before
-    assert "0 new ratings, 0 in place of earlier ones, 6 known" in capsys.readouterr().out
+    assert "0 new ratings, 0 replace earlier ones, 6 known" in capsys.readouterr().out
     content = json.loads(path.read_text())
     content["ratings"][0] |= {"at": "2026-03-02T10:00:00.000Z", "preference": "a"}
     content["ratings"][1] |= {"at": "2026-02-01T10:00:00.000Z", "preference": "a"}  # an older file
     path.write_text(json.dumps(content))
     read_back(folder, path)
-    assert "0 new ratings, 1 in place of earlier ones, 5 known" in capsys.readouterr().out
+    assert "0 new ratings, 1 replace earlier ones, 5 known" in capsys.readouterr().out
     kept = [json.loads(line)["preference"] for line in (folder / "ratings.jsonl").read_text().splitlines()]
     assert sorted(kept) == ["a", *["tie"] * 5]
 
@@ -108,23 +106,24 @@ def test_ratings_of_other_items_and_broken_files_are_refused_whole(folder, tmp_p
         return {"ratings": [content["ratings"][0] | change, *content["ratings"][1:]]}
 
     refused({"file": "0" * 16}, "ratings of other items")
-    refused({"kind": "cake"}, "is not what a rating page lets you download")
-    refused({"ratings": None}, "is not what a rating page lets you download")
-    refused({}, "is not what a rating page lets you download", "<html>")
+    refused({"kind": "cake"}, "is not a download of a rating page")
+    refused({"ratings": None}, "is not a download of a rating page")
+    refused({}, "is not a download of a rating page", "<html>")
     unfit = [{"item": "nothing"}, {"grades": [{}]}, {"preference": ["a"]}, {"rater": None}]
     unfit += [{"grades": [given, {}]} for given in ({"relevance": 6}, {"relevance": True}, {"beauty": 1})]
     for change in unfit:
         refused(with_entry(**change), "bad.json: rating 1 does not fit the items of OUTPUT_DIR")
-    with pytest.raises(SystemExit, match="nothing.json' is not there"):
+    with pytest.raises(SystemExit, match="nothing.json' does not exist"):
         read_back(folder, tmp_path / "nothing.json")
+    bad.write_text(json.dumps(content | {"ratings": []}))
     with pytest.raises(SystemExit, match="has no ratings yet"):
-        run_script(rate_answers, TO_ROWS=tmp_path / "x.jsonl", OUTPUT_DIR=folder)
+        read_back(folder, bad)
 
 
-def test_rows_of_the_ratings_load_as_pairs(folder, tmp_path, capsys):
+def test_rows_of_the_ratings_load_as_pairs(folder, capsys):
     names = ["after", "before", "after", "after", "tie", "after"]
-    path = tmp_path / "rows.jsonl"
-    read_back(folder, rated(folder, "Ann", {"before": 2, "after": 4}.get, names), TO_ROWS=path)
+    path = folder / "preferences.jsonl"
+    read_back(folder, rated(folder, "Ann", {"before": 2, "after": 4}.get, names))
     assert "4 preference rows; left out: 1 tie, 1 grades_disagree" in capsys.readouterr().out
     source, ledger = open_source(str(path), "average"), Ledger()
     assert source.layouts == {"train": "pairs"}
@@ -135,10 +134,10 @@ def test_rows_of_the_ratings_load_as_pairs(folder, tmp_path, capsys):
         assert pair["turns"] == [{"role": "user", "content": pair["prompt"]}]
 
 
-def test_preferences_between_equal_grades_are_rows_too(folder, tmp_path, capsys):
-    path = tmp_path / "new" / "rows.jsonl"
+def test_preferences_between_equal_grades_are_rows_too(folder, capsys):
+    path = folder / "preferences.jsonl"
     names = ["after", "before", "after", "after", "tie", "after"]
-    read_back(folder, rated(folder, "Ann", lambda name: 3, names), TO_ROWS=path)
+    read_back(folder, rated(folder, "Ann", lambda name: 3, names))
     assert "5 preference rows; left out: 1 tie" in capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["chosen_rating"], row["rejected_rating"]) for row in rows] == [(1.0, 0.0)] * 5, "shares of the raters"
@@ -166,6 +165,6 @@ def test_preferences_without_grades_count_and_make_rows():
     given = [empty | {"rater": name, "preference": side} for name, side in (("A", "a"), ("B", "b"), ("C", "a"))]
     duels = agreement.over_raters(agreement.duels_of({"1": item}, given, ["before", "after"]))
     assert [duel["outcome"] for duel in duels] == [pytest.approx(2 / 3)] and duels[0]["answers"] == ("q", "p")
-    rows, left_out = ratings.preference_rows(duels)
+    rows, left_out = agreement.preference_rows(duels)
     assert rows[0]["chosen"] == "p" and rows[0]["chosen_rating"] == pytest.approx(2 / 3) and left_out == {}
     assert agreement.reward_agreement(duels) == {}

@@ -1,7 +1,10 @@
 """The summary's figures are exact on small rows, leaks are found, and every figure is a picture."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,8 @@ import dataset_summary
 import load_helpsteer_dataset
 from tests.conftest import ROOT, run_script
 from utils.data.preferences import hundredths
-from utils.evaluation.baselines import SHORTCUTS, bands_of, list_items
-from utils.evaluation.statistics import wins
+from utils.evaluation.baselines import SHORTCUTS, list_items
+from utils.evaluation.statistics import bands_of, wins
 
 FIGURES = {"token_lengths.png", "rating_gaps.png", "shortcuts.png", "length_by_gap.png"}
 REAL_ROWS = ROOT.parent / "shared" / "data" / "helpsteer2_rows.parquet"
@@ -150,6 +153,16 @@ def test_lengths_before_the_window_agree_with_what_was_cut(sample_folder, tokeni
     assert m["prompt_raw"][0] == len(tokenizer(first["prompt"], add_special_tokens=False)["input_ids"])
     assert m["prompt_in_window"][0] == first["attention_mask"].count(1)
     assert m["chosen_longer"][0] == len(first["chosen"][-1]["content"])
+
+
+def test_the_intervals_do_not_depend_on_the_hash_seed(sample_folder, tmp_path):
+    results = []
+    for seed in ("1", "2"):
+        output = tmp_path / seed
+        command = [sys.executable, "dataset_summary.py", "--data_dir", str(sample_folder), "--output_dir", str(output)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        results.append({**json.loads((output / "summary.json").read_text()), "settings": {}})
+    assert results[0] == results[1]
 
 
 def test_the_figures_are_pictures_and_nothing_half_written_is_left(sample_summary):

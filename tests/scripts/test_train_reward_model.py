@@ -106,7 +106,7 @@ def test_a_failure_after_training_does_not_lose_the_training(
 ):
     options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"} | constants
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the disk is full"):
-        patch.setattr(reward_report, "write_results", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(reward_report, "write_report", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         run_script(train_reward_model, **options)
     steps_before = (tmp_path / "run/metrics.jsonl").read_text()
     weights = load_file(tmp_path / "run/model.safetensors")

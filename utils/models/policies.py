@@ -13,7 +13,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
+from utils.models.loading import PROOF_ROWS, load_causal, save_with_proof
 from utils.models.shared_prompt import PairCollator, answer_logps, check_head, forward_pairs
 from utils.script import first_process, say, stop
 
@@ -161,3 +163,22 @@ def add_reference_logps(
     for name, values in found.items():
         rows = rows.add_column(REFERENCE_COLUMNS[name], values.tolist())
     return rows
+
+
+def save_policy(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, rows: Dataset, collator: PairCollator
+) -> None:
+    """Save the policy as a plain folder, proved by the mean log-prob of a token in each answer of the first rows.
+
+    The proof compares means, not sums: a GPU adds in its own order, and the last digit of a sum of hundreds exceeds
+    the limit.
+    """
+    batch = collator([rows[i] for i in range(min(PROOF_ROWS, len(rows)))])
+    inputs = {name: value for name, value in batch.items() if "reference" not in name}
+
+    def score(model: nn.Module) -> torch.Tensor:
+        device = next(model.parameters()).device
+        outputs = PolicyPairs(model)(**{name: value.to(device) for name, value in inputs.items()})
+        return (outputs["logps"] / outputs["tokens"].clamp(min=1)).cpu()
+
+    save_with_proof(model, tokenizer, folder, load_causal, score)
