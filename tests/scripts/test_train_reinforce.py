@@ -1,6 +1,5 @@
-"""train_reinforce.py from end to end: its folder, held-out prompts, going on after a stop, two processes, mistakes."""
+"""train_reinforce.py from end to end: its folder, held-out prompts, resuming, alarms, two processes, user errors."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,20 +13,14 @@ from transformers import AutoModelForCausalLM
 
 import train_reinforce
 from extras.lib.frontier import check_judge
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, error_of, run_script
+from utils.runs import read_json as read
+from utils.runs import read_lines as lines_of
 from utils.runs import write_json
 from utils.training import reinforce
 
 SMALL = {"MAX_STEPS": 4, "BATCH_SIZE": 2, "MAX_NEW_TOKENS": 8, "EVAL_PROMPTS": 6, "PRECISION": "fp32", "DEVICE": "cpu"}
 SMALL |= {"LEARNING_RATE": 1e-3, "SAMPLE_EVERY_STEPS": 2, "SAVE_EVERY_STEPS": 2}
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -36,7 +29,7 @@ def options(model_folder, sample_folder, judges, tmp_path):
     return SMALL | where | {"OUTPUT_DIR": tmp_path / "run"}
 
 
-def test_the_run_folder_is_complete_and_a_plain_model(options, judges, model_folder, tmp_path):
+def test_the_run_folder_is_complete_and_loads_in_plain_transformers(options, judges, model_folder, tmp_path):
     run_script(train_reinforce, **options | {"JUDGE_MODEL": judges["distribution"]})
     folder = tmp_path / "run"
     result, metrics = read(folder / "eval.json"), lines_of(folder / "metrics.jsonl")
@@ -60,7 +53,7 @@ def test_the_run_folder_is_complete_and_a_plain_model(options, judges, model_fol
     assert not (folder / "checkpoints").exists() and read(folder / "run.json")["finished"]
 
 
-def test_evaluation_never_sees_training_prompts(options, sample_folder, tmp_path):
+def test_no_prompt_of_the_evaluation_is_trained_on(options, sample_folder, tmp_path):
     run_script(train_reinforce, **options | {"SAMPLE_EVERY_STEPS": 1, "MAX_NEW_TOKENS": 2})
     train = {messages[-2]["content"] for messages in load_from_disk(f"{sample_folder}/train")["chosen"]}
     asked = {line["prompt"] for line in lines_of(tmp_path / "run/samples.jsonl")}
@@ -79,20 +72,20 @@ def test_evaluation_never_sees_training_prompts(options, sample_folder, tmp_path
         {"REWARD_MODEL": "distribution", "TEMPERATURE": 0.7, "GRADIENT_CHECKPOINTING": "true"},
     ],
 )
-def test_constants_go_together(options, judges, tmp_path, constants):
+def test_constants_can_be_combined(options, judges, tmp_path, constants):
     named = {"REWARD_MODEL": judges[constants.get("REWARD_MODEL", "scalar")]}
     run_script(train_reinforce, **options | constants | named | {"MAX_STEPS": 2})
     assert len(lines_of(tmp_path / "run/metrics.jsonl")) == 2 and read(tmp_path / "run/eval.json")["prompts"] == 6
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(options, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path, monkeypatch):
     run_script(train_reinforce, **options | {"OUTPUT_DIR": tmp_path / "whole"})
     alarm, calls = reinforce.divergence_alarm, []
 
     def killed_in_the_fourth_step(*arguments):
         calls.append(1)
         if len(calls) == 4:
-            raise KeyboardInterrupt  # after the update and the line of step 4, which no checkpoint has
+            raise KeyboardInterrupt  # step 4 is done and logged, but in no checkpoint
         return alarm(*arguments)
 
     monkeypatch.setattr(reinforce, "divergence_alarm", killed_in_the_fourth_step)
@@ -100,7 +93,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(options, tmp_path, mon
         run_script(train_reinforce, **options | {"MAX_STEPS": 6})
     assert stop.value.code == 130 and not (tmp_path / "run/eval.json").exists()
     cut_off = tmp_path / "run/checkpoints/checkpoint-4"
-    cut_off.mkdir()  # a kill while it was saved: no mark of completeness
+    cut_off.mkdir()  # killed while saving: not marked as complete
     (cut_off / "state.pt").write_bytes(b"half")
     monkeypatch.setattr(reinforce, "divergence_alarm", alarm)
     run_script(train_reinforce, **options | {"MAX_STEPS": 6})
@@ -114,7 +107,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(options, tmp_path, mon
     assert lines_of(tmp_path / "run/samples.jsonl") == lines_of(tmp_path / "whole/samples.jsonl")
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_without_its_old_lines(options, tmp_path, monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(options, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
@@ -129,7 +122,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_without_its_old_l
         assert [line["step"] for line in lines_of(tmp_path / "run" / name)] == [1, 2], name
 
 
-def test_the_processes_wait_for_the_one_that_saves(options, monkeypatch):
+def test_an_alarm_saves_the_state_and_ends_the_run(options, tmp_path, monkeypatch):
     from accelerate import Accelerator
 
     from utils.training.reinforce import Engine
@@ -137,12 +130,13 @@ def test_the_processes_wait_for_the_one_that_saves(options, monkeypatch):
     order, save, wait = [], Engine.save, Accelerator.wait_for_everyone
     monkeypatch.setattr(Engine, "save", lambda *args: (save(*args), order.append("saved")))
     monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: (wait(self), order.append("waited")))
-    with pytest.raises(SystemExit, match="KL_LIMIT"):
+    with pytest.raises(SystemExit, match="stopped at step 2, checkpoint saved: KL .* is over KL_LIMIT = 1e-06"):
         run_script(train_reinforce, **options | {"KL_LIMIT": 1e-6, "LEARNING_RATE": 1e-2, "SAVE_EVERY_STEPS": 0})
-    assert order == ["waited", "saved", "waited"]
+    assert order == ["waited", "saved", "waited"], "other processes wait for the one that saves"
+    assert (tmp_path / "run/checkpoints/checkpoint-2/state.pt").exists()
 
 
-def test_a_stopped_run_does_not_go_on_under_another_reward_model(options, judges, tmp_path):
+def test_a_run_is_not_resumed_with_another_reward_model(options, judges, tmp_path):
     judge = tmp_path / "judge"
     shutil.copytree(judges["scalar"], judge)
     with pytest.raises(SystemExit, match="KL_LIMIT"):
@@ -153,12 +147,6 @@ def test_a_stopped_run_does_not_go_on_under_another_reward_model(options, judges
     with pytest.raises(SystemExit, match="KL_LIMIT"):
         run_script(train_reinforce, **options | {"REWARD_MODEL": judge, "KL_LIMIT": 1e-9, "LEARNING_RATE": 0.1})
     assert len(list(tmp_path.glob("run-*"))) == 1, "moved aside, begun anew"
-
-
-def test_an_alarm_saves_the_state_and_ends_the_run(options, tmp_path):
-    with pytest.raises(SystemExit, match="stopped at step 2, checkpoint saved: KL .* is over KL_LIMIT = 1e-06"):
-        run_script(train_reinforce, **options | {"KL_LIMIT": 1e-6, "LEARNING_RATE": 1e-2, "SAVE_EVERY_STEPS": 0})
-    assert (tmp_path / "run/checkpoints/checkpoint-2/state.pt").exists()
 
 
 @pytest.mark.slow
@@ -174,7 +162,7 @@ def test_two_processes_equal_one(options, tmp_path):
     assert read(tmp_path / "two/run.json")["processes"] == 2
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     start = load_file(f"{options['MODEL']}/model.safetensors")
-    for name in one:  # in all, not each entry: Adam takes a whole step where a gradient is little more than rounding
+    for name in one:  # norms, not entries: Adam takes a full step even if a gradient is mostly rounding
         moved, apart = (one[name] - start[name]).norm(), (two[name] - one[name]).norm()
         assert moved > 0 and apart <= 1e-3 * moved, f"{name}: {apart:.2e} apart after moving {moved:.2e}"
     logged = [lines_of(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
@@ -201,19 +189,17 @@ def test_two_processes_equal_one(options, tmp_path):
         ({"MAX_NEW_TOKENS": 1}, "MAX_NEW_TOKENS = 1: expected at least 1 step and 2 tokens"),
     ],
 )
-def test_mistakes_end_in_one_line(options, tmp_path, constants, message):
-    with pytest.raises(SystemExit) as stop:
-        run_script(train_reinforce, **options | constants)
-    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+def test_user_errors_stop_with_one_message(options, tmp_path, constants, message):
+    assert message in error_of(train_reinforce, **options | constants) and not (tmp_path / "run").exists()
 
 
-def test_a_judge_is_another_model_than_the_reward_model(options, judges, tmp_path):
+def test_a_judge_that_a_policy_was_trained_on_is_refused(options, judges, tmp_path):
     same = f"{judges['scalar']}/../scalar"
     with pytest.raises(SystemExit, match="is REWARD_MODEL itself"):
         run_script(train_reinforce, **options | {"JUDGE_MODEL": same})
     settings = {"REWARD_MODEL": judges["scalar"], "MODEL": str(tmp_path / "start"), "DATA_DIR": str(tmp_path / "rows")}
     write_json(tmp_path / "run.json", {"script": "train_dpo.py", "settings": settings})
-    check_judge({"a": str(tmp_path)}, same)  # DPO compares answers by it, and learns nothing of it
+    check_judge({"a": str(tmp_path)}, same)  # DPO does not learn from its reward model
     for name, kind, content in (
         ("start", "run.json", {"script": "train_reinforce.py", "settings": settings | {"MODEL": ""}}),
         ("rows", "metadata.json", {"settings": {"MODE": "ranked", "REWARD_MODEL": judges["scalar"]}}),
@@ -224,9 +210,8 @@ def test_a_judge_is_another_model_than_the_reward_model(options, judges, tmp_pat
             check_judge({"a": str(tmp_path)}, same)
         shutil.rmtree(tmp_path / name)
     (tmp_path / "rows").mkdir()
-    write_json(
-        tmp_path / "rows/metadata.json", {"settings": {"MODE": "ranked", "REWARD_MODEL": judges["distribution"]}}
-    )
+    metadata = {"settings": {"MODE": "ranked", "REWARD_MODEL": judges["distribution"]}}
+    write_json(tmp_path / "rows/metadata.json", metadata)
     write_json(tmp_path / "run.json", {"script": "train_reinforce.py", "settings": settings})
     check_judge({"a": str(tmp_path), "b": "nowhere"}, judges["distribution"])
     with pytest.raises(SystemExit, match="was trained on: name one that no policy was trained on"):
