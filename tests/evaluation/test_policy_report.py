@@ -1,4 +1,4 @@
-"""Policies side by side: equal ones compare as equal, a planted better one is found, best of n is the best."""
+"""Comparisons of policies: equal ones do not differ, a planted better one is found, best of n is the best."""
 
 import math
 
@@ -17,7 +17,7 @@ PROMPTS = [
 
 
 class Judge:
-    """Rewards how often the letter e comes in an answer."""
+    """Reward the number of letters e in an answer."""
 
     def score(self, conversations):
         return torch.tensor([float(messages[-1]["content"].count("e")) for messages in conversations])
@@ -35,7 +35,7 @@ def start(model_folder):
 
 @pytest.fixture
 def better(model_folder, tokenizer):
-    """The start with its output pushed towards the letter e."""
+    """Return the start with a bias towards the letter e."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     model.lm_head = torch.nn.Linear(32, len(tokenizer), bias=True)
     model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
@@ -47,7 +47,7 @@ def rewards_of(answers):
     return np.array([answer.text.count("e") for answer in answers.answers], dtype=float)
 
 
-def test_the_same_policy_twice_is_not_shown_to_differ(sampler, start, model_folder):
+def test_equal_policies_do_not_differ(sampler, start, model_folder):
     before = sampler.answers(start, start, PROMPTS)
     after = sampler.answers(AutoModelForCausalLM.from_pretrained(model_folder), start, PROMPTS)
     assert [answer.ids for answer in before.answers] == [answer.ids for answer in after.answers]
@@ -57,7 +57,7 @@ def test_the_same_policy_twice_is_not_shown_to_differ(sampler, start, model_fold
     assert found["length_before"] == found["length_after"] and found["ended_before"] == found["ended_after"]
 
 
-def test_a_planted_better_policy_is_found_and_its_kl_is_that_of_its_answers(sampler, start, better):
+def test_a_planted_better_policy_is_found(sampler, start, better):
     before, after = sampler.answers(start, start, PROMPTS), sampler.answers(better, start, PROMPTS)
     found = comparison_of(before, after, (rewards_of(before), rewards_of(after)))
     assert found["verdict"] == "grew" and found["difference_low"] > 0 and found["win_rate"] > 0.8
@@ -65,35 +65,35 @@ def test_a_planted_better_policy_is_found_and_its_kl_is_that_of_its_answers(samp
     assert after.kl == pytest.approx(expected, abs=1e-3) and found["kl"] == pytest.approx(expected.mean(), abs=1e-3)
     assert found["kl_error"] == pytest.approx(expected.std(ddof=1) / len(expected) ** 0.5, abs=1e-3)
     assert found["kl"] > 1 and (before.kl == 0).all()
-    assert found["repetition_after"] > found["repetition_before"], "e after e after e"
+    assert found["repetition_after"] > found["repetition_before"], "it repeats the letter e"
 
 
-def test_best_of_n_is_the_best_answer_of_the_start(sampler, start):
+def test_best_of_n_is_the_best_of_n_answers_of_the_start(sampler, start):
     before, best = sampler.answers(start, start, PROMPTS), sampler.best_of(4, start, PROMPTS, Judge())
     one = sampler.best_of(1, start, PROMPTS, Judge())
     assert [answer.ids for answer in one.answers] == [answer.ids for answer in before.answers]
     assert one.kl_bound == 0 and best.kl_bound == pytest.approx(math.log(4) - 3 / 4)
-    assert best.kl is None, "a bound is no measurement"
+    assert best.kl is None, "there is only a bound"
     tries = [Sampler(**vars(sampler) | {"seed": 5 + i}).answers(start, start, PROMPTS) for i in range(4)]
     assert rewards_of(best).tolist() == np.max([rewards_of(one) for one in tries], axis=0).tolist()
     assert rewards_of(best).sum() > rewards_of(before).sum()
 
 
-def test_answers_that_are_compared_share_no_luck_with_a_training_of_the_same_seed(sampler, start):
+def test_compared_answers_differ_from_those_of_a_training_with_the_same_seed(sampler, start):
     ids = sampler.ids(PROMPTS, Guidance())
     compared_with = [answer.ids for answer in sampler.answers(start, start, PROMPTS).answers]
     trained_on = generate(start, sampler.tokenizer, ids, 16, 1.0, sampler.seed, numbers=range(len(ids)))
     assert not any(one == other.ids for one, other in zip(compared_with, trained_on, strict=True))
 
 
-def test_greedy_answers_need_no_luck(sampler, start, better):
+def test_greedy_answers_do_not_depend_on_the_seed(sampler, start, better):
     greedy = Sampler(**vars(sampler) | {"temperature": 0.0})
     other = Sampler(**vars(sampler) | {"temperature": 0.0, "seed": 6})
     ids = [[answer.ids for answer in one.answers(better, start, PROMPTS).answers] for one in (greedy, other)]
     assert ids[0] == ids[1]
 
 
-def test_repetition_and_the_figures_of_answers():
+def test_answers_are_measured_by_length_end_and_repetition():
     assert repetition([1, 2, 3, 4]) == 0.0 and repetition([1, 2]) == 0.0 and repetition([1] * 12) == 0.9
     answers = Answers([Answer([9], [1, 2, 1, 2], "", True), Answer([9], [1, 2], "", False)], np.zeros(2))
     assert answers.metrics() == {"length": 3.0, "ended": 0.5, "repetition": 0.0}
@@ -101,7 +101,7 @@ def test_repetition_and_the_figures_of_answers():
     assert again.metrics()["repetition"] == pytest.approx(0.9 / 2)
 
 
-def test_what_length_does_not_explain_is_after_minus_before():
+def test_the_gain_at_equal_length_is_after_minus_before():
     random = np.random.default_rng(0)
     sizes = random.integers(2, 30, size=(2, 60))
     sides = [Answers([Answer([9], [1] * size, "", True) for size in some], np.zeros(60)) for some in sizes]

@@ -1,4 +1,4 @@
-"""The report tells a reward of length from one of content; it is computed from predictions.jsonl alone."""
+"""The report of a reward model separates length from content and needs predictions.jsonl alone."""
 
 import json
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from utils.data.processed import HALVES, half, unique_prompts
+from tests.source_rows import dialogue
+from utils.data.processed import HALVES, closed_answers, half, load_pairs, unique_prompts
+from utils.data.tokens import end_of_turn
 from utils.evaluation.baselines import (
     SHORTCUT_NAMES,
     SURFACE,
@@ -23,7 +25,7 @@ from utils.models.reward_model import RewardHead
 
 
 def planted_rows(count: int, longer_wins: float, seed: int = 0) -> Dataset:
-    """Pairs with answers of random length, in which the longer one is chosen with a probability; good ones say so."""
+    """Return pairs with answers of random length. The longer one is chosen with probability `longer_wins`."""
     random = np.random.default_rng(seed)
     rows = []
     for i in range(count):
@@ -40,7 +42,7 @@ def planted_rows(count: int, longer_wins: float, seed: int = 0) -> Dataset:
 
 
 def outputs_for(rows: Dataset, content: float, length: float, seed: int = 1) -> np.ndarray:
-    """Rewards [pairs, 2, 1]: content * (1 for chosen) + length * log tokens + noise."""
+    """Return rewards [pairs, 2, 1]: content * (1 for chosen) + length * log tokens + noise."""
     random = np.random.default_rng(seed)
     sizes = np.log([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows])
     good = np.array([1.0, 0.0])
@@ -52,10 +54,15 @@ def report_of(rows: Dataset, outputs: np.ndarray) -> tuple[dict, list[dict]]:
     return report(lines), lines
 
 
+def report_with(rows: Dataset, outputs: np.ndarray, rivals: dict[str, np.ndarray]) -> dict:
+    right = {name: values.astype(float) for name, values in rivals.items()}
+    return report(prediction_lines(rows, outputs, RewardHead("scalar"), right))
+
+
 def test_a_reward_of_length_is_exposed():
     rows = planted_rows(400, longer_wins=0.7)
     found, _ = report_of(rows, outputs_for(rows, content=0.0, length=5.0))
-    assert found["accuracy"] > 0.65, "it looks good"
+    assert found["accuracy"] > 0.65, "the accuracy alone looks good"
     assert not found["verdict"].startswith("better")
     assert found["length_correlation"] > 0.9
     assert abs(found["accuracy"] - found["length_baseline"]) < 0.05
@@ -63,7 +70,7 @@ def test_a_reward_of_length_is_exposed():
     assert bands["chosen much longer"]["accuracy"] > 0.95 and bands["rejected much longer"]["accuracy"] < 0.05
 
 
-def test_content_is_found_where_length_says_nothing_and_where_it_does():
+def test_a_reward_of_content_is_found_with_and_without_length_in_the_data():
     for longer_wins in (0.5, 0.6):
         rows = planted_rows(400, longer_wins)
         found, _ = report_of(rows, outputs_for(rows, content=1.0, length=0.0))
@@ -72,55 +79,37 @@ def test_content_is_found_where_length_says_nothing_and_where_it_does():
         assert found["shortcuts"][found["best_shortcut"]]["p_value"] < 0.01
 
 
-def test_better_than_the_best_shortcut_means_better_than_each():
-    """A rival that is right on other pairs is harder to beat than a more accurate one that is right on the same."""
+def test_a_model_must_be_better_than_every_shortcut():
+    """A shortcut that is right on other pairs is harder to beat than one that is right on the same pairs."""
     rows, right = planted_rows(200, 0.5), np.arange(200) < 120
     outputs = np.stack([right, ~right], axis=1)[..., None].astype(np.float32)  # right on the first 120
     nested, other = np.arange(200) < 112, np.arange(200) >= 95
     few = np.where(np.arange(200) < 9, 1.0, np.nan)
     rivals = {"longer": nested, "surface": other & (np.arange(200) % 21 > 0), "untrained_head": few}
-    found = report(
-        prediction_lines(rows, outputs, RewardHead("scalar"), {n: r.astype(float) for n, r in rivals.items()})
-    )
+    found = report_with(rows, outputs, rivals)
     shortcuts = found["shortcuts"]
     assert found["best_shortcut"] == "longer" and shortcuts["longer"]["p_value"] < 0.05
-    assert shortcuts["surface"]["difference"] > 0.08 and found["verdict"].startswith(
-        f"not shown to be better than {SHORTCUT_NAMES['surface']}"
-    )
-    assert shortcuts["untrained_head"]["accuracy"] == 1.0, "of nine pairs: said, and no rival"
+    assert shortcuts["surface"]["difference"] > 0.08
+    assert found["verdict"].startswith(f"not shown to be better than {SHORTCUT_NAMES['surface']}")
+    untrained = shortcuts["untrained_head"]
+    assert (untrained["pairs"], untrained["accuracy"]) == (9, 1.0), "measured on too few pairs to compete"
 
 
-def test_the_best_of_many_shortcuts_is_partly_lucky():
-    """A model behind one of three shortcuts is called worse only if that holds for three tries."""
+def test_p_values_are_corrected_for_the_number_of_shortcuts():
+    """A model is worse than the best of three shortcuts only if p holds after correction for three tests."""
     rows, right = planted_rows(200, 0.5), np.arange(200) % 2 < 1
     outputs = np.stack([right, ~right], axis=1)[..., None].astype(np.float32)
     better = right | (np.arange(200) % 40 == 1)  # right where the model is, and on 5 pairs more: p = 0.06
     more = right | (np.arange(200) % 20 == 1)  # on 10 more: p = 0.002
-    for ahead, said in ((better, "not shown to be better than 'longer wins'"), (more, "worse than 'longer wins'")):
+    for ahead, verdict in ((better, "not shown to be better than 'longer wins'"), (more, "worse than 'longer wins'")):
         rivals = {"longer": ahead, "surface": right, "more_list_items": ~right}
-        found = report(
-            prediction_lines(rows, outputs, RewardHead("scalar"), {n: r.astype(float) for n, r in rivals.items()})
-        )
-        assert found["verdict"].startswith(said) and found["verdict"].endswith("corrected for 3 shortcuts")
+        found = report_with(rows, outputs, rivals)
+        assert found["verdict"].startswith(verdict) and found["verdict"].endswith("corrected for 3 shortcuts")
         p = found["shortcuts"]["longer"]["p_value"]
         assert f"p = {min(1, 3 * p):.2g}" in found["verdict"]
 
 
-def test_length_bands_equal_plain_python():
-    sizes = [(90, 100), (100, 90), (91, 100), (100, 100), (50, 100), (100, 50), (51, 100), (1, 100), (89, 100)]
-    masks = length_bands(np.array([(a - b) / max(a, b) for a, b in sizes]))
-    found = [next(name for name, mask in masks.items() if mask[i]) for i in range(len(sizes))]
-    assert np.sum(list(masks.values()), axis=0).tolist() == [1] * len(sizes), "each pair is in one band"
-    for (chosen, rejected), name in zip(sizes, found, strict=True):
-        ratio = min(chosen, rejected) * 10 / max(chosen, rejected)  # 9 is ten percent less
-        if ratio > 9:
-            assert name == "equal within 10 %"
-        else:
-            side = "chosen" if chosen > rejected else "rejected"
-            assert name == (f"{side} longer" if ratio > 5 else f"{side} much longer")
-
-
-def test_the_report_is_a_function_of_the_lines_and_the_lines_are_json(tmp_path):
+def test_the_report_needs_only_the_lines_of_the_predictions(tmp_path):
     rows = planted_rows(60, 0.5)
     found, lines = report_of(rows, outputs_for(rows, 1.0, 0.0))
     again = report([json.loads(json.dumps(line)) for line in lines])
@@ -144,7 +133,7 @@ def test_the_report_is_a_function_of_the_lines_and_the_lines_are_json(tmp_path):
     assert set(found["shortcuts"]) == {"longer", "longer_in_window", "more_list_items", "surface"}
 
 
-def test_nothing_divides_by_zero_on_equal_rewards_and_missing_ratings():
+def test_equal_rewards_and_missing_ratings_can_be_reported():
     rows = planted_rows(6, 0.5).remove_columns(["chosen_rating", "rejected_rating"])
     rows = rows.add_column("chosen_rating", [None] * 6).add_column("rejected_rating", [None] * 6)
     found, _ = report_of(rows, np.zeros((6, 2, 1), np.float32))
@@ -153,27 +142,10 @@ def test_nothing_divides_by_zero_on_equal_rewards_and_missing_ratings():
     json.dumps(found, allow_nan=False)
 
 
-def test_subsets_are_reported_apart():
-    rows = planted_rows(40, 0.5).add_column("subset", ["easy", "hard"] * 20)
-    outputs = outputs_for(rows, 9.0, 0.0)
-    outputs[1::2] *= -1  # the hard ones are all wrong
-    parts = report_of(rows, outputs)[0]["by_subset"]
-    assert parts["easy"]["accuracy"] == 1.0 and parts["hard"]["accuracy"] == 0.0 and parts["hard"]["pairs"] == 20
-
-
-def test_a_shortcut_measured_on_some_pairs_is_compared_on_those():
-    rows = planted_rows(40, 0.5)
-    partly = np.where(np.arange(40) < 10, 1.0, np.nan)
-    right = {"longer": np.zeros(40), "untrained_head": partly}
-    lines = prediction_lines(rows, outputs_for(rows, 9.0, 0.0), RewardHead("scalar"), right)
-    found = report(lines)["shortcuts"]["untrained_head"]
-    assert found["pairs"] == 10 and found["accuracy"] == 1.0 and found["difference"] == 0.0
-
-
 # shortcuts
 
 
-def test_nine_surface_measures():
+def test_surface_measures_count_marks_and_words():
     answer = "I'm sorry, **no**.\n\n- one\n- two\n\n```\ncode\n```\nWhy? Why?"
     found = dict(zip(SURFACE, surface("Why is the code red?", answer), strict=True))
     assert found["log_length"] == pytest.approx(np.log1p(len(answer))) and found["apology"] == 1.0
@@ -200,9 +172,7 @@ def test_logistic_regression_equals_scikit_learn():
 # the same pairs in another way
 
 
-def test_prompts_are_taken_away_or_exchanged_and_answers_stay(sample_folder, tokenizer):
-    from utils.data.processed import load_pairs
-
+def test_prompts_are_removed_or_shuffled_and_answers_stay(sample_folder, tokenizer):
     rows = load_pairs(sample_folder, "train", 30)
     empty, shuffled = without_prompts(rows, tokenizer), shuffled_prompts(rows)
     prompts = [row["input_ids"][: sum(row["attention_mask"])] for row in empty]
@@ -214,26 +184,23 @@ def test_prompts_are_taken_away_or_exchanged_and_answers_stay(sample_folder, tok
         assert list(changed["chosen_ids"]) == list(rows["chosen_ids"]) and list(changed["row"]) == list(rows["row"])
 
 
-def asked(*prompts):
-    turns = [
-        [{"role": "user", "content": text}, {"role": "assistant", "content": str(i)}] for i, text in enumerate(prompts)
-    ]
-    return Dataset.from_list([{"row": i, "chosen": chosen} for i, chosen in enumerate(turns)])
+def pairs_of(*prompts):
+    return Dataset.from_list([{"row": i, "chosen": dialogue(text, str(i))} for i, text in enumerate(prompts)])
 
 
-def test_pairs_of_a_prompt_stay_in_one_half_and_are_answered_once():
-    rows = asked("a", "b", "a", "c", "b", "d")
+def test_pairs_of_a_prompt_stay_in_one_half():
+    rows = pairs_of("a", "b", "a", "c", "b", "d")
     halves = [half(rows, name)["row"] for name in HALVES]
     assert [list(one) for one in halves] == [[0, 2, 3], [1, 4, 5]]
     assert list(unique_prompts(rows)["row"]) == [0, 1, 3, 5] and list(unique_prompts(rows, 2)["row"]) == [0, 1]
-    alone = asked(*"abcdef")
-    assert list(half(alone, "odd")["row"]) == [1, 3, 5], "one pair a prompt: every second pair"
+    alone = pairs_of(*"abcdef")
+    assert list(half(alone, "odd")["row"]) == [1, 3, 5], "with one pair for each prompt, every second pair"
     with pytest.raises(SystemExit, match="HALF = 'odd' holds no pair"):
-        half(asked("a", "a"), "odd")
+        half(pairs_of("a", "a"), "odd")
 
 
-def test_pairs_that_share_a_prompt_share_their_luck():
-    """Ten prompts with six pairs each are no sixty draws."""
+def test_pairs_that_share_a_prompt_count_as_one_draw():
+    """Sixty pairs of ten prompts are fewer draws than sixty prompts."""
     rows = planted_rows(60, 0.5)
     chosen = [[{"role": "user", "content": str(i % 10)}, messages[-1]] for i, messages in enumerate(rows["chosen"])]
     shared = rows.remove_columns("chosen").add_column("chosen", chosen)
@@ -242,7 +209,7 @@ def test_pairs_that_share_a_prompt_share_their_luck():
     assert together["ece_of_chance"] > apart["ece_of_chance"]
 
 
-def test_the_scale_of_attributes_is_fitted_to_the_pairs():
+def test_the_scale_of_attributes_is_fitted_to_pairs():
     rows = planted_rows(300, longer_wins=0.5)
     outputs, reading = outputs_for(rows, content=0.5, length=0.0), RewardHead("attributes")
     fit_win_scale(reading, rows, lambda some: outputs[: len(some)])
@@ -253,11 +220,8 @@ def test_the_scale_of_attributes_is_fitted_to_the_pairs():
     assert backwards.win_scale == 1.0, "a reward that prefers the rejected answers has no scale"
 
 
-def test_cut_answers_are_closed_for_reward_models(sample_folder, tokenizer):
-    """Else the token at which an answer is read says whether it was cut, and a reward model learns just that."""
-    from utils.data.processed import closed_answers, load_pairs
-    from utils.data.tokens import end_of_turn
-
+def test_cut_answers_get_an_end_of_turn_for_reward_models(sample_folder, tokenizer):
+    """Otherwise the last token shows whether an answer was cut, and a reward model learns that."""
     rows, closing = load_pairs(sample_folder, "train", 60), end_of_turn(tokenizer)
     closed = closed_answers(rows, tokenizer)
     assert any(rows["chosen_cut"]) and not all(rows["chosen_cut"])

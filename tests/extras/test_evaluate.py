@@ -1,4 +1,4 @@
-"""Several policies in one comparison, runs of one recipe together, and the drafted answers made of their figures."""
+"""extras/evaluate.py compares policies, and the report averages runs over seeds and drafts answers."""
 
 import json
 import shutil
@@ -11,14 +11,14 @@ from scipy.stats import ttest_ind
 from extras import evaluate, make_report
 from extras.lib.frontier import names_of, over_seeds, p_over_seeds, recipes, spread
 from extras.lib.questions import questions
-from tests.conftest import run_script
+from tests.conftest import error_of, run_script
 from tests.extras.browser import Browser
 from utils.runs import write_json
 
 SMALL = {"PROMPTS": 6, "MAX_NEW_TOKENS": 6, "DEVICE": "cpu", "PRECISION": "fp32", "BEST_OF_N": 3}
 
 
-def test_policies_are_called_by_the_last_part_of_their_folders():
+def test_policies_are_named_after_their_folders():
     assert names_of(("outputs/a", "outputs/b/")) == {"a": "outputs/a", "b": "outputs/b"}
     assert list(names_of(("one/run", "two/run"))) == ["one/run", "two/run"]
     for wrong in (("a", "a"), ("start",)):
@@ -26,7 +26,7 @@ def test_policies_are_called_by_the_last_part_of_their_folders():
             names_of(wrong)
 
 
-def test_runs_that_differ_in_their_seed_only_are_one_recipe(tmp_path):
+def test_runs_that_differ_only_in_the_seed_are_one_recipe(tmp_path):
     for name, settings in {
         "a1": {"SEED": 1, "KL_BETA": 0.1, "OUTPUT_DIR": "a1"},
         "a2": {"SEED": 2, "KL_BETA": 0.1, "OUTPUT_DIR": "a2"},
@@ -35,11 +35,8 @@ def test_runs_that_differ_in_their_seed_only_are_one_recipe(tmp_path):
     }.items():
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "run.json", {"settings": settings})
-    policies = {name: str(tmp_path / name) for name in ("a1", "b1", "a2", "again")} | {
-        "hub": "owner/name",
-        "other": "owner/other",
-    }
-    groups = recipes(policies)
+    policies = {name: str(tmp_path / name) for name in ("a1", "b1", "a2", "again")}
+    groups = recipes(policies | {"hub": "owner/name", "other": "owner/other"})
     assert groups == {"a1": ["a1", "a2"], "b1": ["b1"], "again": ["again"], "hub": ["hub"], "other": ["other"]}
     random = np.random.default_rng(0)
     start = random.normal(size=50)
@@ -54,7 +51,7 @@ def test_runs_that_differ_in_their_seed_only_are_one_recipe(tmp_path):
     (between,) = over_seeds({"a1": ["a1", "a2"], "b1": ["b1", "b2"]}, {"judge": rewards})["judge"]["between"]
     gains = [[1.0, 2.0], [float((rewards["b1"] - start).mean()), 0.5]]
     assert between["p_over_seeds"] == pytest.approx(ttest_ind(*gains, equal_var=False).pvalue)
-    assert p_over_seeds([1.0, 1.0], [2.0, 2.0]) is None, "no run differs from its kin: seeds show nothing"
+    assert p_over_seeds([1.0, 1.0], [2.0, 2.0]) is None, "without spread there is no test"
 
 
 def seed_run(folder, seed, accuracy, script="train_reward_model.py", rows="a", **settings):
@@ -67,7 +64,7 @@ def seed_run(folder, seed, accuracy, script="train_reward_model.py", rows="a", *
     write_json(folder / "eval.json", result)
 
 
-def test_the_report_averages_runs_that_differ_in_their_seed_only(tmp_path):
+def test_the_report_averages_runs_over_seeds(tmp_path):
     for seed, accuracy in ((1, 0.5), (2, 0.6), (3, 0.8)):
         seed_run(tmp_path / f"reward_{seed}", seed, accuracy, RATING="")
         seed_run(tmp_path / f"dpo_{seed}", seed, accuracy / 2, "train_dpo.py", MODEL_SHORT_NAME=str(seed))
@@ -90,7 +87,7 @@ def test_the_report_averages_runs_that_differ_in_their_seed_only(tmp_path):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, model_folder, sample_folder, judges):
-    """The folder of a comparison of a copy of the start and of a policy that was pushed away from it."""
+    """Compare a copy of the start and a policy with noise on its weights, and return the folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +105,7 @@ def compared(tmp_path_factory, model_folder, sample_folder, judges):
     return work / "comparison"
 
 
-def test_a_comparison_of_policies(compared):
+def test_policies_are_compared_by_reward_judge_and_kl(compared):
     result = json.loads((compared / "eval.json").read_text())
     for way in ("sampled", "greedy"):
         found = result["policies"][way]
@@ -118,7 +115,7 @@ def test_a_comparison_of_policies(compared):
             assert same["verdict"] == "not shown" and same["win_rate"] == 0.5 and same["difference"] == 0.0
             assert pushed["difference"] == pytest.approx(pushed["mean"] - found["start"][judge]["mean"])
         if way == "greedy":
-            assert found["pushed"]["kl"] is None, "the log-ratio of the likeliest answer is no KL"
+            assert found["pushed"]["kl"] is None, "greedy answers have no KL"
             continue
         assert abs(found["same"]["kl"]) < 1e-3 and found["pushed"]["kl"] > 0.5
     sampled = result["policies"]["sampled"]
@@ -139,11 +136,10 @@ def test_a_comparison_of_policies(compared):
         ({"POLICIES": "x", "JUDGE_MODEL": "nowhere"}, "JUDGE_MODEL = 'nowhere' is not there"),
     ],
 )
-def test_mistakes_end_in_one_line(constants, message, model_folder, sample_folder, judges, tmp_path):
+def test_user_errors_stop_with_one_message(constants, message, model_folder, sample_folder, judges, tmp_path):
     where = {"MODEL": model_folder, "DATA_DIR": sample_folder, "OUTPUT_DIR": tmp_path / "run"}
-    with pytest.raises(SystemExit) as stop:
-        run_script(evaluate, **SMALL | where | {"REWARD_MODEL": judges["scalar"]} | constants)
-    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+    options = SMALL | where | {"REWARD_MODEL": judges["scalar"]} | constants
+    assert message in error_of(evaluate, **options) and not (tmp_path / "run").exists()
 
 
 # the drafted answers
@@ -164,9 +160,8 @@ MODEL = {
 
 def trained(name, head, result):
     settings = {"REWARD_MODEL": f"outputs/{head}", "SEED": 1}
-    return {"name": name, "kind": "reinforce", "record": {"reward_head": head, "seed": 1, "settings": settings}} | {
-        "result": result
-    }
+    record = {"reward_head": head, "seed": 1, "settings": settings}
+    return {"name": name, "kind": "reinforce", "record": record, "result": result}
 
 
 def reward_model(head):
@@ -181,7 +176,7 @@ def comparison(started, verdict):
     return {"name": started, "kind": "comparison", "record": {"started": started}, "result": result}
 
 
-def test_the_draft_quotes_what_was_measured():
+def test_the_draft_quotes_the_measured_numbers():
     runs = [trained("a", "scalar", GREW), trained("b", "scalar", FELL), trained("c", "distribution", GREW)]
     found = questions([*runs, reward_model("scalar"), reward_model("distribution")])
     first, more, read, improved, why, _ = (" ".join(paragraphs) for _, paragraphs in found)
@@ -192,14 +187,13 @@ def test_the_draft_quotes_what_was_measured():
     assert "run extras.evaluate with POLICIES" in improved, "two scales cannot be compared"
     assert "not shown to be better than 'longer wins'" in why and "+0.100 (-0.100 to +0.300)" in why
     elsewhere = reward_model("distribution") | {"result": MODEL | {"pairs": 70}}
-    found = questions(
-        [*runs, reward_model("scalar"), elsewhere, comparison("2026-02", "grew"), comparison("2026-01", "")]
-    )
+    comparisons = [comparison("2026-02", "grew"), comparison("2026-01", "")]
+    found = questions([*runs, reward_model("scalar"), elsewhere, *comparisons])
     assert "were not measured on the same pairs" in found[1][1][-1]
     assert found[3][1] == ["a: by the reward +0.200 (one run) against the start; by themselves grew."], "the later one"
 
 
-def test_missing_runs_are_named_and_nothing_is_drafted_without_reinforce():
+def test_the_draft_names_missing_runs():
     assert questions([reward_model("scalar")]) == []
     texts = [" ".join(paragraphs) for _, paragraphs in questions([trained("a", "distribution", FELL)])]
     assert "No run was trained against a reward model with HEAD = scalar" in texts[0]
@@ -207,14 +201,14 @@ def test_missing_runs_are_named_and_nothing_is_drafted_without_reinforce():
 
 
 def test_the_page_shows_a_comparison(compared, tmp_path):
-    """In a real browser: nothing is fetched, a sample opens at a click, and a phone needs no scrolling sideways."""
+    """In a browser, nothing is downloaded, a sample opens at a click, and the page fits a phone."""
     run_script(make_report, OUTPUT=tmp_path / "all.html", LOOK_IN=compared)
     everything = (tmp_path / "all.html").read_text(encoding="utf-8")
     assert "Not here: a run of python train_reward_model.py" in everything and "Greedy answers" in everything
     run_script(make_report, RUNS=compared, OUTPUT=tmp_path / "page.html", LOOK_IN=tmp_path)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "best of 3" in page and "Greedy answers" in page and page.count("data:image/png;base64,") == 2
-    assert "Not here:" not in page, "a report on one run does not ask for others"
+    assert "Not here:" not in page, "a report on one run names no missing runs"
     with Browser(tmp_path / "profile") as browser:
         browser.open(tmp_path / "page.html")
         assert browser.texts("h3")[:2] == ["Sampled answers", "Greedy answers"]
@@ -224,9 +218,7 @@ def test_the_page_shows_a_comparison(compared, tmp_path):
         assert any(browser.value(loaded) or time.sleep(0.1) for _ in range(100))
         browser.click("details summary")
         assert browser.value("document.querySelectorAll('details[open]').length") == 1
-        asked = [
-            event["params"]["request"]["url"] for event in browser.events if "requestWillBeSent" in event["method"]
-        ]
-        assert all(url.startswith(("file:", "data:")) for url in asked)
+        sent = [event["params"] for event in browser.events if "requestWillBeSent" in event["method"]]
+        assert all(params["request"]["url"].startswith(("file:", "data:")) for params in sent)
         browser.screenshot(tmp_path / "phone.png", 390, 800, dark=True)
         assert browser.value("document.documentElement.scrollWidth <= window.innerWidth")
