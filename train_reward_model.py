@@ -1,10 +1,10 @@
-"""Train a reward model on the pairs of step 1, and say whether it has learned more than a shortcut.
+"""Train a reward model on preference pairs and test whether it learned more than a shortcut.
 
 Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py)
 Writes : outputs/reward_model/ (the model, eval.json, predictions.jsonl, metrics.jsonl, run.json, plots, README.md)
 
 python train_reward_model.py
-python train_reward_model.py --head distribution           # P(grade) for 1 to 10 in place of a number
+python train_reward_model.py --head distribution           # P(grade) for 1 to 10 instead of a number
 python train_reward_model.py --max_rows 32 --max_steps 4    # a quick look; any constant below, in lower case
 python train_reward_model.py --seed 1 --output_dir outputs/reward_model_1    # extras.make_report averages over seeds
 accelerate launch train_reward_model.py                    # on several GPUs
@@ -31,48 +31,46 @@ if TYPE_CHECKING:
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
-MAX_ROWS = 0  # use the first so many rows of train and of validation only, 0 = all of them
-HALF = ""  # even | odd: train on every second prompt only, so that a judge can be trained on the others, "" = on all
+MAX_ROWS = 0  # use only the first MAX_ROWS rows of train and of validation, 0 = all
+HALF = ""  # even | odd: train on every other prompt and leave the rest for a judge, "" = all
 # model
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder, also that of an earlier reward model
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder, also of a reward model
 HEAD = "scalar"  # scalar = a number | distribution = P(grade) for 1 to 10 | attributes = the five ratings
-RATING = ""  # weights of the attributes for HEAD = attributes, see docs/data.md; "" = as the data were rated
+RATING = ""  # attribute weights for HEAD = attributes, see docs/data.md; "" = those of the data
 USE_LORA = False  # train low-rank adapters and the head instead of all weights
-LORA_RANK = 16  # of the adapters
-LORA_ALPHA = 32  # adapters count alpha / rank
+LORA_RANK = 16  # rank of the adapters
+LORA_ALPHA = 32  # adapters are scaled by alpha / rank
 LORA_DROPOUT = 0.05  # on the input of the adapters
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers that get one
-GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long windows in little memory
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers with adapters
+GRADIENT_CHECKPOINTING = False  # recompute activations: less memory, slower
 # training
-PAIR_LOSS = ""  # "" = the first for HEAD: bradley_terry | margin | scaled; win_probability | scaled; squared_error
+PAIR_LOSS = ""  # "" = first one of HEAD: bradley_terry | margin | scaled; win_probability | scaled; squared_error
 LABEL_SMOOTHING = 0.0  # assumed share of wrong labels
-CENTRING = 0.0  # weight of (reward of chosen + reward of rejected)^2, HEAD = scalar
-RATING_WEIGHT = 0.0  # share of the loss that ties the grades to the ratings, HEAD = distribution
-EPOCHS = 1  # passes over the training rows; of more than one, the best on validation is kept
-MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
-BATCH_SIZE = 4  # pairs in memory at once
+RATING_WEIGHT = 0.0  # share of the loss that fits the grades to the ratings, HEAD = distribution
+EPOCHS = 1  # passes over the training rows; the best epoch on validation is kept
+MAX_STEPS = 0  # optimizer steps, 0 = by EPOCHS
+BATCH_SIZE = 4  # pairs per batch on each device
 ACCUMULATION = 1  # batches per optimizer step
-LEARNING_RATE = 5e-5  # learning rate at its highest, after the warm-up
-HEAD_LEARNING_RATE = 1e-3  # the same of a new head, which starts at zero; 0 = LEARNING_RATE, as a trained head has
+LEARNING_RATE = 5e-5  # peak learning rate
+HEAD_LEARNING_RATE = 1e-3  # peak learning rate of a new head, 0 = LEARNING_RATE
 SCHEDULE = "cosine"  # cosine | linear | constant
-WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
-WEIGHT_DECAY = 0.0  # of AdamW
-SEED = 42  # of the adapters' start and of the order of rows
-DEVICE = ""  # cuda | mps | cpu, "" = the best one here
-PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
+WARMUP_SHARE = 0.1  # share of the steps in which the rate rises from 0
+SEED = 42  # of new adapters and the order of rows
+DEVICE = ""  # cuda | mps | cpu, "" = best available
+PRECISION = ""  # fp32 | bf16 | fp16, "" = by device
 # evaluation
-CONTROL_PAIRS = 500  # pairs on which it is also tried untrained, without the prompts and with wrong ones, 0 = none
+CONTROL_PAIRS = 500  # pairs for the controls: untrained model, no prompts, wrong prompts; 0 = none
 # output
-OUTPUT_DIR = "outputs/reward_model"  # the run folder
-LOG_EVERY_STEPS = 10  # a line of metrics.jsonl
-EVAL_EVERY_STEPS = 0  # pair accuracy on validation while training, 0 = at the end only
-SAVE_EVERY_STEPS = 200  # a checkpoint to go on from, 0 = none
-RESUME = True  # go on with an unfinished run of the same settings
+OUTPUT_DIR = "outputs/reward_model"  # run folder
+LOG_EVERY_STEPS = 10  # steps between lines of metrics.jsonl
+EVAL_EVERY_STEPS = 0  # steps between evaluations on validation, 0 = only at the end
+SAVE_EVERY_STEPS = 200  # steps between checkpoints, 0 = none
+RESUME = True  # resume an unfinished run with the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 
 def check_head() -> str:
-    """Return the name of the loss; stop where HEAD, PAIR_LOSS and RATING do not go together."""
+    """Return the name of the loss. Stop if HEAD, PAIR_LOSS and RATING contradict each other."""
     from utils.data.preferences import RATINGS
     from utils.training.losses import PAIR_LOSSES
 
@@ -83,20 +81,19 @@ def check_head() -> str:
         pick(RATINGS, "RATING", RATING)
         if HEAD != "attributes":
             stop(f"RATING = {RATING!r} is for HEAD = attributes: for {HEAD}, load the rows with that rating")
-    heads = {"LABEL_SMOOTHING": ("scalar", "distribution"), "CENTRING": ("scalar",), "RATING_WEIGHT": ("distribution",)}
-    options = {"LABEL_SMOOTHING": LABEL_SMOOTHING, "CENTRING": CENTRING, "RATING_WEIGHT": RATING_WEIGHT}
-    for name, value in options.items():
-        if value and HEAD not in heads[name]:
-            stop(f"{name} = {value} is for HEAD = {' or '.join(heads[name])}, not for {HEAD}: set it to 0")
+    if LABEL_SMOOTHING and HEAD == "attributes":
+        stop(f"LABEL_SMOOTHING = {LABEL_SMOOTHING} has no effect with HEAD = attributes: set it to 0")
+    if RATING_WEIGHT and HEAD != "distribution":
+        stop(f"RATING_WEIGHT = {RATING_WEIGHT} needs HEAD = distribution: set it to 0, or change HEAD")
     return pair_loss
 
 
 def load_rows(tokenizer: PreTrainedTokenizerBase, metadata: dict) -> dict[str, Dataset]:
-    """Return the pairs of "train", "validation" and, where validation chooses the epoch, "test"."""
+    """Return the pairs of "train" and "validation"; for several epochs also "test", if there is one."""
     from utils.data.processed import HALVES, closed_answers, half, load_pairs
 
     splits = ["train", "validation"]
-    if EPOCHS > 1 and metadata["test_size"]:  # validation chooses the epoch, so it cannot measure it too
+    if EPOCHS > 1 and metadata["test_size"]:  # validation selects the epoch, so test measures it
         splits.append("test")
     rows = {split: load_pairs(DATA_DIR, split, MAX_ROWS) for split in splits}
     if HALF:
@@ -106,37 +103,37 @@ def load_rows(tokenizer: PreTrainedTokenizerBase, metadata: dict) -> dict[str, D
 
 
 def new_head(rows: Dataset, rating: str, pair_loss: str) -> RewardHead:
-    """Return the head for HEAD; stop where the training rows lack the ratings or attributes that it learns from."""
+    """Return a new head. Stop if the training rows lack the ratings or attributes that it needs."""
     from utils.data.processed import ratings_of
     from utils.models.reward_model import new_reward_head
     from utils.training.losses import NEED_RATINGS
 
     ratings, means = ratings_of(rows)
     if (pair_loss in NEED_RATINGS or RATING_WEIGHT) and len(ratings) < 2 * len(rows):
-        stop(f"not all of these rows have ratings, which PAIR_LOSS = {pair_loss!r} or RATING_WEIGHT needs")
+        stop(f"some rows have no ratings, which PAIR_LOSS = {pair_loss!r} or RATING_WEIGHT needs")
     if HEAD == "attributes" and means is None:
-        stop("these rows have no attributes, which HEAD = attributes learns: load nvidia/HelpSteer2, or use scalar")
+        stop("the rows have no attributes, which HEAD = attributes needs: load nvidia/HelpSteer2, or use scalar")
     return new_reward_head(HEAD, RATING or rating, ratings, means)
 
 
 def build_trainer(
     model: nn.Module, head_rate: float, rows: dict, collator: PairCollator, head: RewardHead, run: Run
 ) -> PairTrainer:
-    """Return the trainer; head_rate: the learning rate of the head."""
+    """Return the trainer. head_rate: learning rate of the head."""
     from utils.evaluation.predictions import pairs_right
     from utils.models.reward_model import RewardPairs
-    from utils.training.losses import PairLoss
+    from utils.training.losses import RewardPairLoss
     from utils.training.trainer import PairTrainer
 
     def accuracy(outputs: dict[str, np.ndarray], _: Dataset) -> dict[str, float]:
         return {"accuracy": float(pairs_right(outputs["outputs"], head).mean())}
 
-    loss = PairLoss(head, run.record["pair_loss"], LABEL_SMOOTHING, CENTRING, RATING_WEIGHT)
+    loss = RewardPairLoss(head, run.record["pair_loss"], LABEL_SMOOTHING, RATING_WEIGHT)
     return PairTrainer(RewardPairs(model), rows, collator, loss, run, accuracy, {"score": head_rate})
 
 
 def predict(trainer: PairTrainer, rows: dict, tokenizer: PreTrainedTokenizerBase, head: RewardHead) -> tuple:
-    """Return (the lines of predictions.jsonl for the held-out pairs, weights of the surface measures)."""
+    """Return (lines of predictions.jsonl for the held-out pairs, weights of the surface features)."""
     from utils.evaluation import baselines, predictions
     from utils.models.reward_model import RewardPairs, random_head_model
 
@@ -144,7 +141,7 @@ def predict(trainer: PairTrainer, rows: dict, tokenizer: PreTrainedTokenizerBase
         return trainer.outputs_on(pairs, RewardPairs(model) if model else None)["outputs"]
 
     held_out = rows.get("test", rows["validation"])
-    if HEAD == "attributes":  # the other heads learn the size of a difference from their pairs
+    if HEAD == "attributes":  # the other heads learn the scale from their pairs
         predictions.fit_win_scale(head, rows["validation" if "test" in rows else "train"], outputs_of)
     weights = baselines.surface_weights(rows["train"])
     untrained = partial(random_head_model, MODEL, head, trainer.accelerator.device, SEED)
@@ -201,7 +198,7 @@ def main(settings: dict) -> None:
         reward_model.save_reward_model(model, tokenizer, run.folder, head, rows["train"], collator, **facts)
         reward_report.write_report(run.folder, result, lines, run.record)
     training.close(run, trainer.accelerator)
-    # 7. say where it is and what to run next
+    # 7. print where it is and what to run next
     say(f"{reward_report.format_summary(result)}\nwritten: {run.folder}")
     say(f"next: python -m extras.make_report --runs {run.folder}    # the whole report as one page")
     policy = f"python train_dpo.py --reward_model {run.folder}"

@@ -1,10 +1,10 @@
 """Prove that a change moves no number: run the same short commands at a git commit and here, and compare the files.
 
 Reads  : sample_data/, the git commit BASE, and the present files, committed or not
-Writes : outputs/compare_commits.json, and prints one line a case: same, differs or failed
+Prints : one line per case: same, differs or failed
 
 python -m benchmarks.compare_commits --base main
-python -m benchmarks.compare_commits --base HEAD~3 --cases dpo,sft --keep outputs/both
+python -m benchmarks.compare_commits --base HEAD~3 --cases dpo,sft
 python -m benchmarks.compare_commits --ignore old_key,new_key    # keys that this very change removes or adds
 """
 
@@ -26,15 +26,13 @@ from utils.script import pick, say, script, stop
 BASE = "HEAD~1"  # git commit to compare the present files with
 CASES = ()  # names in COMMANDS; cases that these read from run as well; () = all
 IGNORE = ()  # more keys, or names of files, to leave out of the comparison
-KEEP = ""  # new folder for the files that both sides wrote, "" = remove them at the end
-OUTPUT = "outputs/compare_commits.json"  # the results
 
 # Each case runs in a folder with tiny/ and sample_data/ and writes to NAME/out. Words that end in /out name an earlier
 # case. `two` starts two processes; `kill` kills the run after its first checkpoint and starts it again.
 STARTS = {
     "REWARD": "train_reward_model.py --data_dir load/out --control_pairs 8",
     "DPO": "train_dpo.py --data_dir load/out --sample_prompts 3",
-    "REINFORCE": "train_reinforce.py --data_dir load/out --eval_prompts 6 --sample_every_steps 2",
+    "REINFORCE": "train_reinforce.py --data_dir load/out --eval_prompts 6",
     "EVALUATE": "extras.evaluate --data_dir load/out --reward_model reward/out",
 }
 COMMANDS = {
@@ -236,12 +234,10 @@ def compare_case(name: str, sides: list[Path], checkouts: list[Path], ignore: se
 def main(settings: dict) -> None:
     for name in CASES:
         pick(COMMANDS, "CASES", name)
-    if KEEP and Path(KEEP).exists():
-        stop(f"KEEP = {KEEP!r} exists already: choose a new folder")
     began, results, ignore = time.monotonic(), {}, {*VARY["files"], *VARY["keys"], *IGNORE}
     os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as work:
-        sides = [Path(KEEP or work).resolve() / side for side in ("before", "after")]
+        sides = [Path(work).resolve() / side for side in ("before", "after")]
         checkouts = [Path(work).resolve() / "checkout", Path.cwd()]
         git = ["git", "worktree"]
         added = subprocess.run([*git, "add", "--detach", checkouts[0], BASE], capture_output=True, text=True)
@@ -256,10 +252,8 @@ def main(settings: dict) -> None:
                 say(f"{name:24} {time.monotonic() - start:5.1f} s  {results[name]}")
         finally:
             subprocess.run([*git, "remove", "--force", checkouts[0]], capture_output=True)
-    Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
-    Path(OUTPUT).write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n", encoding="utf-8")
     faults = sum(not result.startswith("same") for result in results.values())
-    say(f"{len(results)} cases, {faults} differ or failed, {time.monotonic() - began:.0f} seconds; written: {OUTPUT}")
+    say(f"{len(results)} cases, {faults} differ or failed, {time.monotonic() - began:.0f} seconds")
     if faults:
         sys.exit(1)
 

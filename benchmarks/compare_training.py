@@ -1,4 +1,4 @@
-"""Train the same pairs with this toolkit and with TRL, each in a process of its own, and compare time and memory.
+"""Train on the same pairs with this toolkit and with TRL, in separate processes, and compare time and memory.
 
 Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py)
 Writes : outputs/compare_training.json, and prints a table
@@ -10,6 +10,7 @@ python -m benchmarks.compare_training --method dpo --max_rows 32 --model models/
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,37 +32,29 @@ if TYPE_CHECKING:
 
 # data
 DATA_DIR = "processed_helpsteer"  # rows made by load_helpsteer_dataset.py
-MAX_ROWS = 24  # training pairs that each variant trains on, once
+MAX_ROWS = 24  # training pairs for each variant
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
 # training
 METHOD = "reward"  # reward = a scalar reward model | dpo
-VARIANTS = ("ours", "trl", "trl_best")  # what is compared, see FLAGS
-BATCH_SIZE = 4  # pairs at once
-LEARNING_RATE = 1e-5  # learning rate at its highest
+BATCH_SIZE = 4  # pairs per batch
+LEARNING_RATE = 1e-5  # peak learning rate
 SEED = 42  # of the order of rows
-DEVICE = ""  # cuda | mps | cpu, "" = the best one here
-# output
-OUTPUT = "outputs/compare_training.json"  # the figures
-CHILD = ""  # set by this script itself: the variant that this process measures
-
+DEVICE = ""  # cuda | mps | cpu, "" = best available
 METHODS = {"reward": "trl.RewardTrainer", "dpo": "trl.DPOTrainer"}
-FLAGS = {  # what each variant asks of its trainer
+VARIANTS = {  # what is compared: arguments of its trainer
     "ours": {},
-    "ours_fp32": {"precision": "fp32"},
     "trl": {},  # TRL's defaults
     "trl_best": {"bf16": True, "gradient_checkpointing": False},
 }
-
-
 SHARED = {  # constants that all variants train with
-    **{"EPOCHS": 2, "MAX_STEPS": 0, "ACCUMULATION": 1, "SCHEDULE": "linear", "WARMUP_SHARE": 0.0, "WEIGHT_DECAY": 0.0},
+    **{"EPOCHS": 2, "MAX_STEPS": 0, "ACCUMULATION": 1, "SCHEDULE": "linear", "WARMUP_SHARE": 0.0},
     **{"LOG_EVERY_STEPS": 1, "EVAL_EVERY_STEPS": 0, "SAVE_EVERY_STEPS": 0, "REPORT_TO": "none"},
 }
 
 
 def build(variant: str, settings: dict, device: torch.device) -> tuple[Trainer, float]:
-    """Return (the trainer of a variant on MAX_ROWS training pairs, seconds that its reference took before)."""
+    """Return (the trainer of a variant on MAX_ROWS pairs, seconds that its reference took)."""
     from transformers import set_seed
 
     from utils.data.processed import load_pairs, matching_tokenizer
@@ -72,14 +65,14 @@ def build(variant: str, settings: dict, device: torch.device) -> tuple[Trainer, 
     tokenizer, _ = matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     rows = load_pairs(DATA_DIR, "train", MAX_ROWS)
     set_seed(SEED)
-    precision, _ = loading.choose_precision(FLAGS[variant].get("precision", ""), device)
+    precision, _ = loading.choose_precision("", device)
     folder = Path(tempfile.mkdtemp()) / variant
     run = Run(folder, SHARED | settings, device=str(device), precision=precision)
     if variant.startswith("trl"):
         return trl_trainer(variant, rows, tokenizer, run), 0.0
     module, loss = ours(tokenizer, precision)
     collator = shared_prompt.collator_for(tokenizer, device)
-    parts = {"train": rows, "validation": rows.select([])}
+    parts = {"train": rows, "validation": rows.select([0])}  # an empty one would have no reference
     trainer = training.PairTrainer(module.to(device), parts, collator, loss, run, lambda *_: {})
     began = time.perf_counter()
     if METHOD == "dpo":
@@ -95,13 +88,15 @@ def ours(tokenizer: object, precision: str) -> tuple[torch.nn.Module, Callable]:
     if METHOD == "reward":
         head = reward_model.RewardHead("scalar")
         module = reward_model.RewardPairs(reward_model.start_model(MODEL, tokenizer, head))
-        return module, losses.PairLoss(head, "bradley_terry")
+        return module, losses.RewardPairLoss(head, "bradley_terry")
     module = policies.PolicyPairs(loading.load_causal(MODEL))
-    return module, losses.PolicyPairLoss(module, losses.POLICY_LOSSES["dpo"], losses.Knobs(0.1), 0.0, precision, True)
+    return module, losses.PolicyPairLoss(
+        module, losses.POLICY_LOSSES["dpo"], losses.LossConstants(0.1), 0.0, precision, True
+    )
 
 
 def trl_trainer(variant: str, rows: object, tokenizer: object, run: Run) -> Trainer:
-    """Return stock TRL with its own precision and checkpointing, unless FLAGS say otherwise."""
+    """Return stock TRL with its own precision and checkpointing, unless VARIANTS says otherwise."""
     from benchmarks import stock_trl
     from utils.models import loading, reward_model
 
@@ -112,7 +107,7 @@ def trl_trainer(variant: str, rows: object, tokenizer: object, run: Run) -> Trai
         named = {"per_device_train_batch_size": settings["BATCH_SIZE"], "learning_rate": settings["LEARNING_RATE"]}
         named |= {"num_train_epochs": settings["EPOCHS"], "seed": settings["SEED"], "logging_steps": 1}
         named |= {"use_cpu": run.record["device"] == "cpu", "save_strategy": "no", "report_to": "none"}
-        return kind(str(run.folder), disable_tqdm=True, **named | more | FLAGS[variant])
+        return kind(str(run.folder), disable_tqdm=True, **named | more | VARIANTS[variant])
 
     if METHOD == "reward":
         model = reward_model.start_model(MODEL, tokenizer, reward_model.RewardHead("scalar"))
@@ -121,10 +116,9 @@ def trl_trainer(variant: str, rows: object, tokenizer: object, run: Run) -> Trai
 
 
 def measure(trainer: Trainer, before: float) -> dict[str, float]:
-    """Seconds a pair of the second pass over all rows, peak memory, mean loss of the first pass.
+    """Return seconds per pair in the second epoch, peak memory, and the mean loss of the first epoch.
 
-    Kernels are built in the first pass. A pass without its first step would not do: ours takes the longest rows first.
-    before: seconds spent on all pairs ahead of the training; they are counted.
+    Kernels are built in the first epoch. before: seconds spent before training; they count.
     """
     from transformers import TrainerCallback
 
@@ -146,37 +140,34 @@ def measure(trainer: Trainer, before: float) -> dict[str, float]:
 
 
 def run_child(variant: str, argv: list[str]) -> dict[str, float]:
-    """The figures of a variant, from a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.compare_training", *argv, f"--child={variant}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Measure a variant in a new process."""
+    command = [sys.executable, "-m", "benchmarks.compare_training", *argv]
+    environment = os.environ | {"COMPARE_VARIANT": variant}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         stop(f"{variant} failed: {(done.stderr.strip().splitlines() or ['killed, perhaps for its memory'])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def print_table(figures: dict[str, dict[str, float]]) -> None:
-    """One line a variant, with its ratios to the first one."""
+    """Print one line per variant, with ratios to the first."""
     first = next(iter(figures.values()))
     say(f"{'':10} {'s / pair':>9} {'ratio':>6} {'peak GB':>8} {'ratio':>6} {'loss':>7}")
-    for variant, found in figures.items():
-        slower = found["seconds_per_pair"] / first["seconds_per_pair"]
-        larger = found["peak_memory_gb"] / first["peak_memory_gb"]
-        say(
-            f"{variant:10} {found['seconds_per_pair']:9.2f} {slower:6.2f} {found['peak_memory_gb']:8.2f} {larger:6.2f} "
-            f"{found['loss']:7.4f}"
-        )
+    for variant, result in figures.items():
+        slower = result["seconds_per_pair"] / first["seconds_per_pair"]
+        larger = result["peak_memory_gb"] / first["peak_memory_gb"]
+        seconds, memory, loss = (result[name] for name in ("seconds_per_pair", "peak_memory_gb", "loss"))
+        say(f"{variant:10} {seconds:9.2f} {slower:6.2f} {memory:8.2f} {larger:6.2f} {loss:7.4f}")
 
 
 @script
 def main(settings: dict) -> None:
     needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     pick(METHODS, "METHOD", METHOD)
-    for variant in (CHILD,) if CHILD else VARIANTS:
-        pick(FLAGS, "VARIANTS", variant)
-    if CHILD:
+    if variant := os.environ.get("COMPARE_VARIANT"):  # set by run_child
         from utils.models.loading import choose_device
 
-        trainer, before = build(CHILD, settings, choose_device(DEVICE))
+        trainer, before = build(variant, settings, choose_device(DEVICE))
         print(json.dumps(measure(trainer, before)))
         return
     figures = {}
@@ -184,9 +175,10 @@ def main(settings: dict) -> None:
         say(f"{METHOD}, {variant}: training on {MAX_ROWS} pairs in batches of {BATCH_SIZE}")
         figures[variant] = run_child(variant, sys.argv[1:])
     print_table(figures)
-    Path(OUTPUT).parent.mkdir(parents=True, exist_ok=True)
-    write_json(OUTPUT, {"settings": settings, "versions": versions(), "figures": figures})
-    say(f"written: {OUTPUT}")
+    output = Path("outputs/compare_training.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, {"settings": settings, "versions": versions(), "figures": figures})
+    say(f"written: {output}")
 
 
 if __name__ == "__main__":

@@ -101,22 +101,20 @@ def judge_pairs(model: RewardModel) -> tuple[dict, list[dict]]:
     from utils.models import loading, reward_model
 
     rows = load_pairs(model)
-    say(f"{REWARD_MODEL}: {model.reading.head} head, window of {model.max_length} tokens, {len(rows)} pairs")
+    say(f"{REWARD_MODEL}: {model.head.kind} head, window of {model.max_length} tokens, {len(rows)} pairs")
     base = read_json(f"{REWARD_MODEL}/run.json").get("settings", {}).get("MODEL", "")
     if base and CONTROL_PAIRS and not loading.is_there(base):
         say(f"not compared with an untrained head: {base}, the base model of {REWARD_MODEL}, is not available")
         base = ""
-    untrained = partial(reward_model.random_head_model, base, model.reading, model.model.device, SEED) if base else None
+    untrained = partial(reward_model.random_head_model, base, model.head, model.model.device, SEED) if base else None
 
     def outputs_of(pairs: Dataset, other: nn.Module | None = None) -> np.ndarray:
-        judge = reward_model.RewardModel(other, model.tokenizer, model.reading, model.max_length) if other else model
+        judge = reward_model.RewardModel(other, model.tokenizer, model.head, model.max_length) if other else model
         return judge.pair_outputs(pairs, BATCH_SIZE)
 
     weights = model.config.get("surface_weights")
     weights = np.array(weights) if weights else None
-    lines = predictions.predict_pairs(
-        outputs_of, rows, model.tokenizer, model.reading, weights, CONTROL_PAIRS, untrained
-    )
+    lines = predictions.predict_pairs(outputs_of, rows, model.tokenizer, model.head, weights, CONTROL_PAIRS, untrained)
     result = reward_report.report(lines)
     result |= {"measured_on": DATASET or f"{DATA_DIR}/{SPLIT}", "reward_model": REWARD_MODEL}
     result["pairs_trained_on"] = predictions.trained_on(REWARD_MODEL, rows)

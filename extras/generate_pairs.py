@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from extras.lib.generated import Answers, Prompt
+    from extras.lib.generated import Answers, PromptRow
     from utils.data.preferences import Ledger
     from utils.models.reward_model import RewardModel
 
@@ -58,7 +58,7 @@ def answers_per_prompt() -> int:
 
 
 def answer_batch(
-    batch: list[Prompt],
+    batch: list[PromptRow],
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     judge: RewardModel | None,
@@ -67,13 +67,14 @@ def answer_batch(
     """Return the answers to each prompt of the batch, with rewards if there is a judge."""
     from extras.lib.generated import Answers, whole_characters
     from utils.models.generation import generate
+    from utils.models.shared_prompt import Prompt
 
     count = answers_per_prompt()
     repeated = [prompt for prompt in batch for _ in range(count)]
     numbers = [prompt.number * count + i for prompt in batch for i in range(count)]
     options = {"temperature": TEMPERATURE, "seed": SEED, "numbers": numbers, **SAMPLING}
     options |= {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": BATCH_SIZE, "precision": precision}
-    answers = generate(model, tokenizer, [prompt.ids for prompt in repeated], **options)
+    answers = generate(model, tokenizer, [Prompt(row.ids) for row in repeated], **options)
     ended = [answer.ended for answer in answers]
     texts = [whole_characters(answer.text, answer.ended) for answer in answers]
     pairs = zip(repeated, texts, strict=True)
@@ -84,7 +85,7 @@ def answer_batch(
 
 
 def answer_all(
-    batches: list[list[Prompt]], path: Path, answer: Callable[[list[Prompt]], list[Answers]]
+    batches: list[list[PromptRow]], path: Path, answer: Callable[[list[PromptRow]], list[Answers]]
 ) -> dict[int, Answers]:
     """Return {number of the prompt: answers}. Keep those already in the file `path`, and append the rest to it."""
     from tqdm import tqdm

@@ -99,7 +99,7 @@ def conditions() -> dict[str, tuple[str, str]]:
 def answer_prompts(prompts: list[dict]) -> None:
     """Add the answers of each condition to the prompts, all with the same random numbers."""
     from utils.data.tokens import load_tokenizer
-    from utils.models import generation, guidance, loading
+    from utils.models import generation, loading
 
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
     template = read_json(Path(DATA_DIR) / "metadata.json").get("chat_template", "")
@@ -110,7 +110,7 @@ def answer_prompts(prompts: list[dict]) -> None:
         if context < MAX_LENGTH + MAX_NEW_TOKENS:
             stop(f"MAX_LENGTH + MAX_NEW_TOKENS = {MAX_LENGTH + MAX_NEW_TOKENS}: {policy} has a context of {context}")
         talks = [with_persona(entry["turns"], persona) for entry in prompts]
-        ids = generation.prompt_ids_of(tokenizer, talks, MAX_LENGTH, guidance.Guidance())
+        ids = generation.prompts_of(tokenizer, talks, MAX_LENGTH)
         options = {"precision": precision, "progress": f"answers of {name}"}
         answers = generation.generate(model, tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED, **options)
         for entry, answer in zip(prompts, answers, strict=True):

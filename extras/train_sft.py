@@ -1,4 +1,4 @@
-"""Fine-tune a policy on single answers (SFT): the chosen ones of processed pairs, sft rows, or prompt and completion.
+"""Fine-tune a policy on single answers (SFT): chosen answers of pairs, sft rows, or prompts with completions.
 
 Reads  : processed_helpsteer/ or processed_oasst/ (made by the loaders), or a file or hub dataset
 Writes : outputs/sft/ (the model, eval.json, metrics.jsonl, run.json, training_curves.png, README.md)
@@ -6,7 +6,7 @@ Writes : outputs/sft/ (the model, eval.json, metrics.jsonl, run.json, training_c
 python -m extras.train_sft
 python -m extras.train_sft --data_dir processed_oasst --model Qwen/Qwen2.5-0.5B-Instruct --min_rating 0
 python -m extras.train_sft --dataset my_answers.jsonl --max_length 512
-python train_dpo.py --model outputs/sft    # the folder is a start, and a reference
+python train_dpo.py --model outputs/sft    # start and reference of DPO
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from utils.config import override_constants
 from utils.runs import Run, read_json
-from utils.script import check, first_process, needs, processes, say, script, stop
+from utils.script import check, first_process, needs, processes, say, script
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,39 +23,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # data
-DATA_DIR = "processed_helpsteer"  # rows made by a loader: of pairs the chosen answers, of sft rows all
-DATASET = ""  # in place of DATA_DIR: file, folder or hub name of rows with prompt and completion, or messages
-MAX_ROWS = 0  # use the first so many rows of train and of validation only, 0 = all of them
-MIN_RATING = ""  # answers rated lower, or not rated, are left out: such as 3.5, or 0 for the best of ranked; "" = none
-MAX_LENGTH = 256  # tokens of prompt and answer together, for DATASET; rows of DATA_DIR have their window
-CHAT_TEMPLATE = ""  # for DATASET: "" = the tokenizer's own, "plain" = User: ... Assistant: ... for one without
-VALIDATION_SHARE = 0.2  # of the rows of a DATASET without a held-out split, by prompt
+DATA_DIR = "processed_helpsteer"  # rows made by a loader: chosen answers of pairs, or sft rows
+DATASET = ""  # instead of DATA_DIR: file, folder or hub name of rows with prompt and completion, or messages
+MAX_ROWS = 0  # use only the first MAX_ROWS rows of train and of validation, 0 = all
+MIN_RATING = ""  # leave out answers rated lower or not at all: 3.5, or 0 for the best of ranked; "" = keep all
+MAX_LENGTH = 256  # tokens of prompt + answer, for DATASET; rows of DATA_DIR have their own window
+CHAT_TEMPLATE = ""  # for DATASET: "" = of the tokenizer, "plain" = User: ... Assistant: ...
 # model
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder
 USE_LORA = False  # train low-rank adapters instead of all weights
-LORA_RANK = 16  # of the adapters
-LORA_ALPHA = 32  # adapters count alpha / rank
+LORA_RANK = 16  # rank of the adapters
+LORA_ALPHA = 32  # adapters are scaled by alpha / rank
 LORA_DROPOUT = 0.05  # on the input of the adapters
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers that get one
-GRADIENT_CHECKPOINTING = False  # compute activations twice: slower, for long windows in little memory
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers with adapters
+GRADIENT_CHECKPOINTING = False  # recompute activations: less memory, slower
 # training
 EPOCHS = 1  # passes over the training rows
-MAX_STEPS = 0  # optimizer steps, 0 = as many as EPOCHS make
-BATCH_SIZE = 4  # rows in memory at once
-ACCUMULATION = 1  # batches per optimizer step; the loss is the mean over all answer tokens of a step
-LEARNING_RATE = 2e-5  # learning rate at its highest, after the warm-up
+MAX_STEPS = 0  # optimizer steps, 0 = by EPOCHS
+BATCH_SIZE = 4  # rows per batch on each device
+ACCUMULATION = 1  # batches per optimizer step; the loss is the mean over the answer tokens of a step
+LEARNING_RATE = 2e-5  # peak learning rate
 SCHEDULE = "cosine"  # cosine | linear | constant
-WARMUP_SHARE = 0.1  # of the steps, in which the rate grows from 0
-WEIGHT_DECAY = 0.0  # of AdamW
-SEED = 42  # of the adapters' start, the order of rows, and the split of DATASET
-DEVICE = ""  # cuda | mps | cpu, "" = the best one here
-PRECISION = ""  # fp32 | bf16 | fp16, "" = what the device does natively
+WARMUP_SHARE = 0.1  # share of the steps in which the rate rises from 0
+SEED = 42  # of new adapters, the order of rows, and the split of DATASET
+DEVICE = ""  # cuda | mps | cpu, "" = best available
+PRECISION = ""  # fp32 | bf16 | fp16, "" = by device
 # output
-OUTPUT_DIR = "outputs/sft"  # the run folder
-LOG_EVERY_STEPS = 10  # a line of metrics.jsonl
-EVAL_EVERY_STEPS = 0  # perplexity on validation while training, 0 = before and after only
-SAVE_EVERY_STEPS = 200  # a checkpoint to resume from, 0 = none
-RESUME = True  # resume an unfinished run of the same settings
+OUTPUT_DIR = "outputs/sft"  # run folder
+LOG_EVERY_STEPS = 10  # steps between lines of metrics.jsonl
+EVAL_EVERY_STEPS = 0  # steps between evaluations on validation, 0 = only before and after
+SAVE_EVERY_STEPS = 200  # steps between checkpoints, 0 = none
+RESUME = True  # resume an unfinished run with the same settings
 REPORT_TO = "none"  # none | tensorboard | trackio | wandb
 
 
@@ -68,22 +66,22 @@ def load() -> tuple[PreTrainedTokenizerBase, Dataset, Dataset, dict]:
     if DATASET:
         tokenizer = tokens.load_tokenizer(MODEL, CHAT_TEMPLATE, "MODEL")
         tokens.check_window(tokenizer, MAX_LENGTH, "")
-        found, ledger = sft.answers_of_source(DATASET, tokenizer, MAX_LENGTH, VALIDATION_SHARE, SEED, MAX_ROWS)
+        parts, ledger = sft.answers_of_source(DATASET, tokenizer, MAX_LENGTH, SEED, MAX_ROWS)
         facts = {"dataset_name": DATASET, "max_length": MAX_LENGTH, "counts": ledger.totals() | ledger.counts()}
-        facts["data_fingerprint"] = processed.fingerprint(found)
+        facts["data_fingerprint"] = processed.fingerprint(parts)
     else:
         tokenizer, metadata = processed.matching_tokenizer(DATA_DIR, "MODEL", MODEL)
-        found = {name: sft.load_answers(DATA_DIR, name, MAX_ROWS) for name in ("train", "validation")}
+        parts = {name: sft.load_answers(DATA_DIR, name, MAX_ROWS) for name in ("train", "validation")}
         facts = {"dataset_name": metadata["dataset_name"], "max_length": metadata["max_length"]}
         facts["data_fingerprint"] = metadata["fingerprint"]
     origin = DATASET or DATA_DIR
-    rows, left_out = sft.learnable(found["train"], least, f"{origin}, train")
-    validation, _ = sft.learnable(found["validation"], least, f"{origin}, validation")
+    rows, left_out = sft.learnable(parts["train"], least, f"{origin}, train")
+    validation, _ = sft.learnable(parts["validation"], least, f"{origin}, validation")
     return tokenizer, rows, validation, facts | {"train_rows": len(rows), "left_out": left_out}
 
 
 def build_model(rows: Dataset, settings: dict) -> tuple[nn.Module, str]:
-    """Return (the model to train, digest of the weights that it starts from)."""
+    """Return (the model to train, the digest of its weights)."""
     from utils.models import loading, policies
 
     model = loading.load_causal(MODEL)
@@ -96,8 +94,6 @@ def build_model(rows: Dataset, settings: dict) -> tuple[nn.Module, str]:
 def main(settings: dict) -> None:
     # 1. check
     check(settings)
-    if not 0 < VALIDATION_SHARE < 1:
-        stop(f"VALIDATION_SHARE = {VALIDATION_SHARE}: expected more than 0 and less than 1")
     if not DATASET:
         needs(DATA_DIR, made_by="load_helpsteer_dataset.py")
     from transformers import set_seed
@@ -120,13 +116,13 @@ def main(settings: dict) -> None:
     collator = shared_prompt.collator_for(tokenizer, device)
     module = policies.PolicyPairs(model)
 
-    def scored(what: str) -> dict:
-        return shared_prompt.forward_pairs(module, validation, collator, 2 * BATCH_SIZE, trainer.accelerator, what)
+    def scored(progress: str) -> dict:
+        return shared_prompt.forward_pairs(module, validation, collator, 2 * BATCH_SIZE, trainer.accelerator, progress)
 
-    def figures() -> dict[str, float]:
+    def evaluation() -> dict[str, float]:
         return {"loss": sft.mean_nll(scored("scoring validation"))}
 
-    trainer = sft.answer_trainer(model, rows, tokenizer, run, figures)
+    trainer = sft.answer_trainer(model, rows, tokenizer, run, evaluation)
     module.to(trainer.accelerator.device)
     before = scored("perplexity before")
     # 4. train

@@ -50,13 +50,13 @@ def show_rows() -> None:
 def answer_of_policy(conversation: list[dict]) -> str:
     """Return the policy's answer to a conversation."""
     from utils.data import tokens
-    from utils.models import generation, guidance, loading
+    from utils.models import generation, loading
 
     tokenizer, model = tokens.load_tokenizer(POLICY, constant="POLICY"), loading.load_causal(POLICY, "POLICY")
     window = model.config.max_position_embeddings - MAX_NEW_TOKENS
-    ids = generation.prompt_ids_of(tokenizer, [conversation], window, guidance.Guidance())
+    prompts = generation.prompts_of(tokenizer, [conversation], window)
     model = model.to(loading.choose_device(DEVICE))
-    return generation.generate(model, tokenizer, ids, MAX_NEW_TOKENS, TEMPERATURE, SEED)[0].text
+    return generation.generate(model, tokenizer, prompts, MAX_NEW_TOKENS, TEMPERATURE, SEED)[0].text
 
 
 @script

@@ -149,13 +149,13 @@ def judges(tmp_path_factory, model_folder, sample_folder):
 
     tokenizer = load_tokenizer(model_folder)
     folders, rows = {}, load_pairs(sample_folder, "train", 8)
-    for head in ("scalar", "distribution"):
-        reading, folder = new_reward_head(head, "average", [], None), tmp_path_factory.mktemp("judge") / head
+    for kind in ("scalar", "distribution"):
+        head, folder = new_reward_head(kind, "average", [], None), tmp_path_factory.mktemp("judge") / kind
         torch.manual_seed(1)
-        model = reward_model.start_model(model_folder, tokenizer, reading)
+        model = reward_model.start_model(model_folder, tokenizer, head)
         torch.nn.init.normal_(model.score.weight, std=0.3)
-        reward_model.save_reward_model(model, tokenizer, folder, reading, rows, PairCollator(2, 8), max_length=128)
-        folders[head] = str(folder)
+        reward_model.save_reward_model(model, tokenizer, folder, head, rows, PairCollator(2, 8), max_length=128)
+        folders[kind] = str(folder)
     return folders
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from datasets import Dataset
 
 from utils.models.generation import Answer
-from utils.models.shared_prompt import PairCollator
+from utils.models.shared_prompt import PairCollator, Prompt
 from utils.runs import Run
 from utils.training.reinforce import Sample
 from utils.training.trainer import PairTrainer
@@ -41,7 +41,7 @@ def toy_rows(count: int, seed: int = 0, guidance: str = "none", both: bool = Fal
 
 
 TRAINING = {  # the constants that every training shares: a few steps
-    **{"EPOCHS": 3, "MAX_STEPS": 5, "BATCH_SIZE": 4, "ACCUMULATION": 1, "LEARNING_RATE": 3e-3, "WEIGHT_DECAY": 0.0},
+    **{"EPOCHS": 3, "MAX_STEPS": 5, "BATCH_SIZE": 4, "ACCUMULATION": 1, "LEARNING_RATE": 3e-3},
     **{"SCHEDULE": "linear", "WARMUP_SHARE": 0.0, "SEED": 0, "REPORT_TO": "none"},
     **{"LOG_EVERY_STEPS": 1, "EVAL_EVERY_STEPS": 0, "SAVE_EVERY_STEPS": 0},
 }
@@ -61,5 +61,5 @@ def toy_trainer(module, losses, rows, folder, rates=None, **settings) -> PairTra
 
 def sample_of(ids: list[int], number: int = 0, ended: bool = True, **more: float) -> Sample:
     """A sampled answer of these tokens to `Hi`."""
-    answer = Answer([1, 4, 5], ids, "text", ended)
+    answer = Answer(Prompt([1, 4, 5]), ids, "text", ended)
     return Sample(number, [{"role": "user", "content": "Hi"}], answer, 0.0, 0.0, 0.0, **more)

@@ -16,10 +16,10 @@ BOUNDS = {  # constants that several scripts share: (smallest value, largest val
     **dict.fromkeys(("BATCH_SIZE", "ACCUMULATION", "GENERATION_BATCH", "ANSWERS_PER_PROMPT"), (1, math.inf)),
     **dict.fromkeys(("MAX_NEW_TOKENS", "LORA_RANK", "LOG_EVERY_STEPS"), (1, math.inf)),
     **dict.fromkeys(("MAX_ROWS", "MAX_STEPS", "EPOCHS", "SEED", "EVAL_EVERY_STEPS", "SAVE_EVERY_STEPS"), (0, math.inf)),
-    **dict.fromkeys(("LEARNING_RATE", "WEIGHT_DECAY", "TEMPERATURE", "BETA", "KL_BETA"), (0, math.inf)),
-    **dict.fromkeys(("HEAD_LEARNING_RATE", "PROMPT_LEARNING_RATE", "SFT_WEIGHT", "MAX_GRAD_NORM"), (0, math.inf)),
+    **dict.fromkeys(("LEARNING_RATE", "TEMPERATURE", "BETA", "KL_BETA"), (0, math.inf)),
+    **dict.fromkeys(("HEAD_LEARNING_RATE", "PROMPT_LEARNING_RATE", "SFT_WEIGHT"), (0, math.inf)),
     **dict.fromkeys(("MIN_RATING_GAP", "KL_LIMIT", "PROMPTS", "EVAL_PROMPTS", "SAMPLE_PROMPTS"), (0, math.inf)),
-    **dict.fromkeys(("CONTROL_PAIRS", "BEST_OF_N", "PROMPT_EMBEDDING_TOKENS", "SAMPLE_EVERY_STEPS"), (0, math.inf)),
+    **dict.fromkeys(("CONTROL_PAIRS", "BEST_OF_N"), (0, math.inf)),
     **dict.fromkeys(("EXAMPLES",), (0, math.inf)),
     **dict.fromkeys(("WARMUP_SHARE", "LORA_DROPOUT", "BASELINE_DECAY", "RATING_WEIGHT"), (0, 1)),
     "LABEL_SMOOTHING": (0, 0.499),  # at a half nothing can be learned: the loss is lowest for equal rewards

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from utils.script import first_process, lock_folder, processes, release, say, stop
 
@@ -32,7 +33,7 @@ class Run:
     def __init__(self, folder: str | Path, settings: dict, resume: bool = True, began: float = 0.0, **facts: object):
         self.folder = Path(folder)
         self.began = began or time.monotonic()
-        self.record = {
+        self.record: dict[str, Any] = {
             "script": Path(sys.argv[0]).name,
             "command": " ".join([Path(sys.executable).name, *sys.argv]),
             "settings": settings,

@@ -20,7 +20,7 @@ from utils.runs import write_text
 
 
 @dataclass
-class Prompt:
+class PromptRow:
     """A prompt for the policy."""
 
     number: int  # over all splits; seeds its answers
@@ -44,9 +44,9 @@ class Answers:
 
 def load_prompts(
     data_dir: str, max_rows: int, tokenizer: PreTrainedTokenizerBase, max_length: int, ledger: Ledger
-) -> list[Prompt]:
+) -> list[PromptRow]:
     """Return each conversation of train and validation once, with its best rated answer (the first of equal ones)."""
-    prompts: list[Prompt] = []
+    prompts: list[PromptRow] = []
     for split in ("train", "validation"):
         best: dict[str, tuple[float, dict]] = {}
         rows = load_answers(data_dir, split, max_rows)
@@ -63,11 +63,11 @@ def load_prompts(
         for _, row in best.values():
             *turns, human = row["messages"]
             ids = fitted_prompt(tokenizer, turns, max_length)
-            prompts.append(Prompt(len(prompts), split, row["row"], row["prompt"], turns, human["content"], ids))
+            prompts.append(PromptRow(len(prompts), split, row["row"], row["prompt"], turns, human["content"], ids))
     return prompts
 
 
-def make_batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+def make_batches(prompts: list[PromptRow], size: int) -> list[list[PromptRow]]:
     """Return batches of prompts with similar lengths, longest first, so that a lack of memory shows at once.
 
     They depend on the prompts only: a resumed run has the same batches, and so the same rounding.
@@ -76,7 +76,7 @@ def make_batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
     return [[prompts[i] for i in batch] for batch in batches_by_length(lengths, math.inf, size)]
 
 
-def read_answers(path: Path, batches: list[list[Prompt]]) -> dict[int, Answers]:
+def read_answers(path: Path, batches: list[list[PromptRow]]) -> dict[int, Answers]:
     """Return {number: answers} of the complete batches in the file, and remove all other lines from it."""
     if not path.exists():
         return {}
@@ -108,7 +108,7 @@ def whole_characters(text: str, ended: bool) -> str:
     return text if ended else text.rstrip("\ufffd").rstrip()
 
 
-def self_aligned(prompt: Prompt, answers: Answers) -> dict[str, Any] | str:
+def self_aligned(prompt: PromptRow, answers: Answers) -> dict[str, Any] | str:
     """Return the pair of the human answer and the model's, or the reason for none; see `pairs_of`."""
     (text,), (ended,) = answers.texts, answers.ended
     if not is_text(text):
@@ -118,7 +118,7 @@ def self_aligned(prompt: Prompt, answers: Answers) -> dict[str, Any] | str:
     return {"answers": (prompt.human, text), "ratings": (None, None), "ended": (True, ended)}
 
 
-def ranked(prompt: Prompt, answers: Answers) -> dict[str, Any] | str:
+def ranked(prompt: PromptRow, answers: Answers) -> dict[str, Any] | str:
     """Return the pair with the highest and the lowest reward, or the reason for none; see `pairs_of`."""
     texts, rewards, ended = answers.texts, answers.rewards, answers.ended
     places = [i for i, text in enumerate(texts) if is_text(text)]
@@ -133,11 +133,11 @@ def ranked(prompt: Prompt, answers: Answers) -> dict[str, Any] | str:
     return {name: (values[best], values[worst]) for name, values in columns.items()}
 
 
-MODES: dict[str, Callable[[Prompt, Answers], dict[str, Any] | str]] = {"self_align": self_aligned, "ranked": ranked}
+MODES: dict[str, Callable[[PromptRow, Answers], dict[str, Any] | str]] = {"self_align": self_aligned, "ranked": ranked}
 
 
 def pairs_of(
-    prompts: list[Prompt], answers: dict[int, Answers], mode: str, ledger: Ledger
+    prompts: list[PromptRow], answers: dict[int, Answers], mode: str, ledger: Ledger
 ) -> dict[str, tuple[list[Record], list[tuple[bool, bool]]]]:
     """Return {split: (rows, whether chosen and rejected ended in each)}; prompts without a pair go to the ledger."""
     pairs: dict[str, tuple[list, list]] = {prompt.split: ([], []) for prompt in prompts}

@@ -1,14 +1,18 @@
-"""Single answers to learn from: the chosen ones of pairs, sft rows, or a source with completions or messages."""
+"""Single answers for SFT: chosen answers of pairs, sft rows, or a source with completions or messages."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from datasets import Dataset
+import torch
+from datasets import Dataset, Features, List, Value, load_from_disk
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
@@ -27,6 +31,7 @@ from utils.data.preferences import (
 from utils.data.processed import row_features
 from utils.data.sources import ANSWER_LAYOUTS, Record, open_source
 from utils.data.split import near_duplicate_groups, split_indices
+from utils.data.tokens import tokenised, unfit
 from utils.evaluation.plots import training_curves
 from utils.evaluation.statistics import change
 from utils.runs import Run, write_json, write_text
@@ -35,32 +40,26 @@ from utils.training import trainer as training
 from utils.training.trainer import LengthSampler
 
 ROLES = ("system", "user", "assistant")
+VALIDATION_SHARE = 0.2  # of the rows of a source without a held-out split
 
 
 def load_answers(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
-    """The answers of one split of a processed folder, at most max_rows (0 = all); see `as_answers`.
-
-    Of pairs the chosen answers, of sft rows all of them.
-    """
-    from datasets import load_from_disk
-
+    """Return the answers of one split of a processed folder, at most max_rows (0 = all); see as_answers."""
     rows = load_from_disk(str(needs(Path(data_dir) / split, made_by="load_helpsteer_dataset.py")))
     return as_answers(rows.select(range(min(max_rows, len(rows)))) if max_rows else rows)
 
 
 def as_answers(rows: Dataset) -> Dataset:
-    """Rows of one answer each, in memory: prompt, messages, rating, answer_cut, and the token columns of a pair.
+    """Return rows with one answer each, in memory: the chosen answers of pairs, or sft rows.
 
-    input_ids and attention_mask are the prompt without padding, chosen_ids the answer, rejected_ids are empty, so that
-    PairCollator makes batches of these rows too.
+    Columns: prompt, messages, rating, answer_cut, and those of a pair for PairCollator: input_ids and attention_mask
+    (the prompt without padding), chosen_ids (the answer) and empty rejected_ids.
     """
-    from datasets import Dataset, Features, List, Value
-
     ids, flags, number = List(Value("int32")), List(Value("int8")), Value("float64")
     features = row_features("sft") | {"input_ids": ids, "attention_mask": flags, "chosen_ids": ids}
     features |= {"rejected_ids": ids, "chosen_rating": number, "rejected_rating": number}
     features |= {"answer_cut": Value("bool"), "row": Value("int64")}
-    if not len(rows):  # map() of no rows makes no columns
+    if not len(rows):  # map() would make no columns
         return Dataset.from_dict({name: [] for name in features}, features=Features(features))
     return rows.map(
         answer_columns,
@@ -74,7 +73,7 @@ def as_answers(rows: Dataset) -> Dataset:
 
 
 def answer_columns(batch: dict, numbers: list[int]) -> dict:
-    """The columns of `as_answers`, of pairs or of sft rows."""
+    """Return the columns of as_answers for a batch of pairs or sft rows."""
     of_pairs = "chosen" in batch
     count = len(batch["prompt"])
     if of_pairs:
@@ -100,17 +99,17 @@ def answer_columns(batch: dict, numbers: list[int]) -> dict:
 
 
 def least_rating(text: str) -> float | None:
-    """The number that MIN_RATING is, None where it is empty."""
+    """Return MIN_RATING as a number, None if it is empty."""
     number = real_number(text)
     if text and number is None:
-        stop(f"MIN_RATING = {text!r}: expected a number such as 3.5, or nothing")
+        stop(f"MIN_RATING = {text!r}: expected a number such as 3.5, or ''")
     return number
 
 
 def learnable(rows: Dataset, least: float | None, where: str) -> tuple[Dataset, dict[str, int]]:
-    """(the rows with an answer in the window, rated `least` or more, {reason: how many are left out}).
+    """Return (the rows with an answer that is rated `least` or more, {reason: rows left out}).
 
-    A row without a rating is left out where `least` is a number. where: what the rows are, for the message.
+    Rows without a rating are left out, unless `least` is None. where: name of the rows, for messages.
     """
     reasons = []
     for rating, answer in zip(rows["rating"], rows["chosen_ids"], strict=True):
@@ -120,33 +119,21 @@ def learnable(rows: Dataset, least: float | None, where: str) -> tuple[Dataset, 
             reasons.append("no_rating")
         else:
             reasons.append("low_rating" if least is not None and hundredths(rating) < hundredths(least) else "")
-    found = {reason: reasons.count(reason) for reason in sorted(set(reasons)) if reason}
-    if found:
-        say(f"{where}: left out of {len(rows)} rows: {', '.join(f'{n} {reason}' for reason, n in found.items())}")
+    counts = {reason: reasons.count(reason) for reason in sorted(set(reasons)) if reason}
+    if counts:
+        say(f"{where}: left out of {len(rows)} rows: {', '.join(f'{n} {reason}' for reason, n in counts.items())}")
     if not len(rows) or all(reasons):
-        stop(f"{where} has no answer to use{': lower MIN_RATING' if found else ', make it with more rows'}")
-    return rows.select([i for i, reason in enumerate(reasons) if not reason]), found
-
-
-# a source in place of a processed folder
+        stop(f"{where} has no answer to use{': lower MIN_RATING' if counts else ', make it with more rows'}")
+    return rows.select([i for i, reason in enumerate(reasons) if not reason]), counts
 
 
 def answers_of_source(
-    dataset: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    share: float,
-    seed: int,
-    max_rows: int = 0,
+    dataset: str, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int, max_rows: int = 0
 ) -> tuple[dict[str, Dataset], Ledger]:
-    """({"train", "validation"}: answers as `load_answers` gives them, what was left out) of a file or hub dataset.
+    """Return ({"train", "validation"}: answers, the ledger of rows left out) of a file or hub dataset.
 
-    Its own held-out split becomes validation; where it has none, `share` of the rows does, by prompt.
+    Validation is its own held-out split or, without one, VALIDATION_SHARE of the rows, by prompt.
     """
-    from datasets import Dataset
-
-    from utils.data.tokens import tokenised, unfit
-
     fits = partial(unfit, tokenizer=tokenizer, max_length=max_length)
     source, ledger = open_source(dataset, "", ANSWER_LAYOUTS), Ledger()
     rows = {
@@ -158,15 +145,15 @@ def answers_of_source(
         ledger.drop("like_validation", "train", [row["number"]], row["prompt"])
         ledger.rows_used -= 1
 
-    parts = divide(rows["train"], rows.get("test", []), "prompt", share, seed, leave_out)
+    parts = divide(rows["train"], rows.get("test", []), "prompt", VALIDATION_SHARE, seed, leave_out)
     if not all(parts.values()):
         left_out = ledger.counts() or "nothing"
-        counts = ", ".join(f"{len(some)} for {name}" for name, some in parts.items())
+        counts = ", ".join(f"{len(part)} for {name}" for name, part in parts.items())
         stop(f"DATASET = {dataset!r} gives too few answers: {counts}; left out: {left_out}")
-    for name, some in parts.items():
-        stored = [{key: row[key] for key in ("prompt", "messages", "rating")} for row in some[: max_rows or None]]
-        part = Dataset.from_list(stored, features=row_features("sft"))
-        parts[name] = as_answers(tokenised(part, tokenizer, max_length))
+    for name, part in parts.items():
+        stored = [{key: row[key] for key in ("prompt", "messages", "rating")} for row in part[: max_rows or None]]
+        answers = Dataset.from_list(stored, features=row_features("sft"))
+        parts[name] = as_answers(tokenised(answers, tokenizer, max_length))
     if ledger.entries:
         say("left out: " + ", ".join(f"{count} {reason}" for reason, count in ledger.counts().items()))
     return parts, ledger
@@ -175,7 +162,7 @@ def answers_of_source(
 def checked_answers(
     read: Callable[[], Iterator[Record]], layout: str, split: str, ledger: Ledger, fits: Callable[..., str]
 ) -> Iterator[dict]:
-    """The rows of one split of a source that pass every check; the ledger takes the rest. fits: see tokens.unfit."""
+    """Yield the rows of a split that pass every check; the ledger records the others. fits: see tokens.unfit."""
     seen = set()
     for number, record in enumerate(read()):
         turns, answer = conversation_of(record, layout)
@@ -193,7 +180,7 @@ def checked_answers(
 
 
 def conversation_of(record: Record, layout: str) -> tuple[list[Message], str]:
-    """(the turns before the answer, the answer) of a record; of a conversation the last answer is the one to learn."""
+    """Return (the turns before the answer, the answer); of a conversation, the last answer."""
     if layout == "completion":
         answer = messages_of(record.get("completion"))
         return prompt_turns(record.get("prompt")), answer[-1]["content"] if answer else ""
@@ -206,7 +193,7 @@ def conversation_of(record: Record, layout: str) -> tuple[list[Message], str]:
 
 
 def check_answer(turns: list[Message], answer: str) -> str:
-    """The reason why an answer cannot be learned from, "" if it can."""
+    """Return the reason to leave out an answer, "" to keep it."""
     if not all(is_unicode(text) for text in [answer, *(turn["content"] for turn in turns)]):
         return "broken_text"
     if not is_text(answer):
@@ -219,20 +206,18 @@ def check_answer(turns: list[Message], answer: str) -> str:
 def divide(
     train: list[dict], held_out: list[dict], key: str, share: float, seed: int, leave_out: Callable[[dict], None]
 ) -> dict[str, list[dict]]:
-    """Return {"train", "validation"}: rows, with like texts row[key] on one side.
+    """Return {"train", "validation"}: rows, with near-duplicate texts row[key] on the same side.
 
-    Held-out rows of the source stay as they are, and training rows like them go to leave_out(row). Where there are
-    none, `share` of the training rows becomes validation.
+    Held-out rows are the validation rows; leave_out(row) gets training rows that resemble them. Without held-out rows,
+    `share` of the training rows becomes validation.
     """
-    from tqdm import tqdm
-
     texts = [row[key] for row in [*train, *held_out]]
     numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     of_text = near_duplicate_groups(tqdm(numbers, "comparing prompts"))
     groups = [int(of_text[numbers[text]]) for text in texts]
     if not held_out:
         chosen = split_indices(groups, share, seed)
-        return {name: [train[i] for i in some] for name, some in zip(("train", "validation"), chosen, strict=True)}
+        return {name: [train[i] for i in rows] for name, rows in zip(("train", "validation"), chosen, strict=True)}
     known = set(groups[len(train) :])
     kept = [row for row, group in zip(train, groups, strict=False) if group not in known]
     for row, group in zip(train, groups, strict=False):
@@ -241,15 +226,15 @@ def divide(
     return {"train": kept, "validation": held_out}
 
 
-class AnswerTrainer(training.StopsAtBadLoss, SFTTrainer):
-    """trl.SFTTrainer over rows of like length, which stops at a loss that is not finite.
+class AnswerTrainer(training.PortableTrainer, SFTTrainer):
+    """trl.SFTTrainer with batches of similar length, which stops at a loss that is not finite.
 
-    figures: () -> metrics on validation, exact; called every EVAL_EVERY_STEPS on all processes.
+    evaluation: () -> metrics on validation; called every EVAL_EVERY_STEPS on all processes.
     """
 
-    def __init__(self, figures: Callable[[], dict[str, float]], **named: object):
+    def __init__(self, evaluation: Callable[[], dict[str, float]], **named: Any):
         super().__init__(**named)
-        self.figures = figures
+        self.evaluation = evaluation
         lengths = np.array([len(ids) for ids in self.train_dataset["input_ids"]])
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.sampler = LengthSampler(lengths, rows_per_step, self.args.seed)
@@ -257,14 +242,23 @@ class AnswerTrainer(training.StopsAtBadLoss, SFTTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthSampler:
         return self.sampler
 
+    def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        loss = super().training_step(*arguments, **named)
+        if not torch.isfinite(loss):  # Trainer would continue
+            sys.exit(
+                f"the loss is not finite at step {self.state.global_step + 1}: lower LEARNING_RATE or look at the "
+                "rows; the last checkpoint is kept"
+            )
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_runtime" not in logs:
             super().log(logs, start_time)
 
-    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
-        """Metrics of `figures` under eval_*, logged."""
-        metrics = {f"eval_{name}": value for name, value in self.figures().items()}
-        Trainer.log(self, dict(metrics))  # TRL's would put the means of the training on this line and forget them
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Log and return the metrics of `evaluation` as eval_*."""
+        metrics = {f"eval_{name}": value for name, value in self.evaluation().items()}
+        Trainer.log(self, dict(metrics))  # TRL's log would add and reset the means of training
         return metrics
 
 
@@ -273,22 +267,22 @@ def answer_trainer(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     run: Run,
-    figures: Callable[[], dict[str, float]],
+    evaluation: Callable[[], dict[str, float]],
 ) -> AnswerTrainer:
-    """Return the trainer for rows of `load_answers`."""
+    """Return the trainer for rows of load_answers."""
     args = training.training_arguments(
         run,
         SFTConfig,
-        completion_only_loss=True,  # without it TRL learns the prompts of rows that are tokenised already
-        max_length=None,  # the rows fit
-        gradient_checkpointing=False,  # where it is wanted, the model has it
+        completion_only_loss=True,  # by default TRL also learns the prompts of tokenised rows
+        max_length=None,  # the rows fit already
+        gradient_checkpointing=False,  # prepare_model has turned it on
     )
     trainer = AnswerTrainer(
-        figures,
+        evaluation,
         model=model,
         args=args,
         train_dataset=trl_rows(rows),
-        eval_dataset=trl_rows(rows.select([0])),  # Trainer asks for some; ours knows its own
+        eval_dataset=trl_rows(rows.select([0])),  # Trainer insists on some
         processing_class=tokenizer,
     )
     training.add_step_callback(trainer, run)
@@ -296,7 +290,7 @@ def answer_trainer(
 
 
 def trl_rows(rows: Dataset) -> Dataset:
-    """The rows as TRL takes tokens as they are: input_ids, and completion_mask, 1 on the answer."""
+    """Return the rows as TRL expects tokens: input_ids, and completion_mask with 1 on the answer."""
 
     def whole(row: dict) -> dict:
         prompt, answer = row["input_ids"], row["chosen_ids"]
@@ -306,19 +300,16 @@ def trl_rows(rows: Dataset) -> Dataset:
 
 
 def mean_nll(outputs: dict[str, np.ndarray]) -> float:
-    """NLL of an answer token in nats: the sum over all answers by the number of their tokens.
-
-    outputs: of forward_pairs over answers.
-    """
+    """Return the NLL per answer token in nats, over all tokens. outputs: of forward_pairs."""
     return float(-outputs["logps"][:, 0].sum(dtype=float) / outputs["tokens"][:, 0].sum(dtype=float))
 
 
 def perplexity_figures(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, object]:
-    """The content of eval.json.
+    """Return the content of eval.json.
 
-    perplexity: e^NLL of an answer token, over all tokens. difference: mean over the rows of (NLL of a row's token after
-    - before), with its 95 % interval and two-sided p; verdict, on this difference: fell (better) | grew | not shown.
-    The two can part: long answers have more tokens, and no more weight in the difference.
+    perplexity: e^NLL per token, over all tokens. difference: mean over the rows of their NLL per token, after - before,
+    with its 95 % interval and two-sided p; verdict: fell (better) | grew | not shown. The two can disagree, since long
+    answers weigh more in the perplexity.
     """
     sides = [-outputs["logps"][:, 0] / outputs["tokens"][:, 0] for outputs in (before, after)]
     nll = [mean_nll(outputs) for outputs in (before, after)]
@@ -339,16 +330,16 @@ def format_result(result: dict) -> str:
     interval = f"[{result['difference_low']:+.4f}, {result['difference_high']:+.4f}]"
     return (
         f"perplexity on {result['rows']} answers ({result['tokens']} tokens): {perplexity}\n"
-        f"NLL of an answer's token, mean over the answers: {result['difference']:+.4f} {interval}, "
+        f"NLL per token, mean over the answers: {result['difference']:+.4f} {interval}, "
         f"p = {result['p_value']:.2g}: {result['verdict']}"
     )
 
 
 def write_results(folder: Path, result: dict, record: dict) -> None:
-    """eval.json, the curves and the model card."""
+    """Write eval.json, the training curves and the model card."""
     settings = record["settings"]
     write_json(folder / "eval.json", result)
-    title = f"NLL of a token in {result['rows']} held-out answers, mean over the answers: {result['verdict']}"
+    title = f"NLL per token on {result['rows']} held-out answers: {result['verdict']}"
     names = ("loss", "mean_token_accuracy")
     training_curves(folder, names, {}, title, "mean over the steps since the last log")
     head = (

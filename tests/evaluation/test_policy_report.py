@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from utils.evaluation.policy_report import Answers, Sampler, comparison_of
-from utils.models.generation import Answer, generate, logps_of, repetition
-from utils.models.guidance import Guidance
+from utils.models.generation import Answer, generate, logps_of, prompts_of, repetition
+from utils.models.shared_prompt import Prompt
 
 PROMPTS = [
     [{"role": "user", "content": text}] for text in ("Hi", "Why?", "Say yes.", "One", "Two", "Three", "Go", "On")
@@ -80,9 +80,9 @@ def test_best_of_n_is_the_best_of_n_answers_of_the_start(sampler, start):
 
 
 def test_compared_answers_differ_from_those_of_a_training_with_the_same_seed(sampler, start):
-    ids = sampler.ids(PROMPTS, Guidance())
+    prompts = prompts_of(sampler.tokenizer, PROMPTS, 64)
     compared_with = [answer.ids for answer in sampler.answers(start, start, PROMPTS).answers]
-    trained_on = generate(start, sampler.tokenizer, ids, 16, 1.0, sampler.seed, numbers=range(len(ids)))
+    trained_on = generate(start, sampler.tokenizer, prompts, 16, 1.0, sampler.seed, numbers=range(len(prompts)))
     assert not any(one == other.ids for one, other in zip(compared_with, trained_on, strict=True))
 
 
@@ -95,16 +95,17 @@ def test_greedy_answers_do_not_depend_on_the_seed(sampler, start, better):
 
 def test_answers_are_measured_by_length_end_and_repetition():
     assert repetition([1, 2, 3, 4]) == 0.0 and repetition([1, 2]) == 0.0 and repetition([1] * 12) == 0.9
-    answers = Answers([Answer([9], [1, 2, 1, 2], "", True), Answer([9], [1, 2], "", False)], np.zeros(2))
+    prompt = Prompt([9])
+    answers = Answers([Answer(prompt, [1, 2, 1, 2], "", True), Answer(prompt, [1, 2], "", False)], np.zeros(2))
     assert answers.metrics() == {"length": 3.0, "ended": 0.5, "repetition": 0.0}
-    again = Answers([Answer([9], [1] * 12, "", True), Answer([9], [1, 2, 3], "", True)], np.zeros(2))
+    again = Answers([Answer(prompt, [1] * 12, "", True), Answer(prompt, [1, 2, 3], "", True)], np.zeros(2))
     assert again.metrics()["repetition"] == pytest.approx(0.9 / 2)
 
 
 def test_the_gain_at_equal_length_is_after_minus_before():
     random = np.random.default_rng(0)
     sizes = random.integers(2, 30, size=(2, 60))
-    sides = [Answers([Answer([9], [1] * size, "", True) for size in some], np.zeros(60)) for some in sizes]
+    sides = [Answers([Answer(Prompt([9]), [1] * size, "", True) for size in some], np.zeros(60)) for some in sizes]
     before = random.normal(size=60)
     after = before + 0.7 * (np.log(sizes[1]) - np.log(sizes[0])) - 0.4 + 0.01 * random.normal(size=60)
     found = comparison_of(*sides, (before, after))["difference_at_equal_length"]

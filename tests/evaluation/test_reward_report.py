@@ -211,10 +211,10 @@ def test_pairs_that_share_a_prompt_count_as_one_draw():
 
 def test_the_scale_of_attributes_is_fitted_to_pairs():
     rows = planted_rows(300, longer_wins=0.5)
-    outputs, reading = outputs_for(rows, content=0.5, length=0.0), RewardHead("attributes")
-    fit_win_scale(reading, rows, lambda some: outputs[: len(some)])
+    outputs, head = outputs_for(rows, content=0.5, length=0.0), RewardHead("attributes")
+    fit_win_scale(head, rows, lambda some: outputs[: len(some)])
     difference = outputs[:, 0, 0] - outputs[:, 1, 0]
-    assert reading.win_scale == pytest.approx(fit_logistic(difference[:, None])[0], rel=1e-5) and reading.win_scale > 0
+    assert head.win_scale == pytest.approx(fit_logistic(difference[:, None])[0], rel=1e-5) and head.win_scale > 0
     backwards = RewardHead("attributes")
     fit_win_scale(backwards, rows, lambda some: -outputs[: len(some)])
     assert backwards.win_scale == 1.0, "a reward that prefers the rejected answers has no scale"

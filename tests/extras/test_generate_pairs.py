@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import train_dpo
 from extras import generate_pairs, load_oasst_dataset
 from extras.lib import generated
-from extras.lib.generated import Answers, Prompt, make_batches, pairs_of, read_answers, remove_end_of_cut_answers
+from extras.lib.generated import Answers, PromptRow, make_batches, pairs_of, read_answers, remove_end_of_cut_answers
 from tests.conftest import run_script
 from tests.source_rows import tree, write_lines
 from utils.data.preferences import Ledger
@@ -81,7 +81,7 @@ def test_without_top_k_and_top_p_nothing_changes():
 
 
 def one(number, human="A human.", split="train", text="Hi", length=1):
-    return Prompt(number, split, number, text, [{"role": "user", "content": text}], human, [0] * length)
+    return PromptRow(number, split, number, text, [{"role": "user", "content": text}], human, [0] * length)
 
 
 def test_the_human_answer_is_chosen_and_empty_or_equal_answers_are_counted():

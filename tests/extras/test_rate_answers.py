@@ -112,9 +112,9 @@ def test_bad_samples_end_in_one_line(tmp_path):
 def test_a_policy_answers_on_the_spot_with_and_without_a_persona(model_folder, sample_folder, tmp_path, monkeypatch):
     asked_of_it, real = [], generation.generate
 
-    def generate(model, tokenizer, ids, *rest, **options):
-        asked_of_it.append([tokenizer.decode(prompt) for prompt in ids])
-        return real(model, tokenizer, ids, *rest, **options)
+    def generate(model, tokenizer, prompts, *rest, **options):
+        asked_of_it.append([tokenizer.decode(prompt.ids) for prompt in prompts])
+        return real(model, tokenizer, prompts, *rest, **options)
 
     monkeypatch.setattr(generation, "generate", generate)
     options = {"POLICIES": model_folder, "DATA_DIR": sample_folder, "PROMPTS": 3, "MAX_LENGTH": 128, "DEVICE": "cpu"}

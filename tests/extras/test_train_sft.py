@@ -197,7 +197,7 @@ def test_prompts_with_completions_are_checked_and_split(tokenizer, tmp_path):
     bad += [{"prompt": "p", "completion": "\ud800"}, {"prompt": "p"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in good + bad))
-    parts, ledger = answers_of_source(str(path), tokenizer, 128, 0.2, 42)
+    parts, ledger = answers_of_source(str(path), tokenizer, 128, 42)
     assert (len(parts["train"]), len(parts["validation"])) == (8, 2)
     assert ledger.counts() == {"broken_text": 1, "duplicate": 1, "empty_answer": 2, "empty_prompt": 1}
     assert ledger.totals()["rows_used"] == 10
@@ -213,7 +213,7 @@ def test_too_few_answers_are_reported(tokenizer, tmp_path):
     with pytest.raises(
         SystemExit, match="too few answers: 1 for train, 0 for validation; left out: {'empty_answer': 1"
     ):
-        answers_of_source(str(path), tokenizer, 128, 0.2, 42)
+        answers_of_source(str(path), tokenizer, 128, 42)
 
 
 def test_the_last_answer_of_a_conversation_is_learned(tokenizer, tmp_path):
@@ -226,7 +226,7 @@ def test_the_last_answer_of_a_conversation_is_learned(tokenizer, tmp_path):
     (tmp_path / "rows").mkdir()
     write_lines(tmp_path / "rows/train.jsonl", rows)
     write_lines(tmp_path / "rows/test.jsonl", [talk("e", "user", "assistant"), talk("h", "user", "assistant")])
-    parts, ledger = answers_of_source(str(tmp_path / "rows"), tokenizer, 128, 0.5, 42)
+    parts, ledger = answers_of_source(str(tmp_path / "rows"), tokenizer, 128, 42)
     said = {name: [row["messages"][-1]["content"] for row in part] for name, part in parts.items()}
     assert said == {"train": ["a 4 assistanta", "b 1 assistantb"], "validation": ["e 1 assistante", "h 1 assistanth"]}
     assert [len(row["messages"]) for row in parts["train"]] == [5, 2]
@@ -248,7 +248,6 @@ def test_a_file_can_replace_the_data_folder(model_folder, tmp_path):
     [
         ({"MIN_RATING": "good"}, "MIN_RATING = 'good': expected a number such as 3.5"),
         ({"MIN_RATING": "9"}, "train has no answer to use: lower MIN_RATING"),
-        ({"VALIDATION_SHARE": 0.0}, "VALIDATION_SHARE = 0.0: expected more than 0"),
         ({"DATASET": "nowhere.jsonl"}, "DATASET = 'nowhere.jsonl' is not there"),
         ({"DATASET": ROOT / "sample_data/helpsteer_sample.jsonl"}, "needed is one of: messages; completion prompt"),
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),

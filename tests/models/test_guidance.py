@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from utils.data.processed import load_pairs
 from utils.models import shared_prompt
-from utils.models.generation import batch_of, float32_head, generate, logps_of, prompt_ids_of, stop_ids
+from utils.models.generation import batch_of, float32_head, generate, logps_of, prompts_of, stop_ids
 from utils.models.guidance import (
     Guidance,
     guided_rows,
@@ -21,7 +21,7 @@ from utils.models.guidance import (
 )
 from utils.models.loading import load_causal
 from utils.models.policies import PolicyPairs
-from utils.models.shared_prompt import PairCollator, answer_logps, check_head, logits_of, token_logps
+from utils.models.shared_prompt import PairCollator, Prompt, answer_logps, check_head, logits_of, token_logps
 
 TEXT = "Please be brief."
 
@@ -90,9 +90,7 @@ def test_a_mark_that_is_the_end_of_turn_is_found(tokenizer):
 def test_vectors_start_from_the_text(tokenizer, model):
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     weight = model.get_input_embeddings().weight
-    assert torch.equal(start_vectors(model, tokenizer, TEXT, 0), weight[ids])
-    assert torch.equal(start_vectors(model, tokenizer, TEXT, 2), weight[ids[:2]])
-    assert torch.equal(start_vectors(model, tokenizer, TEXT, len(ids) + 1)[-1], weight[ids[0]])
+    assert torch.equal(start_vectors(model, tokenizer, TEXT), weight[ids])
 
 
 @pytest.mark.parametrize("form", ["tensor", "flat", "prompt_embeddings", "embeddings", "safetensors", "half"])
@@ -165,20 +163,20 @@ def test_an_architecture_that_scales_its_logits_is_refused(model, sample_folder)
 
 def test_greedy_answers_equal_those_of_one_prompt_at_a_time(model, tokenizer):
     turns = [[{"role": "user", "content": text}] for text in ("Hi", "Why is the sky blue at noon?", "Say yes or no.")]
-    prompts = prompt_ids_of(tokenizer, turns, 64, Guidance())
+    prompts = prompts_of(tokenizer, turns, 64)
     together = generate(model, tokenizer, prompts, 12, 0.0, seed=0, batch_size=3)
     for prompt, answer in zip(prompts, together, strict=True):
         (alone,) = generate(model, tokenizer, [prompt], 12, 0.0, seed=1)
-        assert answer.ids == alone.ids and answer.prompt_ids == prompt
-        ids = list(prompt)
+        assert answer.ids == alone.ids and answer.prompt == prompt
+        ids = list(prompt.ids)
         for token in answer.ids:  # a plain loop
             assert model(torch.tensor([ids])).logits[0, -1].argmax().item() == token
             ids.append(token)
 
 
 def test_answers_are_drawn_from_logits_in_float32_whatever_the_body(model, tokenizer):
-    (prompt,) = prompt_ids_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64, Guidance())
-    ids, seen = torch.tensor([prompt]), []
+    (prompt,) = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64)
+    ids, seen = torch.tensor([prompt.ids]), []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(ids).last_hidden_state[0, -1:]
         rounded = model(ids).logits[0, -1:]
@@ -189,11 +187,11 @@ def test_answers_are_drawn_from_logits_in_float32_whatever_the_body(model, token
 
 
 def test_sampling_is_of_the_whole_distribution_and_repeats_with_its_seed(model, tokenizer):
-    prompts = prompt_ids_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64, Guidance()) * 2000
+    prompts = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64) * 2000
     first, again = (generate(model, tokenizer, prompts, 1, 2.0, seed=3, batch_size=size) for size in (2000, 700))
     assert [answer.ids for answer in first] == [answer.ids for answer in again], "whatever the batches are"
     with torch.no_grad():
-        p = (model(torch.tensor(prompts[:1])).logits[0, -1] / 2.0).softmax(-1)
+        p = (model(torch.tensor([prompts[0].ids])).logits[0, -1] / 2.0).softmax(-1)
     drawn = torch.bincount(torch.tensor([answer.ids[0] for answer in first]), minlength=len(p))
     expected = (1 - (1 - p) ** 2000).sum().item()  # different tokens among the draws; top_k would leave 50 at most
     assert (drawn > 0).sum().item() == pytest.approx(expected, rel=0.05) and expected > 100
@@ -203,15 +201,15 @@ def test_sampling_is_of_the_whole_distribution_and_repeats_with_its_seed(model, 
 
 def test_log_probs_of_samples_equal_a_plain_loop(model, tokenizer):
     turns = [[{"role": "user", "content": text}] for text in ("Hi", "Why is the sky blue at noon?")]
-    prompts = prompt_ids_of(tokenizer, turns, 64, Guidance())
+    prompts = prompts_of(tokenizer, turns, 64)
     answers = generate(model, tokenizer, prompts, 8, 0.9, seed=0)
     answers[0].ids = [5, 2, 2]  # the end of turn, which is also the padding, counts as often as it was sampled
     for temperature in (1.0, 0.9):
         found = logps_of(model, answers, temperature)
         for answer, logp in zip(answers, found.tolist(), strict=True):
             with torch.no_grad():
-                logits = model(torch.tensor([answer.prompt_ids + answer.ids])).logits[0] / temperature
-            start = len(answer.prompt_ids) - 1
+                logits = model(torch.tensor([answer.prompt.ids + answer.ids])).logits[0] / temperature
+            start = len(answer.prompt.ids) - 1
             rows = logits.log_softmax(-1)[start : start + len(answer.ids)]
             expected = sum(rows[i, token].item() for i, token in enumerate(answer.ids))
             assert logp == pytest.approx(expected, abs=1e-3)
@@ -219,10 +217,10 @@ def test_log_probs_of_samples_equal_a_plain_loop(model, tokenizer):
 
 def test_answers_end_at_the_end_of_turn(model, tokenizer):
     assert stop_ids(tokenizer) == [2]
-    (prompt,) = prompt_ids_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64, Guidance())
+    (prompt,) = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64)
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
     with torch.no_grad():
-        hidden = model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
+        hidden = model.model(torch.tensor([prompt.ids])).last_hidden_state[0, -1]
     model.lm_head.weight.data[2] = hidden * 10
     (answer,) = generate(model, tokenizer, [prompt], 8, 0.0, seed=0)
     assert answer.ids == [2] and answer.ended and answer.text == ""
@@ -232,27 +230,27 @@ def test_samples_under_vectors_follow_them(model, tokenizer):
     vectors = torch.randn(4, 32) * 3
     guidance = vector_guidance(tokenizer, vectors)
     turns = [[{"role": "user", "content": text}] for text in ("Hi", "Why is the sky blue at noon?")]
-    prompts = prompt_ids_of(tokenizer, turns, 64, guidance)
-    answers = generate(model, tokenizer, prompts, 6, 0.0, seed=0, guidance=guidance)
-    found = logps_of(model, answers, guidance=guidance)
+    prompts = guidance.prompts(tokenizer, turns, 64)
+    answers = generate(model, tokenizer, prompts, 6, 0.0, seed=0, vectors=vectors)
+    found = logps_of(model, answers, vectors=vectors)
     for prompt, answer, logp in zip(prompts, answers, found.tolist(), strict=True):
-        ids, total = prompt + answer.ids, 0.0
+        ids, total = prompt.ids + answer.ids, 0.0
         embedded = model.get_input_embeddings()(torch.tensor([ids])).detach()
-        at = guidance.find(prompt)
+        at = prompt.vectors_at
+        assert at == guidance.find(prompt.ids)
         embedded[0, at : at + 4] = vectors
         with torch.no_grad():
             logits = model(inputs_embeds=embedded).logits[0].log_softmax(-1)
         for i, token in enumerate(answer.ids):
-            assert logits[len(prompt) - 1 + i].argmax().item() == token
-            total += logits[len(prompt) - 1 + i, token].item()
+            assert logits[len(prompt.ids) - 1 + i].argmax().item() == token
+            total += logits[len(prompt.ids) - 1 + i, token].item()
         assert logp == pytest.approx(total, abs=1e-3)
 
 
 def test_the_reference_sees_the_vectors_of_the_start(model):
     vectors = torch.randn(3, 32)
     module = PolicyPairs(model, vectors, True, reference=model)
-    rows = [{"chosen_ids": [5, 6], "rejected_ids": [7], "vectors_at": 1, "row": 0}]
-    batch = PairCollator(2, 8).shared_rows([[4, 0, 0, 0, 9]], rows, "vectors_at")
+    batch = PairCollator(2, 8).shared_rows([Prompt([4, 0, 0, 0, 9], vectors_at=1)], [([5, 6], [7])])
     before = module(**batch)
     torch.testing.assert_close(before["logps"], before["reference"])
     module.vectors.data += 1.0
@@ -262,7 +260,7 @@ def test_the_reference_sees_the_vectors_of_the_start(model):
 
 
 def test_batches_of_samples_have_no_second_answer(model, tokenizer):
-    (prompt,) = prompt_ids_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64, Guidance())
+    (prompt,) = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64)
     (answer,) = generate(model, tokenizer, [prompt], 4, 0.0, seed=0)
     batch = batch_of([answer], multiple=8)
     sums, tokens = answer_logps(model, batch)

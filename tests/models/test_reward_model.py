@@ -21,7 +21,7 @@ from utils.models.reward_model import (
 )
 from utils.models.shared_prompt import PairCollator
 from utils.runs import write_json
-from utils.training.losses import PairLoss
+from utils.training.losses import RewardPairLoss
 
 MEANS = [3.0, 3.0, 3.5, 2.0, 2.0]  # of the attributes
 
@@ -49,14 +49,14 @@ def test_the_scorer_equals_plain_transformers(folders, sample_folder, head):
     scores = ours.score(conversations, batch_size=4)
     model = AutoModelForSequenceClassification.from_pretrained(folders[head])
     assert model.config.id2label == dict(enumerate(HEADS[head].names))
-    weights = torch.tensor(ours.reading.weights)
+    weights = torch.tensor(ours.head.weights)
     texts = [render(ours.tokenizer, messages, ask=False) for messages in conversations]
     pipe = pipeline("text-classification", model=str(folders[head]), device="cpu", top_k=None)
     for text, score, found in zip(texts, scores, pipe(texts, batch_size=3), strict=True):
         batch = ours.tokenizer([text, text + " and more"], return_tensors="pt", padding=True, add_special_tokens=False)
         logits = model(**batch).logits[0]
         values = torch.softmax(logits, -1) if head == "distribution" else logits
-        means = torch.tensor(ours.reading.means or 0.0)  # a regression on attributes is about their means
+        means = torch.tensor(ours.head.means or 0.0)  # a regression on attributes is about their means
         assert ((values + means) @ weights).item() == pytest.approx(score.item(), abs=1e-4)
         piped = {entry["label"]: entry["score"] for entry in found}
         assert [piped[name] for name in HEADS[head].names] == pytest.approx(values.tolist(), abs=1e-4)
@@ -87,9 +87,9 @@ def test_a_new_head_starts_at_equal_rewards_or_at_the_means_of_the_attributes(mo
     _, means = ratings_of(rows)
     given = np.array([row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"]])
     assert means == pytest.approx(given.mean(axis=0))
-    reading = new_reward_head("attributes", "average", [], means)
-    assert reading.rewards(outputs).mean().item() == pytest.approx(np.mean(means), abs=1e-5)
-    variance = PairLoss(reading, "squared_error")({"outputs": outputs}, batch)[0].mean().item()
+    head = new_reward_head("attributes", "average", [], means)
+    assert head.rewards(outputs).mean().item() == pytest.approx(np.mean(means), abs=1e-5)
+    variance = RewardPairLoss(head, "squared_error")({"outputs": outputs}, batch)[0].mean().item()
     assert variance == pytest.approx(given.var(axis=0).mean(), abs=1e-4), "the loss of knowing the means only"
 
 
@@ -97,7 +97,7 @@ def test_a_warm_start_from_attributes_keeps_their_ranking(folders, sample_folder
     """Train by regression on the attributes, then continue with a scalar loss."""
     rows = load_pairs(sample_folder, "validation", 20)
     old = RewardModel.load(str(folders["attributes"]), device="cpu")
-    expected = old.reading.rewards(torch.tensor(old.pair_outputs(rows)))
+    expected = old.head.rewards(torch.tensor(old.pair_outputs(rows)))
     scalar = start_model(str(folders["attributes"]), old.tokenizer, new_reward_head("scalar", "", [], MEANS)).eval()
     batch = PairCollator(0, 8)(list(rows))
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_a_model_of_an_older_version_loads_if_its_scores_stay_the_same(folders, 
     shutil.copytree(folders["scalar"], tmp_path / "run")
     config = read(tmp_path / "run/reward_config.json")
     write_json(tmp_path / "run/reward_config.json", config | {"length_penalty": 0.0, "answers_only": False})
-    assert RewardModel.load(str(tmp_path / "run"), device="cpu").reading == RewardHead.of_json(config)
+    assert RewardModel.load(str(tmp_path / "run"), device="cpu").head == RewardHead.of_json(config)
     for option, value in {"LENGTH_PENALTY": -0.125, "ANSWERS_ONLY": True}.items():
         write_json(tmp_path / "run/reward_config.json", config | {option.lower(): value})
         with pytest.raises(SystemExit, match=f"needs {option}, which no longer exists: train it again"):

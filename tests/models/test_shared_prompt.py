@@ -16,8 +16,9 @@ from utils.models.shared_prompt import (
     check_shared_rows,
     forward_pairs,
     pair_lengths,
+    split_batch,
 )
-from utils.training.trainer import LengthSampler, split_batch
+from utils.training.trainer import LengthSampler
 
 
 def load(model_folder, attention="sdpa"):

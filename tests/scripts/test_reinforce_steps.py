@@ -12,7 +12,8 @@ from train_reinforce import advantages, rewards, rollout, update
 from utils.models.generation import Answer, batch_of, generate, logps_and_entropies_of, logps_of, parts_of
 from utils.models.loading import add_lora, use_gradient_checkpointing, without_dropout
 from utils.models.policies import reference_of
-from utils.models.shared_prompt import TOKENS_AT_ONCE, answer_logps, answer_logps_and_entropies
+from utils.models.shared_prompt import TOKENS_AT_ONCE, Prompt, answer_logps, answer_logps_and_entropies
+from utils.training import reinforce
 from utils.training.reinforce import Actor, Baseline, Policy, Sample, start_engine
 
 
@@ -40,12 +41,12 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path,
 
     p = model(prompt).logits[0, -1].softmax(-1).tolist()
     # both arms once, weighted by how often they would be drawn: the mean over draws, without their noise
-    samples = [Sample(arm, [], Answer([0, 1, 0], [arm], "", True), 0.0, 0.0, 0.0) for arm in (0, 1)]
+    samples = [Sample(arm, [], Answer(Prompt([0, 1, 0]), [arm], "", True), 0.0, 0.0, 0.0) for arm in (0, 1)]
     weights = [2 * p[arm] * (arms[arm] - 0.7) for arm in (0, 1)]
     engine = engine_of(model, tmp_path / "run")
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", 1e9)
+    monkeypatch.setattr(reinforce, "MAX_GRAD_NORM", 1e9)
     monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 1)
     update(engine, samples, weights)
     gradients = {name: before[name] - value.detach() for name, value in model.named_parameters()}
@@ -66,7 +67,7 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path,
 
 
 def test_micro_batches_do_not_change_the_step(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", 1e9)
+    monkeypatch.setattr(reinforce, "MAX_GRAD_NORM", 1e9)
     answers = [[9, 8, 2], [7], [20, 21, 22, 23], [30, 2]]
     found = []
     for size in (1, 20, 1000):  # positions: each answer alone, two parts, one part
@@ -94,14 +95,14 @@ def test_a_gradient_that_is_not_finite_moves_nothing(model_folder, tmp_path):
 
 def test_entropies_and_log_probs_equal_a_plain_loop(model_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    answers = generate(model, tokenizer, [[1, 4, 5], [1, 4, 5, 6, 7, 8]], 6, 0.8, seed=0)
+    answers = generate(model, tokenizer, [Prompt([1, 4, 5]), Prompt([1, 4, 5, 6, 7, 8])], 6, 0.8, seed=0)
     answers[0].ids = [5, 2, 2]
     logps, entropies = logps_and_entropies_of(model, answers, 0.8, "fp32")
     torch.testing.assert_close(logps, logps_of(model, answers, 0.8))
     for answer, found in zip(answers, entropies.tolist(), strict=True):
         with torch.no_grad():
-            p = (model(torch.tensor([answer.prompt_ids + answer.ids])).logits[0] / 0.8).softmax(-1)
-        start = len(answer.prompt_ids) - 1
+            p = (model(torch.tensor([answer.prompt.ids + answer.ids])).logits[0] / 0.8).softmax(-1)
+        start = len(answer.prompt.ids) - 1
         expected = -sum((row * row.log()).sum().item() for row in p[start : start + len(answer.ids)])
         assert found == pytest.approx(expected, rel=1e-4)
     sums, _ = answer_logps_and_entropies(model, batch_of(answers), 0.8)
@@ -111,7 +112,7 @@ def test_entropies_and_log_probs_equal_a_plain_loop(model_folder, tokenizer):
 def test_a_models_own_repetition_penalty_and_cuts_are_not_used(model_folder, tokenizer):
     """Qwen2.5 brings 1.1, top_k 20 and top_p 0.8 along: log-probs would be of another distribution than the samples."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    prompts = [[1, 4, 5], [1, 6, 7, 8], [1, 9, 9, 9]]
+    prompts = [Prompt(ids) for ids in ([1, 4, 5], [1, 6, 7, 8], [1, 9, 9, 9])]
     expected = [answer.ids for answer in generate(model, tokenizer, prompts, 12, 1.0, seed=3)]
     for name, value in {"repetition_penalty": 5.0, "top_k": 2, "top_p": 0.1, "temperature": 0.01}.items():
         setattr(model.generation_config, name, value)
@@ -121,7 +122,7 @@ def test_a_models_own_repetition_penalty_and_cuts_are_not_used(model_folder, tok
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_gradient_checkpointing_computes_again_and_changes_no_gradient(model_folder, lora):
-    answers = [Answer([1, 4, 5], [6, 7, 8, 9], "", True), Answer([1, 5], [7, 2], "", True)]
+    answers = [Answer(Prompt([1, 4, 5]), [6, 7, 8, 9], "", True), Answer(Prompt([1, 5]), [7, 2], "", True)]
     found = {}
     for again in (False, True):
         set_seed(0)
@@ -191,7 +192,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder, token
     from utils.models.loading import add_lora
 
     model = add_lora(AutoModelForCausalLM.from_pretrained(model_folder), "CAUSAL_LM", 4, 8, 0.0, ("q_proj", "v_proj"))
-    answers = [Answer([1, 4, 5], [9, 8], "", True)]
+    answers = [Answer(Prompt([1, 4, 5]), [9, 8], "", True)]
     start = logps_of(model, answers)
     for name, value in model.named_parameters():
         if "lora_B" in name:
@@ -202,21 +203,22 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder, token
     assert not torch.allclose(moved, start) and torch.equal(logps_of(model, answers), moved)
 
 
-def test_a_length_of_0_cuts_no_gradient(model_folder, tmp_path, monkeypatch):
+def test_a_long_gradient_is_clipped(model_folder, tmp_path, monkeypatch):
     lengths = []
-    for longest in (0.0, 1e9, 0.01):
+    for longest in (1e9, 0.01):
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         engine, before = engine_of(model, tmp_path / f"{longest}"), model.lm_head.weight.detach().clone()
         engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        monkeypatch.setattr(train_reinforce, "MAX_GRAD_NORM", longest)
+        monkeypatch.setattr(reinforce, "MAX_GRAD_NORM", longest)
         update(engine, [sample_of([9, 8, 2])], [1.0])
         lengths.append((model.lm_head.weight - before).norm().item())
-    assert lengths[0] == pytest.approx(lengths[1]) and 0 < lengths[2] < 0.011 < lengths[0]
+    assert 0 < lengths[1] < 0.011 < lengths[0]
 
 
 def test_a_policy_and_its_reference_have_no_dropout_wherever_the_rate_is_kept(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder, attention_dropout=0.5).train()
-    answers, ids = [Answer([1, 4, 5], [9, 8, 7, 6], "", True)], batch_of([Answer([1, 4, 5], [9, 8, 7, 6], "", True)])
+    answers = [Answer(Prompt([1, 4, 5]), [9, 8, 7, 6], "", True)]
+    ids = batch_of(answers)
     policy = Policy(model, 1.0)
     assert not torch.equal(policy(**ids), policy(**ids)), "the rate of the config is in use"
     without_dropout(model)
@@ -226,11 +228,11 @@ def test_a_policy_and_its_reference_have_no_dropout_wherever_the_rate_is_kept(mo
 def test_a_grad_scaler_may_skip_a_step(model_folder, tmp_path):
     engine = engine_of(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "run")
     engine.accelerator = SimpleNamespace(scaler=object(), clip_grad_norm_=lambda *_: float("inf"))
-    assert engine.step(1.0) == 0.0
+    assert engine.step() == 0.0
 
 
 def test_parts_hold_so_many_positions_and_every_answer_once():
     lengths = ((3, 2), (10, 10), (1, 1), (4, 3), (30, 9))  # of prompt and answer
-    answers = [Answer([1] * prompt, [5] * answer, "", True) for prompt, answer in lengths]
+    answers = [Answer(Prompt([1] * prompt), [5] * answer, "", True) for prompt, answer in lengths]
     assert parts_of(answers, 14) == [[4], [1], [3, 0], [2]]
     assert parts_of(answers, 1000) == [[4, 1, 3, 0, 2]] and parts_of([], 10) == []

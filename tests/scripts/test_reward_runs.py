@@ -21,7 +21,7 @@ from utils.models.shared_prompt import PairCollator
 from utils.runs import read_json as read
 from utils.runs import write_json
 from utils.training import trainer as training
-from utils.training.losses import PairLoss
+from utils.training.losses import RewardPairLoss
 from utils.training.trainer import last_checkpoint
 
 SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
@@ -40,8 +40,8 @@ def test_the_best_epoch_is_kept_and_measured_on_test_rows(model_folder, sample_f
     accuracies = iter([0.4, 0.9, 0.6])
     real = predictions.pairs_right
 
-    def planned(outputs, reading):
-        right = real(outputs, reading)
+    def planned(outputs, head):
+        right = real(outputs, head)
         return right * 0 + next(accuracies, 0.0)
 
     monkeypatch.setattr(predictions, "pairs_right", planned)
@@ -72,8 +72,8 @@ def test_an_epoch_chosen_on_the_measured_rows_is_reported(model_folder, sample_f
     [
         ({"HEAD": "vector"}, "HEAD = 'vector' is not known, choose one of: scalar, distribution, attributes"),
         ({"HEAD": "distribution", "PAIR_LOSS": "margin"}, "choose one of: win_probability, scaled"),
-        ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 is for HEAD = distribution, not for scalar"),
-        ({"HEAD": "distribution", "CENTRING": 0.1}, "CENTRING = 0.1 is for HEAD = scalar"),
+        ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 needs HEAD = distribution"),
+        ({"HEAD": "attributes", "LABEL_SMOOTHING": 0.1}, "LABEL_SMOOTHING = 0.1 has no effect with HEAD = attributes"),
         ({"RATING": "taste"}, "RATING = 'taste' is not known"),
         ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
     ],
@@ -95,9 +95,9 @@ def test_losses_that_use_ratings_need_ratings(model_folder, tokenizer_folder, tm
     run_script(load_helpsteer_dataset, **source, OUTPUT_DIR=tmp_path / "data")
     options = SMALL | {"DATA_DIR": tmp_path / "data", "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
     for constants in ({"PAIR_LOSS": "scaled"}, {"HEAD": "distribution", "RATING_WEIGHT": 0.5}):
-        with pytest.raises(SystemExit, match="not all of these rows have ratings"):
+        with pytest.raises(SystemExit, match="some rows have no ratings"):
             run_script(train_reward_model, **options | constants)
-    with pytest.raises(SystemExit, match="these rows have no attributes"):
+    with pytest.raises(SystemExit, match="the rows have no attributes"):
         run_script(train_reward_model, **options, HEAD="attributes")
     run_script(train_reward_model, **options, HEAD="distribution")
     assert read(tmp_path / "run/eval.json")["by_gap"] == {}
@@ -190,7 +190,7 @@ def test_attributes_are_learned_from_rows_that_have_them(sample_folder, tokenize
     given = [row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"] if row]
     assert len(given) == 12 and means == pytest.approx(np.mean(given, axis=0))
     batch = PairCollator(0, 8)(list(rows))
-    losses, _ = PairLoss(new_reward_head("attributes", "average", [], means), "squared_error")(
+    losses, _ = RewardPairLoss(new_reward_head("attributes", "average", [], means), "squared_error")(
         {"outputs": torch.zeros(8, 2, 5)}, batch
     )
     rejected = (torch.tensor(rows["rejected_attributes"]) - torch.tensor(means)).square().mean(1) / 2

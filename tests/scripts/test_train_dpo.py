@@ -118,7 +118,7 @@ def test_the_cache_is_never_stale(options, model_folder, tokenizer_folder, tmp_p
     assert computed(MODEL=tmp_path / "other") == 2
     assert computed(PRECISION="bf16") == 2
     assert computed(GUIDANCE="text") == 2
-    assert computed(GUIDANCE="embedding") == 2 and computed(GUIDANCE="embedding", PROMPT_EMBEDDING_TOKENS=3) == 2
+    assert computed(GUIDANCE="embedding") == 2 and computed(GUIDANCE="embedding", PREFERENCE_TEXT="Be brief.") == 2
     assert computed(LOSS="ipo") == 0, "sums and numbers of tokens give the means"
     reference = read(sorted(tmp_path.glob("run*"), key=os.path.getmtime)[-1] / "eval.json")
     assert reference["logps_chosen_before"] < -20, "sums, whatever the loss divides them by"
@@ -126,7 +126,7 @@ def test_the_cache_is_never_stale(options, model_folder, tokenizer_folder, tmp_p
 
 @pytest.mark.parametrize("loss", ["dpo", "new_pref_po"])
 def test_another_run_can_use_trained_vectors(options, tmp_path, loss):
-    guided = {"LOSS": loss, "GUIDANCE": "embedding", "PROMPT_EMBEDDING_TOKENS": 4, "TRAIN_POLICY": "false"}
+    guided = {"LOSS": loss, "GUIDANCE": "embedding", "PREFERENCE_TEXT": "~~~~", "TRAIN_POLICY": "false"}
     run_script(train_dpo, **options | guided | {"PROMPT_LEARNING_RATE": 1.0})
     moved = abs(read(tmp_path / "run/eval.json")["kl"]) > 1e-4
     assert moved == (loss == "dpo"), "only the answers of dpo are generated with the vectors"
@@ -234,7 +234,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
     [
         ({"LOSS": "kto"}, "LOSS = 'kto' is not known, choose one of: dpo, ipo, hinge, sipa, orpo, simpo, new_pref_po"),
         ({"GUIDANCE": "song"}, "GUIDANCE = 'song' is not known, choose one of: none, text, embedding"),
-        ({"LOSS": "new_pref_po"}, "LOSS = 'new_pref_po' learns from a preference in the prompt: set GUIDANCE"),
+        ({"LOSS": "new_pref_po"}, "LOSS = 'new_pref_po' needs a preference in the prompt: set GUIDANCE"),
         ({"GUIDANCE": "text", "PREFERENCE_TEXT": " "}, "PREFERENCE_TEXT is empty"),
         ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not there"),
         ({"TRAIN_POLICY": "false"}, "TRAIN_POLICY = False trains the vectors only"),
@@ -244,7 +244,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
         ({"WARMUP_SHARE": 2.0}, "WARMUP_SHARE = 2.0: expected a number from 0 to 1"),
         ({"BETA": -1.0}, "BETA = -1.0: expected 0 or more"),
         ({"REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
-        ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_TOKENS": 100}, "PROMPT_EMBEDDING_TOKENS = 100 does not fit"),
+        ({"GUIDANCE": "embedding", "PREFERENCE_TEXT": "word " * 200}, "vectors does not fit"),
         ({"GUIDANCE": "text", "PREFERENCE_TEXT": "word " * 200}, "PREFERENCE_TEXT does not fit"),
     ],
 )

@@ -15,7 +15,7 @@ from tests.toys import MARKS, toy_rows, toy_run, toy_trainer
 from utils.models.loading import add_lora, load_causal
 from utils.models.policies import PolicyPairs, reference_of
 from utils.models.shared_prompt import PairCollator, forward_pairs
-from utils.training.losses import POLICY_LOSSES, Knobs, LogProbs, PolicyPairLoss, two_way_kl
+from utils.training.losses import POLICY_LOSSES, LogProbs, LossConstants, PolicyPairLoss, two_way_kl
 from utils.training.trainer import training_arguments
 
 POLICY = [[-40.0, -55.0], [-30.0, -21.0], [-8.0, -8.0]]  # sums of log-probs, chosen first
@@ -74,9 +74,9 @@ def inputs(loss, requires_grad=False):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_each_loss_equals_its_formula(name, smoothing):
     loss = POLICY_LOSSES[name]
-    knobs = Knobs(0.3, smoothing, 0.5, 0.4, 0.2)
+    constants = LossConstants(0.3, smoothing, 0.5, 0.4, 0.2)
     expected = [plain_loss(name, i, 0.3, smoothing, 0.5, 0.4, 0.2) for i in range(3)]
-    assert loss.function(inputs(loss)[0], knobs).tolist() == pytest.approx(expected, rel=1e-4)
+    assert loss.function(inputs(loss)[0], constants).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_values_where_the_policy_is_the_reference():
@@ -90,14 +90,16 @@ def test_values_where_the_policy_is_the_reference():
     }  # fmt: skip
     for name, value in expected.items():
         loss = POLICY_LOSSES[name]
-        torch.testing.assert_close(loss.function(at[loss.reduction], Knobs(0.1, alpha=0.1, lambda_kl=0.1)), value)
+        torch.testing.assert_close(
+            loss.function(at[loss.reduction], LossConstants(0.1, alpha=0.1, lambda_kl=0.1)), value
+        )
 
 
 def test_new_pref_po_has_no_gradient_from_the_guided_side_but_the_kl():
     loss = POLICY_LOSSES["new_pref_po"]
     for lambda_kl, moves in ((0.0, False), (0.1, True)):
         x, (policy, reference, guided, guided_reference) = inputs(loss, requires_grad=True)
-        loss.function(x, Knobs(0.05, alpha=0.1, lambda_kl=lambda_kl)).sum().backward()
+        loss.function(x, LossConstants(0.05, alpha=0.1, lambda_kl=lambda_kl)).sum().backward()
         assert (guided.grad is not None and bool(guided.grad.any())) == moves and policy.grad.any()
     same = torch.tensor(POLICY)
     assert two_way_kl(same, same).abs().max() == 0 and (two_way_kl(same, torch.tensor(REFERENCE)) >= 0).all()
@@ -116,8 +118,8 @@ def make(model_folder, name, guidance="none", lora=False, reference=True, beta=0
     vectors = torch.randn(len(MARKS), 32) * 0.1 if guidance == "embedding" else None
     held = reference_of(model, train_policy) if reference and POLICY_LOSSES[name].reference else None
     module = PolicyPairs(model, vectors, vectors is not None, held)
-    knobs = Knobs(beta or POLICY_LOSSES[name].beta, 0.0, 0.5, 0.1, 0.1)
-    return module, PolicyPairLoss(module, POLICY_LOSSES[name], knobs, 0.0, "fp32", fresh)
+    constants = LossConstants(beta or POLICY_LOSSES[name].beta, 0.0, 0.5, 0.1, 0.1)
+    return module, PolicyPairLoss(module, POLICY_LOSSES[name], constants, 0.0, "fp32", fresh)
 
 
 CASES = [(name, guidance) for name in POLICY_LOSSES for guidance in ("none", "text", "embedding")]

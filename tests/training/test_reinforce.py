@@ -6,6 +6,7 @@ import torch
 from tests.toys import sample_of
 from utils.models.generation import Answer
 from utils.models.reward_model import RewardHead
+from utils.models.shared_prompt import Prompt
 from utils.training.reinforce import (
     Baseline,
     Scoring,
@@ -96,19 +97,19 @@ def test_normalised_advantages_have_unit_size_and_equal_ones_do_not_grow():
 class Judge:
     """A reward model whose output is the number of characters, or logits that put all on one grade."""
 
-    def __init__(self, head="scalar"):
-        self.reading = RewardHead(head, [1.0] if head == "scalar" else [float(grade) for grade in range(1, 11)])
+    def __init__(self, kind="scalar"):
+        self.head = RewardHead(kind, [1.0] if kind == "scalar" else [float(grade) for grade in range(1, 11)])
 
     def read(self, prompts, answers):
         lengths = torch.tensor([[float(len(text)) for text in side] for side in answers])
-        if self.reading.head == "scalar":
+        if self.head.kind == "scalar":
             return lengths[:, :, None]
         grades = torch.nn.functional.one_hot(lengths.long().clamp(1, 10) - 1, 10).float()
         return 50 * grades
 
 
 def answered(*texts, ended=True):
-    return [Answer([1], [5] * 10, text, ended) for text in texts]
+    return [Answer(Prompt([1]), [5] * 10, text, ended) for text in texts]
 
 
 def test_the_cut_penalty_is_taken_off_cut_answers_only():

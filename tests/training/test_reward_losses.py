@@ -8,9 +8,8 @@ import torch
 from utils.models.reward_model import GRADES, HEADS, RewardHead, log_tie, log_win, new_reward_head
 from utils.training.losses import (
     PAIR_LOSSES,
-    PairLoss,
+    RewardPairLoss,
     bradley_terry,
-    centring,
     grade_cross_entropy,
     margin,
     masked_squared_error,
@@ -56,7 +55,6 @@ def test_values_at_equal_rewards():
     assert bradley_terry(zero, zero).item() == pytest.approx(math.log(2))
     assert margin(zero, zero, gap).item() == pytest.approx(math.log(1 + math.exp(0.8)))
     assert scaled(zero, zero, gap).item() == pytest.approx(0.8 * math.log(2))
-    assert centring(torch.tensor([1.0]), torch.tensor([2.0])).item() == 9.0
     uniform = torch.zeros(1, GRADES)
     assert win_probability(uniform, uniform).item() == pytest.approx(-math.log(0.45)) == pytest.approx(0.7985, abs=1e-4)
 
@@ -125,9 +123,9 @@ def test_squared_error_leaves_out_what_is_not_known():
 
 
 def test_expected_grade_spread_and_entropy_equal_plain_loops(logits):
-    reading = new_reward_head("distribution", "average", [], MEANS)
+    head = new_reward_head("distribution", "average", [], MEANS)
     for x, reward, spread, entropy in zip(
-        logits[0], reading.rewards(logits[0]), reading.spread(logits[0]), reading.entropy(logits[0]), strict=True
+        logits[0], head.rewards(logits[0]), head.spread(logits[0]), head.entropy(logits[0]), strict=True
     ):
         p = softmax(x.tolist())
         mean = sum(k * p[k - 1] for k in range(1, 11))
@@ -136,16 +134,16 @@ def test_expected_grade_spread_and_entropy_equal_plain_loops(logits):
         assert spread.item() == pytest.approx(math.sqrt(variance), rel=1e-4)
         assert entropy.item() == pytest.approx(-sum(q * math.log(q) for q in p), rel=1e-5)
     uniform = torch.zeros(1, 10)
-    assert reading.rewards(uniform).item() == pytest.approx(5.5) and reading.entropy(uniform).item() == pytest.approx(
+    assert head.rewards(uniform).item() == pytest.approx(5.5) and head.entropy(uniform).item() == pytest.approx(
         math.log(10)
     )
-    assert reading.win(uniform, uniform).item() == pytest.approx(0.5), "a tie counts half"
+    assert head.win(uniform, uniform).item() == pytest.approx(0.5), "a tie counts half"
 
 
 def test_win_of_scalars_is_bradley_terry():
-    reading = RewardHead("scalar")
+    head = RewardHead("scalar")
     one, other = torch.tensor([[1.0]]), torch.tensor([[0.0]])
-    assert reading.win(one, other).item() == pytest.approx(sigma(1.0))
+    assert head.win(one, other).item() == pytest.approx(sigma(1.0))
 
 
 def test_the_map_from_rating_to_grade():
@@ -161,36 +159,32 @@ def test_the_map_from_rating_to_grade():
     assert negative.rewards(outputs).item() == pytest.approx(4 * 2.05)
 
 
-def test_a_reading_survives_the_file():
-    reading = new_reward_head("attributes", "goodness", [], MEANS)
-    assert RewardHead.of_json(reading.as_json() | {"max_length": 3}) == reading and reading.means == MEANS
+def test_a_head_survives_the_file():
+    head = new_reward_head("attributes", "goodness", [], MEANS)
+    assert RewardHead.of_json(head.as_json() | {"max_length": 3}) == head and head.means == MEANS
     assert new_reward_head("distribution", "", [], MEANS).as_json()["grades"] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("head, name", [(head, name) for head, losses in PAIR_LOSSES.items() for name in losses])
-def test_every_loss_of_every_head_has_a_gradient_that_favours_the_chosen(head, name):
-    reading = new_reward_head(head, "average", [], MEANS)
-    outputs = torch.zeros(3, 2, HEADS[head].outputs, requires_grad=True)
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, losses in PAIR_LOSSES.items() for name in losses])
+def test_every_loss_of_every_head_has_a_gradient_that_favours_the_chosen(kind, name):
+    head = new_reward_head(kind, "average", [], MEANS)
+    outputs = torch.zeros(3, 2, HEADS[kind].outputs, requires_grad=True)
     attributes = torch.tensor([[[3.0] * 5, [1.0] * 5]] * 3)
     ratings = torch.tensor([[3.0, 1.0]] * 3)
     batch = {"gap": ratings[:, 0] - ratings[:, 1], "ratings": ratings, "attributes": attributes}
-    losses, logged = PairLoss(reading, name)({"outputs": outputs}, batch)
+    losses, logged = RewardPairLoss(head, name)({"outputs": outputs}, batch)
     losses.sum().backward()
     assert losses.shape == (3,) and set(logged) == {"accuracy", "margin", "rewards/chosen", "rewards/rejected"}
-    after = reading.rewards(outputs - 0.1 * outputs.grad)
+    after = head.rewards(outputs - 0.1 * outputs.grad)
     assert (after[:, 0] > after[:, 1]).all() and logged["accuracy"].tolist() == [0.5] * 3
 
 
-def test_rating_weight_mixes_and_centring_adds():
+def test_rating_weight_mixes():
     torch.manual_seed(1)
     outputs = {"outputs": torch.randn(3, 2, 10)}
     ratings = torch.tensor([[3.0, 1.0], [4.0, 2.2], [2.6, 0.0]])
     batch = {"gap": ratings[:, 0] - ratings[:, 1], "ratings": ratings}
-    reading = new_reward_head("distribution", "average", [], MEANS)
-    win, mixed = (PairLoss(reading, "win_probability", rating_weight=w)(outputs, batch)[0] for w in (0.0, 0.25))
-    anchor = grade_cross_entropy(outputs["outputs"], reading.grade(ratings)).mean(1)
+    head = new_reward_head("distribution", "average", [], MEANS)
+    win, mixed = (RewardPairLoss(head, "win_probability", rating_weight=w)(outputs, batch)[0] for w in (0.0, 0.25))
+    anchor = grade_cross_entropy(outputs["outputs"], head.grade(ratings)).mean(1)
     torch.testing.assert_close(mixed, 0.75 * win + 0.25 * anchor)
-    scalar = {"outputs": torch.tensor([[[1.0], [2.0]]])}
-    functions = (PairLoss(RewardHead("scalar"), "bradley_terry", centre=weight) for weight in (0, 0.1))
-    plain, centred = (function(scalar, {"gap": None})[0] for function in functions)
-    assert (centred - plain).item() == pytest.approx(0.9)

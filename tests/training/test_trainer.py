@@ -25,10 +25,10 @@ from utils.models.loading import load_classifier
 from utils.models.reward_model import RewardHead, RewardPairs
 from utils.models.shared_prompt import TOKENS_AT_ONCE, PairCollator, forward_pairs
 from utils.training import trainer as training
-from utils.training.losses import PairLoss, bradley_terry
+from utils.training.losses import RewardPairLoss, bradley_terry
 from utils.training.trainer import last_checkpoint
 
-LOSSES = PairLoss(RewardHead("scalar"), "bradley_terry")
+LOSSES = RewardPairLoss(RewardHead("scalar"), "bradley_terry")
 
 
 def toy_trainer(model_folder, folder, rows, batch=4, accumulation=1, losses=LOSSES, lora=False, **options):
@@ -185,7 +185,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_folder, sample_folder, tmp_pat
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "start the same command again to go on" in out and "Traceback" not in err
+    assert process.returncode == 130 and "run the same command to resume" in out and "Traceback" not in err
     assert last_checkpoint(tmp_path / "run")
 
 

@@ -15,9 +15,10 @@ from utils.data.preferences import Message
 from utils.data.processed import same_prompt
 from utils.evaluation.plots import training_curves
 from utils.evaluation.statistics import at_equal_length, comparison, mean_kl, percent, share_right, wins
-from utils.models.generation import Answer, generate, logps_of, prompt_ids_of, repetition
+from utils.models.generation import Answer, generate, logps_of, repetition
 from utils.models.guidance import Guidance
 from utils.models.reward_model import RewardModel
+from utils.models.shared_prompt import Prompt
 from utils.runs import write_json, write_lines, write_text
 from utils.training.losses import PolicyPairLoss
 
@@ -87,31 +88,27 @@ class Sampler:
         written = self.write(policy, prompts, guidances[1], progress)
         if not self.temperature:
             return Answers(written, None)
-        start_prompts = self.ids(prompts, guidances[0])
+        start_prompts = guidances[0].prompts(self.tokenizer, prompts, self.max_length)
         policy_logps = self.logps(policy, written, guidances[1])
-        start_logps = self.logps(start, with_prompt_ids(written, start_prompts), guidances[0])
+        start_logps = self.logps(start, with_prompts(written, start_prompts), guidances[0])
         return Answers(written, policy_logps - start_logps)
 
     def logps(self, model: nn.Module, answers: list[Answer], guidance: Guidance) -> np.ndarray:
         """Return log pi(answer | prompt) [prompts] under a model."""
-        return logps_of(model, answers, self.temperature, self.precision, guidance).double().numpy()
-
-    def ids(self, prompts: list[list[Message]], guidance: Guidance) -> list[list[int]]:
-        """Return the ids of each prompt."""
-        return prompt_ids_of(self.tokenizer, prompts, self.max_length, guidance)
+        return logps_of(model, answers, self.temperature, self.precision, guidance.vectors).double().numpy()
 
     def write(self, policy: nn.Module, prompts: list[list[Message]], guidance: Guidance, progress: str) -> list[Answer]:
         """Return an answer to each prompt."""
         return generate(
             policy,
             self.tokenizer,
-            self.ids(prompts, guidance),
+            guidance.prompts(self.tokenizer, prompts, self.max_length),
             self.max_new_tokens,
             self.temperature,
             self.seed,
             self.batch_size,
             self.precision,
-            guidance,
+            guidance.vectors,
             progress,
             range(FIRST_NUMBER, FIRST_NUMBER + len(prompts)),
         )
@@ -131,9 +128,9 @@ class Sampler:
         return Answers(best, None, math.log(count) - (count - 1) / count)
 
 
-def with_prompt_ids(answers: list[Answer], prompts: list[list[int]]) -> list[Answer]:
-    """Return the answers behind other prompts (ids)."""
-    return [Answer(ids, a.ids, a.text, a.ended) for a, ids in zip(answers, prompts, strict=True)]
+def with_prompts(answers: list[Answer], prompts: list[Prompt]) -> list[Answer]:
+    """Return the answers behind other prompts."""
+    return [replace(answer, prompt=prompt) for answer, prompt in zip(answers, prompts, strict=True)]
 
 
 def rewards_of(judge: RewardModel, prompts: list[list[Message]], answers: list[Answer]) -> np.ndarray:

@@ -25,7 +25,7 @@ def predict_pairs(
     outputs_of: Outputs,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    reading: RewardHead,
+    head: RewardHead,
     surface_weights: np.ndarray | None,
     control_pairs: int,
     untrained: Callable | None,
@@ -37,8 +37,8 @@ def predict_pairs(
     function that returns the model with that head, or None.
     """
     right = shortcuts_right(rows, surface_weights)
-    right |= controls_right(outputs_of, untrained, rows, tokenizer, reading, control_pairs)
-    return prediction_lines(rows, outputs_of(rows), reading, right)
+    right |= controls_right(outputs_of, untrained, rows, tokenizer, head, control_pairs)
+    return prediction_lines(rows, outputs_of(rows), head, right)
 
 
 def trained_on(folder: str, rows: Dataset) -> int | None:
@@ -58,9 +58,9 @@ def trained_on(folder: str, rows: Dataset) -> int | None:
     return sum(prompt in prompts for prompt in rows["prompt"])
 
 
-def pairs_right(outputs: np.ndarray, reading: RewardHead) -> np.ndarray:
+def pairs_right(outputs: np.ndarray, head: RewardHead) -> np.ndarray:
     """Return 1 (chosen has the higher reward), 0.5 (tie) or 0 for each pair [pairs]; outputs [pairs, 2, n]."""
-    return wins(*reading.rewards(torch.tensor(outputs)).numpy().T)
+    return wins(*head.rewards(torch.tensor(outputs)).numpy().T)
 
 
 def controls_right(
@@ -68,7 +68,7 @@ def controls_right(
     untrained: Callable | None,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    reading: RewardHead,
+    head: RewardHead,
     count: int,
 ) -> dict[str, np.ndarray]:
     """Return 1 (right), 0.5 (tie) or 0 for each pair [pairs], for each control; NaN if it was not measured.
@@ -88,20 +88,20 @@ def controls_right(
     right = {}
     for name, compute in outputs.items():
         right[name] = np.full(len(rows), np.nan)
-        right[name][indices] = pairs_right(compute(), reading)
+        right[name][indices] = pairs_right(compute(), head)
     return right
 
 
 def prediction_lines(
-    rows: Dataset, outputs: np.ndarray, reading: RewardHead, right: dict[str, np.ndarray]
+    rows: Dataset, outputs: np.ndarray, head: RewardHead, right: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """Return one line of predictions.jsonl for each pair.
 
     outputs [pairs, 2, n], chosen first; right: {shortcut: [pairs]}, NaN where it was not measured.
     """
     pairs, tokens, prompts = torch.tensor(outputs), answer_tokens(rows), same_prompt(rows).tolist()
-    rewards, win = reading.rewards(pairs).tolist(), reading.win(pairs[:, 0], pairs[:, 1]).tolist()
-    spread = reading.spread(pairs).tolist() if reading.head == "distribution" else None
+    rewards, win = head.rewards(pairs).tolist(), head.win(pairs[:, 0], pairs[:, 1]).tolist()
+    spread = head.spread(pairs).tolist() if head.kind == "distribution" else None
     lines = []
     for i, row in enumerate(rows):
         line = {"row": row.get("row", i), "same_prompt": prompts[i], "subset": row.get("subset", "")}
@@ -117,15 +117,15 @@ def prediction_lines(
     return lines
 
 
-def fit_win_scale(reading: RewardHead, rows: Dataset, outputs_of: Outputs) -> None:
+def fit_win_scale(head: RewardHead, rows: Dataset, outputs_of: Outputs) -> None:
     """Set win_scale of a head that was not trained on pairs, by logistic regression on the first FIT_PAIRS rows.
 
     rows: must not be those on which the model is evaluated.
     """
     few = rows.select(range(min(FIT_PAIRS, len(rows))))
-    rewards = reading.rewards(torch.tensor(outputs_of(few))).numpy()
+    rewards = head.rewards(torch.tensor(outputs_of(few))).numpy()
     (scale,) = fit_logistic((rewards[:, 0] - rewards[:, 1])[:, None])
     if scale > 0:
-        reading.win_scale = float(scale)
+        head.win_scale = float(scale)
     else:
-        say(f"win_scale stays {reading.win_scale}: on {len(few)} pairs the reward does not prefer the chosen answers")
+        say(f"win_scale stays {head.win_scale}: on {len(few)} pairs the reward does not prefer the chosen answers")

@@ -1,10 +1,11 @@
-"""Sample answers of a policy in batches, and compute the log-probs of what was sampled."""
+"""Sample answers of a policy in batches, and compute the log-probs of the sampled answers."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,36 +15,38 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from utils.data.preferences import Message
 from utils.data.tokens import end_of_turn, fitted_prompt
-from utils.models.guidance import Guidance
-from utils.models.loading import autocast, plain
+from utils.models.loading import autocast, body_of, evaluating, plain
 from utils.models.shared_prompt import (
     TOKENS_AT_ONCE,
+    Batch,
     PairCollator,
+    Prompt,
     answer_logps,
     answer_logps_and_entropies,
     batches_by_length,
+    padded,
     row_multiple,
     with_vectors,
 )
 from utils.script import bar_off
 
-NGRAM = 3  # repetition counts runs of so many tokens
+NGRAM = 3  # tokens in a run that counts as repeated
 
 
 @dataclass
 class Answer:
-    """A generated answer: ids of its prompt, its own ids (the end of turn among them, if it came to one), its text."""
+    """A generated answer: its prompt, its ids (including the end of turn if it got there), its text."""
 
-    prompt_ids: list[int]
+    prompt: Prompt
     ids: list[int]
     text: str
     ended: bool
 
 
 class SeededGumbel(LogitsProcessor):
-    """Gumbel noise on logits / temperature: the largest sum is a sample of the softmax, so that greedy search samples.
+    """Add Gumbel noise to logits / temperature: the largest sum is a sample of the softmax, so greedy search samples.
 
-    https://arxiv.org/abs/1411.0030 (section 2). Each row draws from a generator of its own.
+    https://arxiv.org/abs/1411.0030 (section 2). Each row has its own random generator.
     """
 
     def __init__(self, temperature: float, seeds: list[tuple[int, int]]):
@@ -58,90 +61,86 @@ class SeededGumbel(LogitsProcessor):
 def sampling_processors(
     temperature: float, seeds: list[tuple[int, int]], top_k: int = 0, top_p: float = 1.0
 ) -> LogitsProcessorList:
-    """What makes greedy search sample: temperature, then top_k, then top_p, then the luck of each row.
+    """Return what makes greedy search sample: temperature, then top_k, then top_p, then noise for each row.
 
-    What top_k and top_p leave out is -inf before the noise is added: no luck can bring it back. Temperature 0 is
-    greedy, and neither matters then.
+    Tokens outside top_k and top_p are at -inf before the noise, so it cannot bring them back. Temperature 0 is greedy,
+    whatever top_k and top_p are.
     """
     if not temperature:
         return LogitsProcessorList()
     if not top_k and top_p >= 1:
         return LogitsProcessorList([SeededGumbel(temperature, seeds)])
-    kept = [TopKLogitsWarper(top_k)] if top_k else []
-    kept += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *kept, SeededGumbel(1.0, seeds)])
+    cuts: list[LogitsProcessor] = [TopKLogitsWarper(top_k)] if top_k else []
+    cuts += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *cuts, SeededGumbel(1.0, seeds)])
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the tokenizer's end token, and the special token that its template closes a turn with."""
+    """Return the ids that end an answer: the end token, and the special token that closes a turn in the template."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     closing = [i for i in end_of_turn(tokenizer) if i in special]
     return sorted({*closing[:1], *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
 
 
-def prompt_ids_of(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], max_length: int, guidance: Guidance
-) -> list[list[int]]:
-    """Ids of prompts that fit `max_length`, guided; what is too long loses its oldest turns, then its start."""
-    return [fitted_prompt(tokenizer, guidance.add(messages), max_length) for messages in conversations]
+def prompts_of(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], max_length: int) -> list[Prompt]:
+    """Return prompts of at most `max_length` tokens; a longer one loses its oldest turns, then its start."""
+    return [Prompt(fitted_prompt(tokenizer, messages, max_length)) for messages in conversations]
 
 
 @torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     max_new_tokens: int,
     temperature: float,
     seed: int,
     batch_size: int = 8,
     precision: str = "fp32",
-    guidance: Guidance | None = None,
+    vectors: torch.Tensor | None = None,
     progress: str = "sampling",
     numbers: Sequence[int] | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[Answer]:
-    """One answer to each prompt (ids), in their order; temperature 0 is greedy.
+    """Return one answer to each prompt, in their order; temperature 0 is greedy.
 
-    Samples from the whole distribution, in left-padded batches of prompts of like length; top_k above 0 keeps the
-    likeliest so many tokens, top_p below 1 the likeliest of them that make up this share.
-    Each prompt has random numbers of its own, by `seed` and its number (by default its place in the list): an answer
-    does not depend on its batch or process, and two policies with the same seed answer with the same luck.
+    Sample from the whole distribution, or from the `top_k` likeliest tokens, or from the likeliest tokens that sum to
+    `top_p`. vectors [n, hidden]: replace the embeddings at the prompts' `vectors_at`.
+    The random numbers of a prompt depend on `seed` and its number only (default: its index). An answer is therefore
+    the same in any batch and on any process, and two policies with one seed draw the same random numbers.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
-    model, stops = plain(model), stop_ids(tokenizer)
-    vectors = guidance.vectors if guidance else None
-    was, answers = model.training, {}
-    model.eval()
-    batches = batches_by_length(list(map(len, prompts)), math.inf, batch_size)
-    for mine in tqdm(batches, desc=progress, leave=False, disable=bar_off(len(batches) > 1)):
-        given, width = left_padded(model, [prompts[i] for i in mine], tokenizer.pad_token_id, vectors, guidance)
-        luck = sampling_processors(temperature, [(seed, numbers[i]) for i in mine], top_k, top_p)
-        with autocast(model.device, precision), float32_head(model):
-            written = model.generate(
-                **given,
+    lm: Any = plain(model)
+    stops, pad_id = stop_ids(tokenizer), tokenizer.pad_token_id
+    answers: dict[int, Answer] = {}
+    batches = batches_by_length([len(prompt.ids) for prompt in prompts], math.inf, batch_size)
+    for places in tqdm(batches, desc=progress, leave=False, disable=bar_off(len(batches) > 1)):
+        inputs, width = left_padded(lm, [prompts[i] for i in places], pad_id, vectors)
+        sampling = sampling_processors(temperature, [(seed, numbers[i]) for i in places], top_k, top_p)
+        with evaluating(lm), autocast(lm.device, precision), float32_head(lm):
+            written = lm.generate(
+                **inputs,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad_id,
                 do_sample=False,
                 repetition_penalty=1.0,
-                logits_processor=luck,
+                logits_processor=sampling,
             )
-        for i, ids in zip(mine, written[:, width:].tolist(), strict=True):
+        for i, ids in zip(places, written[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), None)
             ids = ids if end is None else ids[: end + 1]
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
             answers[i] = Answer(prompts[i], ids, text, end is not None)
-    model.train(was)
     return [answers[i] for i in range(len(prompts))]
 
 
 @contextmanager
-def float32_head(model: nn.Module) -> Iterator[None]:
-    """The head in float32 whatever the precision of the body: answers are then drawn from what `logps_of` reads.
+def float32_head(model: Any) -> Iterator[None]:
+    """Compute the head in float32 whatever the precision of the body, as `logps_of` does.
 
-    In bfloat16 the logits of a large vocabulary lie in steps of 0.06 and more, which ties the likeliest tokens.
+    In bfloat16 the logits of a large vocabulary have steps of 0.06 and more, which ties the likeliest tokens.
     """
     head = model.get_output_embeddings()
     forward = head.forward
@@ -154,93 +153,79 @@ def float32_head(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        del head.forward  # the method of its class again
+        del head.forward  # back to the method of its class
 
 
 def left_padded(
-    model: nn.Module, prompts: list[list[int]], pad_id: int, vectors: torch.Tensor | None, guidance: Guidance | None
+    model: Any, prompts: list[Prompt], pad_id: int, vectors: torch.Tensor | None
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """(what generate() takes, number of its output's columns that are prompt) for one batch of prompts."""
-    multiple = row_multiple(model.device)
-    width = -(-max(map(len, prompts)) // multiple) * multiple
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
-    given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    """Return (inputs of model.generate() for a batch, number of prompt columns in its output)."""
+    rows = [prompt.ids for prompt in prompts]
+    ids, mask = (side.to(model.device) for side in padded(rows, pad_id, row_multiple(model.device), left=True))
+    width = ids.shape[1]
     if vectors is None:
-        return given, width
-    at = torch.tensor([width - len(prompt) + guidance.find(prompt) for prompt in prompts], device=model.device)
-    body = getattr(model, model.base_model_prefix)
-    embedded = with_vectors(body, given.pop("input_ids"), at, vectors.to(model.device))
-    return {"inputs_embeds": embedded, **given}, 0
+        return {"input_ids": ids, "attention_mask": mask}, width
+    at = torch.tensor([width - len(prompt.ids) + prompt.vectors_at for prompt in prompts], device=model.device)
+    embedded = with_vectors(body_of(model), ids, at, vectors.to(model.device))
+    return {"inputs_embeds": embedded, "attention_mask": mask}, 0
 
 
-@torch.no_grad()
 def logps_of(
     model: nn.Module,
     answers: list[Answer],
     temperature: float = 1.0,
     precision: str = "fp32",
-    guidance: Guidance | None = None,
+    vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """log pi(answer | prompt) [answers] at a temperature, summed over the tokens, the end of turn among them."""
-    device, vectors = plain(model).device, guidance.vectors if guidance else None
-    vectors = vectors.to(device) if vectors is not None else None
-
-    def read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return answer_logps(model, batch, vectors, temperature)[0]
-
-    return read_answers(model, answers, read, precision, guidance)
+    """Return log pi(answer | prompt) [answers] at a temperature, summed over tokens including the end of turn."""
+    vectors = vectors.to(plain(model).device) if vectors is not None else None
+    return over_answers(model, answers, precision, lambda batch: answer_logps(model, batch, vectors, temperature)[:1])[
+        0
+    ]
 
 
-@torch.no_grad()
 def logps_and_entropies_of(
     model: nn.Module, answers: list[Answer], temperature: float, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log pi(answer | prompt), entropy of the next token summed over the answer's tokens) [answers], nats."""
+    """Return (log pi(answer | prompt), entropy of the next token summed over the answer) [answers], in nats."""
+    logps, entropies = over_answers(
+        model, answers, precision, lambda batch: answer_logps_and_entropies(model, batch, temperature)
+    )
+    return logps, entropies
 
-    def read(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.stack([sums[:, 0] for sums in answer_logps_and_entropies(model, batch, temperature)], dim=1)
 
-    return read_answers(model, answers, read, precision, columns=2).unbind(1)
+@torch.no_grad()
+def over_answers(
+    model: nn.Module, answers: list[Answer], precision: str, compute: Callable[[Batch], Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Return each result of `compute` [answers] on the CPU, from batches of answers of similar length.
 
-
-def read_answers(
-    model: nn.Module,
-    answers: list[Answer],
-    read: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-    precision: str,
-    guidance: Guidance | None = None,
-    columns: int = 1,
-) -> torch.Tensor:
-    """What `read` finds in batches of answers of like length [answers] (or [answers, columns]), on the CPU."""
+    compute: from a batch of shared rows to tensors [batch, 2]; the first column belongs to the answer.
+    """
     device = plain(model).device
-    was, found = model.training, torch.zeros(len(answers), columns)
-    model.eval()
-    for mine in parts_of(answers, TOKENS_AT_ONCE[device.type]):
-        batch = batch_of([answers[i] for i in mine], guidance, row_multiple(device))
-        with autocast(device, precision):
-            found[mine] = read({name: value.to(device) for name, value in batch.items()})[:, :columns].cpu()
-    model.train(was)
-    return found if columns > 1 else found[:, 0]
+    batches = parts_of(answers, TOKENS_AT_ONCE[device.type])
+    results = []
+    with evaluating(model):
+        for places in batches:
+            batch = batch_of([answers[i] for i in places], row_multiple(device))
+            with autocast(device, precision):
+                values = compute({name: value.to(device) for name, value in batch.items()})
+            results.append([value[:, 0].cpu() for value in values])
+    order = torch.tensor([i for places in batches for i in places]).argsort()
+    return [torch.cat(values)[order] for values in zip(*results, strict=True)]
 
 
 def parts_of(answers: list[Answer], tokens: int) -> list[list[int]]:
-    """Places in `answers`, in parts of at most `tokens` positions; see `like_length`."""
-    return batches_by_length([len(answer.prompt_ids) + len(answer.ids) for answer in answers], tokens)
+    """Return the indices of `answers` in batches of at most `tokens` positions; see `batches_by_length`."""
+    return batches_by_length([len(answer.prompt.ids) + len(answer.ids) for answer in answers], tokens)
 
 
-def batch_of(answers: list[Answer], guidance: Guidance | None = None, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """Prompts and their answers as shared rows without a second answer, for answer_logps."""
-    rows = [{"chosen_ids": answer.ids, "rejected_ids": [], "vectors_at": -1} for answer in answers]
-    if guidance and guidance.vectors is not None:
-        for row, answer in zip(rows, answers, strict=True):
-            row["vectors_at"] = guidance.find(answer.prompt_ids)
-    return PairCollator(0, multiple).shared_rows([answer.prompt_ids for answer in answers], rows, "vectors_at")
+def batch_of(answers: list[Answer], multiple: int = 1) -> Batch:
+    """Return answers behind their prompts as shared rows without a second answer, for `answer_logps`."""
+    return PairCollator(0, multiple).shared_rows([a.prompt for a in answers], [(a.ids, []) for a in answers])
 
 
 def repetition(ids: list[int]) -> float:
-    """Share of the runs of NGRAM tokens in an answer that stood in it before; 0 where it is shorter."""
+    """Return the share of runs of NGRAM tokens that occurred earlier in the answer; 0 if it is shorter than a run."""
     runs = Counter(tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1))
     return 1 - len(runs) / runs.total() if runs else 0.0

@@ -3,15 +3,17 @@
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.preferences import Message
-from utils.data.tokens import encode_answers, ids_of, prompt_ids
+from utils.data.processed import prompt_of
+from utils.data.tokens import fitted_prompt, ids_of, prompt_ids, token_columns
+from utils.models.shared_prompt import Prompt
 from utils.script import say, stop
 
 VECTORS_FILE = "prompt_embedding.safetensors"
@@ -20,31 +22,38 @@ VECTORS_NAMES = ("prompt_embeddings", "embeddings")  # entries of a file that ma
 
 @dataclass
 class Guidance:
-    """What is added to a prompt: `text` at the end of the last user turn; for vectors a mark, `count` tokens long.
+    """What a prompt gets: `text` at the end of the last user turn.
 
-    Where there are vectors [count, hidden], they take the place of the embeddings of the mark.
+    With vectors [n, hidden], the text is a special token repeated n times. The vectors replace its embeddings.
     """
 
     text: str = ""
-    mark: int = -1  # id of the token that the mark repeats
+    mark: int = -1  # id of the repeated token
     vectors: torch.Tensor | None = None
 
     def with_vectors(self, vectors: torch.Tensor | None) -> "Guidance":
-        """The same with other vectors, such as those after the training."""
+        """Return the same guidance with other vectors, such as those after training."""
         return self if vectors is None else replace(self, vectors=vectors.detach())
 
     def add(self, messages: list[Message]) -> list[Message]:
-        """The messages with the preference in the last user turn; without guidance the messages themselves."""
+        """Return the messages with the preference in the last user turn; without guidance the messages themselves."""
         if not self.text:
             return messages
         last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-        guided = {"role": "user", "content": messages[last]["content"] + self.text}
+        guided: Message = {"role": "user", "content": messages[last]["content"] + self.text}
         return [*messages[:last], guided, *messages[last + 1 :]]
 
-    def find(self, ids: list[int]) -> int:
-        """Where the vectors begin in the ids of a prompt, -1 without vectors.
+    def prompts(
+        self, tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], max_length: int
+    ) -> list[Prompt]:
+        """Return guided prompts of at most `max_length` tokens; see `fitted_prompt`."""
+        ids = [fitted_prompt(tokenizer, self.add(messages), max_length) for messages in conversations]
+        return [Prompt(prompt, self.find(prompt)) for prompt in ids]
 
-        The last run of marks; what follows it, such as an end of turn that is the same token, is not counted in.
+    def find(self, ids: list[int]) -> int:
+        """Return where the vectors begin in the ids of a prompt, -1 without vectors.
+
+        That is the start of the last run of marks: the same token may follow it as an end of turn.
         """
         if self.vectors is None:
             return -1
@@ -56,24 +65,25 @@ class Guidance:
 
 
 def text_guidance(text: str) -> Guidance:
-    """The preference as a paragraph of its own."""
+    """Return the preference as a paragraph of its own."""
     if not text.strip():
         stop("PREFERENCE_TEXT is empty: write a preference, or set GUIDANCE = none")
     return Guidance(text=f"\n\n{text.strip()}")
 
 
 def vector_guidance(tokenizer: PreTrainedTokenizerBase, vectors: torch.Tensor) -> Guidance:
-    """The preference as vectors [count, hidden]; their place in the ids is kept by a special token, repeated."""
-    names = (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token)
-    for name in filter(None, names):
-        (ids,) = ids_of(tokenizer, [name * len(vectors)])
-        if len(ids) == len(vectors) and len(set(ids)) == 1:
-            return Guidance(text=name * len(vectors), mark=ids[0], vectors=vectors)
+    """Return the preference as vectors [n, hidden]; a special token, repeated, keeps their place in the ids."""
+    for token in (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token):
+        if token:
+            text = str(token) * len(vectors)
+            (ids,) = ids_of(tokenizer, [text])
+            if len(ids) == len(vectors) and len(set(ids)) == 1:
+                return Guidance(text, ids[0], vectors)
     stop("GUIDANCE = 'embedding' needs a tokenizer with a special token (unknown, padding, begin or end)")
 
 
 def with_room(tokenizer: PreTrainedTokenizerBase, guidance: Guidance, max_length: int, rows: Dataset) -> Dataset:
-    """The rows whose system turn leaves room for the preference; an end to the script where it has none by itself.
+    """Return the rows whose system turn leaves room for the preference; stop if no row does.
 
     rows: with token columns. A prompt gets what its answers leave, half of the window at least.
     """
@@ -81,10 +91,10 @@ def with_room(tokenizer: PreTrainedTokenizerBase, guidance: Guidance, max_length
 
     @cache
     def needed(system: str) -> int:
-        turns = [{"role": "system", "content": system}] if system else []
+        turns: list[Message] = [{"role": "system", "content": system}] if system else []
         return len(prompt_ids(tokenizer, guidance.add([*turns, {"role": "user", "content": "Hi"}])))
 
-    def fits(row: dict) -> bool:
+    def fits(row: dict[str, Any]) -> bool:
         first = row["chosen"][0]
         tokens = needed(first["content"] if first["role"] == "system" else "")
         whole = not (row["chosen_cut"] or row["rejected_cut"])
@@ -93,89 +103,78 @@ def with_room(tokenizer: PreTrainedTokenizerBase, guidance: Guidance, max_length
 
     kept = [i for i, row in enumerate(rows) if fits(row)]
     if needed("") > half or not kept:
-        what = "PREFERENCE_TEXT" if guidance.vectors is None else f"PROMPT_EMBEDDING_TOKENS = {len(guidance.vectors)}"
+        setting = "PREFERENCE_TEXT" if guidance.vectors is None else f"a preference of {len(guidance.vectors)} vectors"
         beside = "" if needed("") > half else " beside the system turn of any row"
-        stop(f"{what} does not fit{beside}: a short prompt with it takes {needed('')} tokens, and prompts get {half}")
+        stop(
+            f"{setting} does not fit{beside}: a short prompt with it takes {needed('')} tokens, and prompts get {half}"
+        )
     if len(kept) < len(rows):
         say(f"{len(rows) - len(kept)} of {len(rows)} pairs have no room for the preference beside their system turn")
     return rows.select(kept)
 
 
 def load_vectors(path: str, hidden: int) -> torch.Tensor:
-    """Vectors [n, hidden], float32, of a .pt or .safetensors file; one line where it holds none of this width.
+    """Return vectors [n, hidden], float32, from a .pt or .safetensors file; stop if it holds none of this width.
 
     The file holds a tensor [n, hidden] or [hidden], or a dict with it under one of VECTORS_NAMES.
     """
     if not Path(path).is_file():
-        stop(f"PROMPT_EMBEDDING_PATH = {path!r} is not there")
+        stop(f"PROMPT_EMBEDDING_PATH = {path!r} is not a file")
     try:
         is_safe = Path(path).suffix == ".safetensors"
-        found = load_file(path) if is_safe else torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a file of another kind can break these readers in many ways
+        content = load_file(path) if is_safe else torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # files of other kinds break these readers in many ways
         reason = str(error).splitlines()[0][:100]
         stop(f"PROMPT_EMBEDDING_PATH = {path!r} cannot be read as tensors: {type(error).__name__}, {reason}")
-    if isinstance(found, dict):
-        found = next((found[name] for name in VECTORS_NAMES if name in found), found)
-    if not isinstance(found, torch.Tensor):
-        stop(f"PROMPT_EMBEDDING_PATH = {path!r} holds no tensor, nor a dict with {' or '.join(VECTORS_NAMES)}")
-    vectors = found.float().reshape(1, -1) if found.ndim == 1 else found.float()
-    if vectors.ndim != 2 or vectors.shape[1] != hidden or not len(vectors):
-        stop(
-            f"PROMPT_EMBEDDING_PATH = {path!r} has the shape {list(found.shape)}, "
-            f"and this model takes vectors of width {hidden}"
-        )
-    if not torch.isfinite(vectors).all():
-        stop(f"PROMPT_EMBEDDING_PATH = {path!r} holds values that are not finite")
+    if isinstance(content, dict):
+        content = next((content[name] for name in VECTORS_NAMES if name in content), None)
+    expected = f"PROMPT_EMBEDDING_PATH = {path!r}: expected finite vectors [n, {hidden}]"
+    if not isinstance(content, torch.Tensor):
+        stop(f"{expected}, got no tensor, nor a dict with {' or '.join(VECTORS_NAMES)}")
+    vectors = content.float().reshape(1, -1) if content.ndim == 1 else content.float()
+    if vectors.ndim != 2 or vectors.shape[1] != hidden or not len(vectors) or not torch.isfinite(vectors).all():
+        stop(f"{expected}, got {list(content.shape)}{'' if torch.isfinite(vectors).all() else ' with NaN or infinity'}")
     return vectors
 
 
-def start_vectors(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> torch.Tensor:
-    """Vectors [count, hidden] that begin as the token embeddings of a text, repeated or cut; count 0: as many."""
+def start_vectors(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Return the token embeddings of a text [tokens, hidden]: the start of the vectors."""
     (ids,) = ids_of(tokenizer, [text])
     if not ids:
         stop("PREFERENCE_TEXT is empty: the vectors start from the embeddings of its tokens")
-    ids = [ids[i % len(ids)] for i in range(count or len(ids))]
-    with torch.no_grad():  # through the layer: some scale what is in their weights
+    with torch.no_grad():  # through the layer, since some layers scale their weights
         return model.get_input_embeddings()(torch.tensor(ids)).float().clone()
 
 
 def save_vectors(vectors: torch.Tensor, folder: Path) -> None:
-    """Write the vectors where another run's PROMPT_EMBEDDING_PATH can name them."""
+    """Write the vectors to a file that PROMPT_EMBEDDING_PATH can name."""
     save_file({VECTORS_NAMES[0]: vectors.detach().float().cpu().contiguous()}, folder / VECTORS_FILE)
 
 
 def guided_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, guidance: Guidance, both: bool
 ) -> Dataset:
-    """The rows with guided prompts in the same window; a cut takes the start of a prompt, so the preference stays.
+    """Return the rows with guided prompts in the same window; a cut removes the start of a prompt, not the preference.
 
-    both: keep the plain prompt too, and put the guided one into `guided_ids` and `guided_at`; both sides then see
-    the same answer tokens. Else the guided prompt takes the place of the plain one, with `vectors_at`. Pairs that
-    are equal in the smaller room are left out.
+    both: keep the plain prompt and put the guided one into `guided_ids` and `guided_at`, with the same answer tokens
+    on both sides. Otherwise the guided prompt replaces the plain one, with `vectors_at`. Pairs whose answers are equal
+    in the smaller room are left out.
     """
 
-    def guide(batch: dict) -> dict:
-        prompts = [guidance.add(messages[:-1]) for messages in batch["chosen"]]
-        answers = [
-            (chosen[-1]["content"], rejected[-1]["content"])
-            for chosen, rejected in zip(batch["chosen"], batch["rejected"], strict=True)
-        ]
-        encoded = encode_answers(tokenizer, prompts, answers, max_length)
-        kept = [
-            [min(ids, before, key=len) for ids, before in zip(pair.answer_ids, old, strict=True)]
-            for pair, *old in zip(encoded, batch["chosen_ids"], batch["rejected_ids"], strict=True)
-        ]
-        changed = {"chosen_ids": [pair[0] for pair in kept], "rejected_ids": [pair[1] for pair in kept]}
-        ids, at = [pair.prompt_ids for pair in encoded], [guidance.find(pair.prompt_ids) for pair in encoded]
-        if both:
-            return changed | {"guided_ids": ids, "guided_at": at}
-        padding = [max_length - len(prompt) for prompt in ids]
-        padded = [prompt + [tokenizer.pad_token_id] * pad for prompt, pad in zip(ids, padding, strict=True)]
-        masks = [[1] * len(prompt) + [0] * pad for prompt, pad in zip(ids, padding, strict=True)]
-        return changed | {"input_ids": padded, "attention_mask": masks, "vectors_at": at}
+    def guide(batch: dict[str, Any]) -> dict[str, Any]:
+        chosen = [[*guidance.add(messages[:-1]), messages[-1]] for messages in batch["chosen"]]
+        guided = token_columns({"chosen": chosen, "rejected": batch["rejected"]}, tokenizer, max_length)
+        columns: dict[str, Any] = {
+            name: [min(pair, key=len) for pair in zip(guided[name], batch[name], strict=True)]
+            for name in ("chosen_ids", "rejected_ids")
+        }
+        prompts = {name: guided[name] for name in ("input_ids", "attention_mask")}
+        ids = [prompt_of({name: prompts[name][i] for name in prompts}) for i in range(len(chosen))]
+        at = [guidance.find(prompt) for prompt in ids]
+        return columns | ({"guided_ids": ids, "guided_at": at} if both else {**prompts, "vectors_at": at})
 
     rows = rows.map(guide, batched=True, batch_size=256, load_from_cache_file=False, desc="guiding prompts")
     different = [i for i, row in enumerate(rows) if row["chosen_ids"] != row["rejected_ids"]]
     if len(different) < len(rows):
-        say(f"{len(rows) - len(different)} of {len(rows)} pairs are equal beside the preference and are left out")
+        say(f"{len(rows) - len(different)} of {len(rows)} pairs left out: equal answers beside the preference")
     return rows.select(different)
