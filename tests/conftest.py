@@ -1,12 +1,12 @@
-"""A tokenizer of 600 tokens and a 2-layer Llama, made in memory: no test needs a download."""
+"""Make the tokenizer of 600 tokens, the 2-layer Llama and the rows that the tests share. Nothing is downloaded."""
 
 import os
 
-os.environ.update(
-    HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_TELEMETRY="1"
-)  # before the libraries are imported
+# before the libraries are imported
+os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,16 +20,27 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Forget accelerate's process-wide state after each test: it keeps the precision of the first Accelerator."""
+    yield
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def texts():
-    """Prompts and answers of the sample rows."""
+    """Return the prompts and answers of the sample rows."""
     rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     return [row[key] for row in rows for key in ("prompt", "response")]
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory, texts):
-    """A byte-level BPE with the special tokens and the template of ChatML; pad is the end of turn, as in SmolLM2."""
+    """Save a byte-level BPE with the template of ChatML. Its pad token is the end of turn, as in SmolLM2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -50,19 +61,23 @@ def tokenizer_folder(tmp_path_factory, texts):
     return str(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer(tokenizer_folder):
+    """Load a tokenizer for one test: reward models change the padding of theirs."""
     from utils.data.tokens import load_tokenizer
 
     return load_tokenizer(tokenizer_folder)
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, tokenizer):
-    """A random 2-layer Llama with tied embeddings, saved with its tokenizer like a model of the hub."""
+def model_folder(tmp_path_factory, tokenizer_folder):
+    """Save a random 2-layer Llama with tied embeddings and its tokenizer, like a model from the hub."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from utils.data.tokens import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -84,7 +99,7 @@ def model_folder(tmp_path_factory, tokenizer):
 
 
 def run_script(module, **constants):
-    """Run a script in this process with constants replaced as the command line would, and put them back after."""
+    """Run a script in this process with some constants replaced, as the command line does, and restore them."""
     from utils.config import override_constants
 
     before = dict(vars(module))
@@ -95,9 +110,18 @@ def run_script(module, **constants):
         vars(module).update(before)
 
 
+def error_of(module, **constants):
+    """Run a script that must stop with a message to the user, and return this message: one line, exit code 1."""
+    with pytest.raises(SystemExit) as stop:
+        run_script(module, **constants)
+    message = stop.value.code
+    assert isinstance(message, str) and "\n" not in message, message
+    return message
+
+
 @pytest.fixture(scope="session")
 def sample_folder(tmp_path_factory, tokenizer_folder):
-    """The sample rows as load_helpsteer_dataset.py leaves them: a window of 128 tokens of the small tokenizer."""
+    """Load the sample rows with the small tokenizer in a window of 128 tokens."""
     import load_helpsteer_dataset
 
     folder = tmp_path_factory.mktemp("data") / "processed"
@@ -114,7 +138,7 @@ def sample_folder(tmp_path_factory, tokenizer_folder):
 
 @pytest.fixture(scope="session")
 def judges(tmp_path_factory, model_folder, sample_folder):
-    """{head: folder of a reward model with a random head}."""
+    """Return {head: folder of a reward model with a random head}."""
     import torch
 
     from utils.data.processed import load_pairs
@@ -123,7 +147,7 @@ def judges(tmp_path_factory, model_folder, sample_folder):
     from utils.models.reward_model import new_reward_head
     from utils.models.shared_prompt import PairCollator
 
-    tokenizer = load_tokenizer(model_folder)  # of its own: a reward model changes the padding
+    tokenizer = load_tokenizer(model_folder)
     folders, rows = {}, load_pairs(sample_folder, "train", 8)
     for kind in ("scalar", "distribution"):
         head, folder = new_reward_head(kind, "average", [], None), tmp_path_factory.mktemp("judge") / kind
@@ -133,3 +157,18 @@ def judges(tmp_path_factory, model_folder, sample_folder):
         reward_model.save_reward_model(model, tokenizer, folder, head, rows, PairCollator(2, 8), max_length=128)
         folders[kind] = str(folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def reward_models(tmp_path_factory, model_folder, sample_folder):
+    """Train a reward model with each head, and return {head: run folder}; the distribution is trained with LoRA."""
+    import train_reward_model
+    from utils.models.reward_model import HEADS
+
+    options = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
+    options |= {"LEARNING_RATE": 1e-3, "CONTROL_PAIRS": 6, "DATA_DIR": sample_folder, "MODEL": model_folder}
+    root = tmp_path_factory.mktemp("reward_models")
+    for head in HEADS:
+        more = {"USE_LORA": "true", "LORA_RANK": 4, "RATING_WEIGHT": 0.3} if head == "distribution" else {}
+        run_script(train_reward_model, **options | more, HEAD=head, OUTPUT_DIR=root / head)
+    return {head: root / head for head in HEADS}

@@ -1,4 +1,4 @@
-"""Check what README.md, CONTRIBUTING.md and docs/ promise: commands, options, files, links; the quickstart runs."""
+"""Commands, options, files and links in README.md, CONTRIBUTING.md and docs/ exist, and the quickstart runs."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_blocks_have_known_marks():
 
 
 @pytest.mark.parametrize("line", sorted(set(filter(None, LINES))))
-def test_command_exists_with_its_options(line):
+def test_commands_exist_with_their_options(line):
     words = shlex.split(line, comments=True)
     given = {word.split("=")[0] for word in words if re.match(r"[A-Z_]+=", word)}
     words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
@@ -78,7 +78,7 @@ def test_command_exists_with_its_options(line):
 
 
 @pytest.mark.parametrize(("page", "code"), sorted({(page, code) for page, code in CODE}))
-def test_constants_and_options_that_are_named_exist(page, code):
+def test_constants_and_options_exist(page, code):
     options = re.findall(r"(?:^| )--([a-z_]+)", code) if code.startswith("--") else []
     assert {name.upper() for name in options} <= CONSTANTS | {"HELP"}, code
     if constant := re.fullmatch(r"([A-Z][A-Z0-9_]+)( = .*|=\S*)?", code):
@@ -87,7 +87,7 @@ def test_constants_and_options_that_are_named_exist(page, code):
         assert constant[1] in known, f"{page}: {code}"
 
 
-def test_rows_that_are_shown_have_a_known_layout():
+def test_example_rows_have_a_known_layout():
     shown = {}
     for page, kind, _, text in BLOCKS:
         if kind == "json":
@@ -111,12 +111,12 @@ NAMED = [(page, name) for page, text in PAGES.items() for name in sorted(names_i
 
 
 @pytest.mark.parametrize(("page", "name"), NAMED)
-def test_files_that_are_named_exist(page, name):
+def test_files_exist(page, name):
     assert (ROOT / name).exists(), f"{page} names {name}"
 
 
 def test_file_tree_is_exact():
-    """Every path of the tree exists, and every module, script and template is in it."""
+    """Every path in the tree exists, and the tree has every module, script and template."""
     shown, folder = set(), ""
     for line in TREE.splitlines():
         names = line.split(" # ")[0].split()
@@ -141,7 +141,7 @@ LINKS = [(page, to) for page, text in PROSE.items() for to in re.findall(r"\]\((
 
 
 @pytest.mark.parametrize(("page", "to"), sorted({(page, to) for page, to in LINKS if "://" not in to}))
-def test_links_resolve(page, to):
+def test_links_and_anchors_resolve(page, to):
     path, _, anchor = to.partition("#")
     target = (ROOT / page).parent / path if path else ROOT / page
     assert target.exists(), f"{page} links to {to}"
@@ -153,14 +153,14 @@ def test_readme_links_every_page():
     assert set(PAGES) - {"README.md"} <= linked
 
 
-def test_commands_without_make_are_those_of_the_quickstart():
+def test_the_commands_without_make_equal_those_of_the_quickstart():
     shown = next(text for page, kind, _, text in BLOCKS if page == "docs/install.md" and "-m pip" in text)
     command = ["make", "-n", "quickstart", "VENV=", "PYTHON=python"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.splitlines()[1:] == done.stdout.splitlines()
 
 
-def test_make_without_an_environment_of_its_own_makes_and_installs_none():
+def test_make_with_an_empty_VENV_installs_nothing():
     shown = {}
     for venv in ("no/such", ""):
         command = ["make", "-n", "assignment", f"VENV={venv}", "PYTHON=the_python"]
@@ -170,21 +170,18 @@ def test_make_without_an_environment_of_its_own_makes_and_installs_none():
 
 
 @pytest.mark.slow
-def test_quickstart_runs_and_every_block_without_a_mark_works(tmp_path):
+def test_the_quickstart_and_every_unmarked_block_run(tmp_path):
     """Run make quickstart on a fresh clone with this environment, then all blocks that need nothing else."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    done = subprocess.run(
-        ["make", "quickstart", f"VENV={MADE_IN}"], cwd=clone, env=environment, capture_output=True, text=True
-    )
+    command = ["make", "quickstart", f"VENV={MADE_IN}"]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert re.search(r"pair accuracy 0\.\d+ \[0\.\d+, [01]\.\d+\] on \d+ pairs; 'the longer answer wins'", done.stdout)
     verdict = r"^(better|worse|not shown to be better) than .* p = [\d.e-]+\)?(, corrected for \d+ shortcuts)?$"
     assert re.search(verdict, done.stdout, re.M)
-    assert re.search(r"reward on 32 prompts: .* p = [\d.e-]+: (grew|fell|not shown)", done.stdout), (
-        "REINFORCE's verdict"
-    )
+    assert re.search(r"reward on 32 prompts: .* p = [\d.e-]+: (grew|fell|not shown)", done.stdout), "REINFORCE"
     commands = []
     for _, kind, mark, text in BLOCKS:
         if kind == "python" and not mark:

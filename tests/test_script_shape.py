@@ -1,4 +1,4 @@
-"""Every script keeps one shape: literal, explained constants, a main() of at most 60 lines; imports run one way."""
+"""Scripts have literal, commented constants and a short main(), and no module imports from a floor above it."""
 
 import ast
 import resource
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from utils.config import top_constants
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     path
     for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]
@@ -32,12 +32,16 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 def names_read_in(tree: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
 def imported_by(tree: ast.AST) -> set[str]:
-    """Full names of the modules imported anywhere in `tree`; utils.x for both ways to write it."""
+    """Return the full names of all modules that `tree` imports, for both ways to write an import."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -49,13 +53,9 @@ def imported_by(tree: ast.AST) -> set[str]:
 
 
 def imported_at_import(tree: ast.Module) -> set[str]:
-    """The same for what runs when the module itself is imported: not in functions, not for type checkers only."""
+    """Return the modules imported at the top level, without those of functions and of TYPE_CHECKING."""
     plain = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     return imported_by(ast.Module(plain, []))
-
-
-def test_the_scripts_are_found():
-    assert "load_helpsteer_dataset" in {path.stem for path in SCRIPTS}
 
 
 @each_script
@@ -73,7 +73,7 @@ def test_constants_are_literals_with_a_comment(script):
 def test_every_constant_is_read(script):
     constants = set(top_constants(script.read_text(encoding="utf-8")))
     shared = {node.value for path in MODULES for node in ast.walk(parsed(path)) if isinstance(node, ast.Constant)}
-    unused = constants - names_read_in(parsed(script)) - shared  # shared code reads settings["NAME"]
+    unused = constants - names_read_in(parsed(script)) - shared  # shared modules read settings["NAME"]
     assert not unused, f"never read: {unused}"
 
 
@@ -102,7 +102,7 @@ def test_heavy_packages_are_imported_inside_functions(script):
 
 @each_script
 def test_help_is_quick_and_needs_no_torch(script):
-    name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+    name = module_name(script)
     code = (
         "import runpy, sys\nsys.argv = ['x', '--help']\n"
         f"try: runpy.run_module({name!r}, run_name='__main__', alter_sys=True)\n"
@@ -120,8 +120,8 @@ def test_help_is_quick_and_needs_no_torch(script):
 
 
 @each_script
-def test_a_missing_package_ends_in_one_line_also_where_it_is_imported_at_the_top(script):
-    name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+def test_a_missing_package_is_reported_in_one_line(script):
+    name = module_name(script)
     command = [sys.executable, "-ES", "-m", name, "--help"]  # -S: without the installed packages
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -130,7 +130,7 @@ def test_a_missing_package_ends_in_one_line_also_where_it_is_imported_at_the_top
 
 
 def test_scripts_never_import_scripts():
-    scripts = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SCRIPTS}
+    scripts = {module_name(path) for path in SCRIPTS}
     for path in [*SCRIPTS, *MODULES]:
         assert not imported_by(parsed(path)) & scripts, path
 
@@ -139,37 +139,37 @@ FLOORS = ("config", "script", "runs", "data", "models", "training", "evaluation"
 
 
 def floor_of(name: str) -> int:
-    """Return the floor of a module: its place in FLOORS, extras.lib above them, scripts on top."""
+    """Return the floor of a module: its index in FLOORS, then extras.lib, then scripts."""
     first, *rest = name.split(".")
     if first == "utils":
         return FLOORS.index(rest[0]) if rest else 0
     return len(FLOORS) + (not name.startswith("extras.lib"))
 
 
-def test_no_import_runs_up():
-    """The house is a tower: a module imports its own floor and those below, also inside functions."""
+def test_no_module_imports_from_a_floor_above():
+    """A module imports from its own floor and from those below, also inside functions."""
     assert {path.stem for path in ROOT.glob("utils/*") if path.stem[0] not in "_."} == set(FLOORS), "seven rooms"
     for path in [*MODULES, *SCRIPTS]:
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        name = module_name(path)
         for needed in imported_by(parsed(path)):
             if needed.startswith(("utils.", "extras.")):
-                assert floor_of(needed) <= floor_of(name), f"{name} imports {needed}, which stands above it"
+                assert floor_of(needed) <= floor_of(name), f"{name} imports {needed}, which is above it"
 
 
-def test_what_only_extras_need_lies_under_extras():
-    """Each module of utils is on the way to a step."""
+def test_modules_that_only_extras_need_are_in_extras():
+    """Each module of utils is needed by a script at the top level."""
     needed, new = set(), {name for path in ROOT.glob("*.py") for name in imported_by(parsed(path))}
     while new:
         needed |= new
         paths = [ROOT / f"{name.replace('.', '/')}.py" for name in new if name.startswith("utils.")]
         new = {name for path in paths if path.exists() for name in imported_by(parsed(path))} - needed
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("utils/**/*.py")}
+    modules = {module_name(path) for path in ROOT.glob("utils/**/*.py")}
     assert not {name for name in modules if not name.endswith("__init__")} - needed
 
 
-def test_modules_import_each_other_one_way():
-    """No module reaches itself through its imports, those inside functions included."""
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+def test_imports_have_no_circle():
+    """No module imports itself through others, also inside functions."""
+    names = {module_name(path): path for path in MODULES}
     below = {name: imported_by(parsed(path)) & set(names) for name, path in names.items()}
     while below:
         free = [name for name, needed in below.items() if not needed & set(below)]

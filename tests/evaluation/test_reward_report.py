@@ -1,0 +1,232 @@
+"""The report of a reward model separates length from content and needs predictions.jsonl alone."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from tests.source_rows import dialogue
+from utils.data.processed import HALVES, closed_answers, half, load_pairs, unique_prompts
+from utils.data.tokens import end_of_turn
+from utils.evaluation.baselines import (
+    SHORTCUT_NAMES,
+    SURFACE,
+    fit_logistic,
+    shortcuts_right,
+    shuffled_prompts,
+    surface,
+    surface_weights,
+    without_prompts,
+)
+from utils.evaluation.predictions import fit_win_scale, prediction_lines
+from utils.evaluation.reward_report import format_summary, length_bands, report
+from utils.models.reward_model import RewardHead
+
+
+def planted_rows(count: int, longer_wins: float, seed: int = 0) -> Dataset:
+    """Return pairs with answers of random length. The longer one is chosen with probability `longer_wins`."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        sizes = sorted(random.integers(20, 400, size=2) + np.array([0, 1]))
+        texts = ["word " * int(size) for size in sizes]  # shorter, longer
+        row = {"row": i, "prompt": f"Question {i}?", "input_ids": [5, 6, 2, 2], "attention_mask": [1, 1, 0, 0]}
+        row |= {"chosen_rating": 3.0, "rejected_rating": 2.0 + 0.2 * (i % 3)}
+        order = reversed(texts) if random.random() < longer_wins else texts
+        for side, text in zip(("chosen", "rejected"), order, strict=True):
+            row[side] = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": text}]
+            row[f"{side}_ids"] = [7] * len(text.split())
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def outputs_for(rows: Dataset, content: float, length: float, seed: int = 1) -> np.ndarray:
+    """Return rewards [pairs, 2, 1]: content * (1 for chosen) + length * log tokens + noise."""
+    random = np.random.default_rng(seed)
+    sizes = np.log([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows])
+    good = np.array([1.0, 0.0])
+    return (content * good + length * sizes + 0.3 * random.normal(size=sizes.shape))[..., None].astype(np.float32)
+
+
+def report_of(rows: Dataset, outputs: np.ndarray) -> tuple[dict, list[dict]]:
+    lines = prediction_lines(rows, outputs, RewardHead("scalar"), shortcuts_right(rows, surface_weights(rows)))
+    return report(lines), lines
+
+
+def report_with(rows: Dataset, outputs: np.ndarray, rivals: dict[str, np.ndarray]) -> dict:
+    right = {name: values.astype(float) for name, values in rivals.items()}
+    return report(prediction_lines(rows, outputs, RewardHead("scalar"), right))
+
+
+def test_a_reward_of_length_is_exposed():
+    rows = planted_rows(400, longer_wins=0.7)
+    found, _ = report_of(rows, outputs_for(rows, content=0.0, length=5.0))
+    assert found["accuracy"] > 0.65, "the accuracy alone looks good"
+    assert not found["verdict"].startswith("better")
+    assert found["length_correlation"] > 0.9
+    assert abs(found["accuracy"] - found["length_baseline"]) < 0.05
+    bands = found["by_length_difference"]
+    assert bands["chosen much longer"]["accuracy"] > 0.95 and bands["rejected much longer"]["accuracy"] < 0.05
+
+
+def test_a_reward_of_content_is_found_with_and_without_length_in_the_data():
+    for longer_wins in (0.5, 0.6):
+        rows = planted_rows(400, longer_wins)
+        found, _ = report_of(rows, outputs_for(rows, content=1.0, length=0.0))
+        assert found["verdict"].startswith("better than") and found["length_matched_accuracy"] > 0.9
+        assert abs(found["length_correlation"]) < 0.25 and found["accuracy_low"] > 0.9
+        assert found["shortcuts"][found["best_shortcut"]]["p_value"] < 0.01
+
+
+def test_a_model_must_be_better_than_every_shortcut():
+    """A shortcut that is right on other pairs is harder to beat than one that is right on the same pairs."""
+    rows, right = planted_rows(200, 0.5), np.arange(200) < 120
+    outputs = np.stack([right, ~right], axis=1)[..., None].astype(np.float32)  # right on the first 120
+    nested, other = np.arange(200) < 112, np.arange(200) >= 95
+    few = np.where(np.arange(200) < 9, 1.0, np.nan)
+    rivals = {"longer": nested, "surface": other & (np.arange(200) % 21 > 0), "untrained_head": few}
+    found = report_with(rows, outputs, rivals)
+    shortcuts = found["shortcuts"]
+    assert found["best_shortcut"] == "longer" and shortcuts["longer"]["p_value"] < 0.05
+    assert shortcuts["surface"]["difference"] > 0.08
+    assert found["verdict"].startswith(f"not shown to be better than {SHORTCUT_NAMES['surface']}")
+    untrained = shortcuts["untrained_head"]
+    assert (untrained["pairs"], untrained["accuracy"]) == (9, 1.0), "measured on too few pairs to compete"
+
+
+def test_p_values_are_corrected_for_the_number_of_shortcuts():
+    """A model is worse than the best of three shortcuts only if p holds after correction for three tests."""
+    rows, right = planted_rows(200, 0.5), np.arange(200) % 2 < 1
+    outputs = np.stack([right, ~right], axis=1)[..., None].astype(np.float32)
+    better = right | (np.arange(200) % 40 == 1)  # right where the model is, and on 5 pairs more: p = 0.06
+    more = right | (np.arange(200) % 20 == 1)  # on 10 more: p = 0.002
+    for ahead, verdict in ((better, "not shown to be better than 'longer wins'"), (more, "worse than 'longer wins'")):
+        rivals = {"longer": ahead, "surface": right, "more_list_items": ~right}
+        found = report_with(rows, outputs, rivals)
+        assert found["verdict"].startswith(verdict) and found["verdict"].endswith("corrected for 3 shortcuts")
+        p = found["shortcuts"]["longer"]["p_value"]
+        assert f"p = {min(1, 3 * p):.2g}" in found["verdict"]
+
+
+def test_the_report_needs_only_the_lines_of_the_predictions(tmp_path):
+    rows = planted_rows(60, 0.5)
+    found, lines = report_of(rows, outputs_for(rows, 1.0, 0.0))
+    again = report([json.loads(json.dumps(line)) for line in lines])
+    assert again == found
+    right = [1.0 if line["chosen"] > line["rejected"] else 0.0 for line in lines]
+    assert found["accuracy"] == pytest.approx(np.mean(right)) and found["pairs"] == 60
+    gaps = {name: part["pairs"] for name, part in found["by_gap"].items()}
+    assert gaps == {"0.5-1.0": 40, ">=1.0": 20}
+    sizes = [(line["chosen_characters"], line["rejected_characters"]) for line in lines]
+    bands = length_bands(np.array([(one - other) / max(one, other) for one, other in sizes]))
+    counts = {name: int(mask.sum()) for name, mask in bands.items() if mask.any()}
+    assert {name: part["pairs"] for name, part in found["by_length_difference"].items()} == counts and len(counts) > 2
+    matched = np.array(right)[bands["equal within 10 %"]]
+    assert found["length_matched_accuracy"] == pytest.approx(matched.mean()) and len(matched) > 1
+    rewards = [line[side] for line in lines for side in ("chosen", "rejected")]
+    assert found["reward_mean"] == pytest.approx(np.mean(rewards), abs=1e-6)
+    assert found["reward_std"] == pytest.approx(np.std(rewards))
+    margins = [line["chosen"] - line["rejected"] for line in found["worst_mistakes"]]
+    assert margins == sorted(margins) and all(margin < 0 for margin in margins)
+    assert format_summary(found).splitlines()[-1] == found["verdict"]
+    assert set(found["shortcuts"]) == {"longer", "longer_in_window", "more_list_items", "surface"}
+
+
+def test_equal_rewards_and_missing_ratings_can_be_reported():
+    rows = planted_rows(6, 0.5).remove_columns(["chosen_rating", "rejected_rating"])
+    rows = rows.add_column("chosen_rating", [None] * 6).add_column("rejected_rating", [None] * 6)
+    found, _ = report_of(rows, np.zeros((6, 2, 1), np.float32))
+    assert found["accuracy"] == 0.5 and found["ties"] == 6 and found["by_gap"] == {}
+    assert found["length_correlation"] is None and found["brier"] == 0.25 and found["worst_mistakes"] == []
+    json.dumps(found, allow_nan=False)
+
+
+# shortcuts
+
+
+def test_surface_measures_count_marks_and_words():
+    answer = "I'm sorry, **no**.\n\n- one\n- two\n\n```\ncode\n```\nWhy? Why?"
+    found = dict(zip(SURFACE, surface("Why is the code red?", answer), strict=True))
+    assert found["log_length"] == pytest.approx(np.log1p(len(answer))) and found["apology"] == 1.0
+    counts = {"line_breaks": 8, "list_items": 2, "code_fences": 2, "bold_marks": 2, "question_marks": 2}
+    assert {name: found[name] for name in counts} == pytest.approx({n: np.log1p(c) for n, c in counts.items()})
+    assert found["words_of_the_prompt"] == pytest.approx(2 / 5) and 0.5 < found["distinct_words"] < 1
+    assert surface("", "") == [0.0] * 9
+    assert surface("x", "I cannot say, can't I?")[7] == 1.0 and surface("x", "A candid can of paint")[7] == 0.0
+
+
+def test_logistic_regression_equals_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 3)) * np.array([1.0, 5.0, 0.0])
+    x = np.where((random.random(200) < 1 / (1 + np.exp(-x @ [1.0, -0.3, 0.0])))[:, None], x, -x)
+    scale = np.where(x.any(0), np.sqrt((x**2).mean(0)), 1.0)
+    both, label = np.concatenate([x, -x]) / scale, np.repeat([1, 0], 200)
+    theirs = LogisticRegression(fit_intercept=False, C=0.5, tol=1e-8).fit(both, label).coef_[0] / scale  # rows twice
+    assert fit_logistic(x, ridge=1.0) == pytest.approx(theirs, abs=1e-4)
+    assert fit_logistic(x)[0] > 0.5 and fit_logistic(x)[1] < -0.1 and fit_logistic(x)[2] == 0.0
+
+
+# the same pairs in another way
+
+
+def test_prompts_are_removed_or_shuffled_and_answers_stay(sample_folder, tokenizer):
+    rows = load_pairs(sample_folder, "train", 30)
+    empty, shuffled = without_prompts(rows, tokenizer), shuffled_prompts(rows)
+    prompts = [row["input_ids"][: sum(row["attention_mask"])] for row in empty]
+    assert tokenizer.decode(prompts[0]) == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    assert all(prompt == prompts[0] for prompt in prompts)
+    assert all(ids != other for ids, other in zip(rows["input_ids"], shuffled["input_ids"], strict=True))
+    assert sorted(map(tuple, rows["input_ids"])) == sorted(map(tuple, shuffled["input_ids"]))
+    for changed in (empty, shuffled):
+        assert list(changed["chosen_ids"]) == list(rows["chosen_ids"]) and list(changed["row"]) == list(rows["row"])
+
+
+def pairs_of(*prompts):
+    return Dataset.from_list([{"row": i, "chosen": dialogue(text, str(i))} for i, text in enumerate(prompts)])
+
+
+def test_pairs_of_a_prompt_stay_in_one_half():
+    rows = pairs_of("a", "b", "a", "c", "b", "d")
+    halves = [half(rows, name)["row"] for name in HALVES]
+    assert [list(one) for one in halves] == [[0, 2, 3], [1, 4, 5]]
+    assert list(unique_prompts(rows)["row"]) == [0, 1, 3, 5] and list(unique_prompts(rows, 2)["row"]) == [0, 1]
+    alone = pairs_of(*"abcdef")
+    assert list(half(alone, "odd")["row"]) == [1, 3, 5], "with one pair for each prompt, every second pair"
+    with pytest.raises(SystemExit, match="HALF = 'odd' holds no pair"):
+        half(pairs_of("a", "a"), "odd")
+
+
+def test_pairs_that_share_a_prompt_count_as_one_draw():
+    """Sixty pairs of ten prompts are fewer draws than sixty prompts."""
+    rows = planted_rows(60, 0.5)
+    chosen = [[{"role": "user", "content": str(i % 10)}, messages[-1]] for i, messages in enumerate(rows["chosen"])]
+    shared = rows.remove_columns("chosen").add_column("chosen", chosen)
+    apart, together = (report_of(some, outputs_for(some, 0.3, 0.0))[0] for some in (rows, shared))
+    assert apart["accuracy"] == together["accuracy"] and (apart["prompts"], together["prompts"]) == (60, 10)
+    assert together["ece_of_chance"] > apart["ece_of_chance"]
+
+
+def test_the_scale_of_attributes_is_fitted_to_pairs():
+    rows = planted_rows(300, longer_wins=0.5)
+    outputs, head = outputs_for(rows, content=0.5, length=0.0), RewardHead("attributes")
+    fit_win_scale(head, rows, lambda some: outputs[: len(some)])
+    difference = outputs[:, 0, 0] - outputs[:, 1, 0]
+    assert head.win_scale == pytest.approx(fit_logistic(difference[:, None])[0], rel=1e-5) and head.win_scale > 0
+    backwards = RewardHead("attributes")
+    fit_win_scale(backwards, rows, lambda some: -outputs[: len(some)])
+    assert backwards.win_scale == 1.0, "a reward that prefers the rejected answers has no scale"
+
+
+def test_cut_answers_get_an_end_of_turn_for_reward_models(sample_folder, tokenizer):
+    """Otherwise the last token shows whether an answer was cut, and a reward model learns that."""
+    rows, closing = load_pairs(sample_folder, "train", 60), end_of_turn(tokenizer)
+    closed = closed_answers(rows, tokenizer)
+    assert any(rows["chosen_cut"]) and not all(rows["chosen_cut"])
+    for before, after in zip(rows, closed, strict=True):
+        for side in ("chosen", "rejected"):
+            old, new = before[f"{side}_ids"], after[f"{side}_ids"]
+            assert new[-len(closing) :] == closing and len(new) == len(old)
+            assert new == old if not before[f"{side}_cut"] else new[:-2] == old[:-2] != old

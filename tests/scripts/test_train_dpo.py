@@ -1,0 +1,261 @@
+"""train_dpo.py from end to end: run names, folders, the reference cache, guidance, two processes, user errors."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_dpo
+from tests.conftest import ROOT, SAMPLE, error_of, run_script
+from utils.models import policies
+from utils.runs import read_json as read
+from utils.runs import read_lines as lines_of
+from utils.runs import run_names, short_dataset, short_model
+
+SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 30, "PRECISION": "fp32", "DEVICE": "cpu"}
+SMALL |= {"LEARNING_RATE": 1e-3, "SAMPLE_PROMPTS": 3, "MAX_NEW_TOKENS": 8}
+
+
+@pytest.fixture
+def options(model_folder, sample_folder, tmp_path):
+    where = {"DATA_DIR": sample_folder, "MODEL": model_folder, "REFERENCE_CACHE": tmp_path / "cache"}
+    return SMALL | where | {"OUTPUT_DIR": tmp_path / "run"}
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen2.5-1.5B"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Qwen1.5B"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M"),
+        ("models/SmolLM2-135M-Instruct/", "SmolLM2-135M"),
+        ("google/gemma-2-2b-it", "gemma-2-2b-it"),
+        ("google/gemma-2-2b", "gemma-2-2b"),
+    ],
+)
+def test_model_names_are_shortened(name, short):
+    assert short_model(name) == short
+
+
+def test_run_names_show_dataset_mode_model_and_loss(tmp_path):
+    found = run_names("nvidia/HelpSteer2", "Text", "Qwen2.5-1.5B", "new_pref_po", 0.05, 0.1)
+    assert found == ("HelpSteer_new_pref_po_Text", "HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.05-alpha0.1")
+    names = ("esfrankel17/HelpSteer2_binarized", "HuggingFaceH4/ultrafeedback_binarized", "OpenAssistant/oasst1", "x")
+    assert [short_dataset(name) for name in names] == ["HelpSteer", "UFB", "OASST", "Custom"]
+    rows = tmp_path / "helpsteer-things" / "mine.jsonl"
+    rows.parent.mkdir()
+    rows.touch()
+    assert short_dataset(str(rows)) == "Custom", "the folder of a file does not name its rows"
+
+
+def test_the_run_folder_is_complete_and_loads_in_plain_transformers(options, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_script(train_dpo, **options | {"OUTPUT_DIR": "", "MODEL_SHORT_NAME": "Tiny"})
+    folder = tmp_path / "model_output/HelpSteer_dpo_Plain/HelpSteer-Plain-Tiny-dpo-beta0.1-alpha0.1"
+    result = read(folder / "eval.json")
+    assert result["pairs"] > 5 and result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"]
+    assert {"margin", "loss", "kl", "kl_error", "logps_chosen", "logps_chosen_before"} <= set(result)
+    samples = lines_of(folder / "samples.jsonl")
+    assert len(samples) == 3 and all({"prompt", "before", "after"} <= set(sample) for sample in samples)
+    first = lines_of(folder / "metrics.jsonl")[0]
+    names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"}
+    assert names <= set(first) and first["loss"] == pytest.approx(0.693, abs=0.05)
+    assert (folder / "training_curves.png").exists() and "Tiny" in (folder / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=2).shape[1] > 2
+    before, after = load_file(f"{model_folder}/model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_second_run_reads_the_reference_from_the_cache(options, tmp_path, monkeypatch):
+    forwards = []
+    real = policies.forward_pairs
+    monkeypatch.setattr(policies, "forward_pairs", lambda *a: forwards.append(1) or real(*a))
+    run_script(train_dpo, **options)
+    assert len(forwards) == 2, "train and validation"
+    run_script(train_dpo, **options | {"OUTPUT_DIR": tmp_path / "again"})
+    assert len(forwards) == 2, "nothing is computed again"
+    run_script(train_dpo, **options | {"OUTPUT_DIR": tmp_path / "fly", "REFERENCE_CACHE": ""})
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "again", "fly")]
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name])
+        torch.testing.assert_close(weights[0][name], weights[2][name], atol=1e-4, rtol=1e-3)
+    results = [read(tmp_path / name / "eval.json") for name in ("run", "fly")]
+    assert results[0]["margin"] == pytest.approx(results[1]["margin"], abs=1e-3)
+
+
+def test_the_cache_is_never_stale(options, model_folder, tokenizer_folder, tmp_path, monkeypatch):
+    """Another window, precision, guidance or other weights need new log-probs. Another loss does not."""
+    import load_helpsteer_dataset
+
+    forwards = []
+    real = policies.forward_pairs
+    monkeypatch.setattr(policies, "forward_pairs", lambda *a: forwards.append(1) or real(*a))
+    options = options | {"SAMPLE_PROMPTS": 0, "MAX_STEPS": 2}
+
+    def computed(**changes):
+        forwards.clear()
+        run_script(train_dpo, **options | changes | {"OUTPUT_DIR": tmp_path / f"run{len(list(tmp_path.iterdir()))}"})
+        return len(forwards)
+
+    assert computed() == 2 and computed() == 0
+    source = {"DATASET": SAMPLE, "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 96, "MAX_ROWS": 160}
+    run_script(load_helpsteer_dataset, **source, OUTPUT_DIR=tmp_path / "narrow")
+    assert computed(DATA_DIR=tmp_path / "narrow") == 2
+    shutil.copytree(model_folder, tmp_path / "other")
+    state = load_file(tmp_path / "other/model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"] * 1.01
+    save_file(state, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    assert computed(MODEL=tmp_path / "other") == 2
+    assert computed(PRECISION="bf16") == 2
+    assert computed(GUIDANCE="text") == 2
+    assert computed(GUIDANCE="embedding") == 2 and computed(GUIDANCE="embedding", PREFERENCE_TEXT="Be brief.") == 2
+    assert computed(LOSS="ipo") == 0, "sums and numbers of tokens give the means"
+    reference = read(sorted(tmp_path.glob("run*"), key=os.path.getmtime)[-1] / "eval.json")
+    assert reference["logps_chosen_before"] < -20, "sums, whatever the loss divides them by"
+
+
+@pytest.mark.parametrize("loss", ["dpo", "new_pref_po"])
+def test_another_run_can_use_trained_vectors(options, tmp_path, loss):
+    guided = {"LOSS": loss, "GUIDANCE": "embedding", "PREFERENCE_TEXT": "~~~~", "TRAIN_POLICY": "false"}
+    run_script(train_dpo, **options | guided | {"PROMPT_LEARNING_RATE": 1.0})
+    moved = abs(read(tmp_path / "run/eval.json")["kl"]) > 1e-4
+    assert moved == (loss == "dpo"), "only the answers of dpo are generated with the vectors"
+    vectors = load_file(tmp_path / "run/prompt_embedding.safetensors")["prompt_embeddings"]
+    assert vectors.shape == (4, 32)
+    path = tmp_path / "run/prompt_embedding.safetensors"
+    again = {"LOSS": loss, "GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": path, "OUTPUT_DIR": tmp_path / "again"}
+    run_script(train_dpo, **options | again)
+    assert not (tmp_path / "again/prompt_embedding.safetensors").exists(), "loaded vectors are not trained"
+    before = load_file(f"{options['MODEL']}/model.safetensors")
+    frozen, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(before[name], frozen[name]) for name in before)
+    assert not torch.equal(before["model.norm.weight"], trained["model.norm.weight"])
+
+
+def test_a_reward_model_is_refused_as_a_policy(options, judges):
+    with pytest.raises(SystemExit, match=r"MODEL = .* is a reward model: name a language model"):
+        run_script(train_dpo, **options | {"MODEL": judges["scalar"]})
+
+
+@pytest.mark.parametrize("variable", [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")])
+def test_launchers_that_shard_the_weights_are_refused(options, tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(*variable)
+    with pytest.raises(SystemExit, match="the scripts here need them whole: use configs/multi_gpu.yaml"):
+        run_script(train_dpo, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preference_must_fit_beside_the_system_turn(tokenizer, capsys):
+    from datasets import Dataset
+
+    from utils.data.tokens import prompt_ids
+    from utils.models import guidance
+
+    said = guidance.text_guidance("Please be brief and kind.")
+    system = {"role": "system", "content": "You are a teacher. " * 8}
+    whole = {"chosen_ids": [5] * 9, "rejected_ids": [5], "chosen_cut": False, "rejected_cut": False}
+    hi = {"role": "user", "content": "Hi"}
+    needed = len(prompt_ids(tokenizer, said.add([system, hi])))
+    personas = [system, system, system, {"role": "user", "content": "So"}]
+    rows = [{"chosen": [persona, hi], **whole} for persona in personas]
+    rows[1] |= {"chosen_ids": [5] * 10}  # one token too many beside this persona
+    rows[2] |= {"rejected_cut": True}
+    window = needed + 9
+    kept = guidance.with_room(tokenizer, said, window, Dataset.from_list(rows))
+    assert [row["chosen"][0]["role"] for row in kept] == ["system", "user"]
+    assert "2 of 4 pairs have no room for the preference beside their system turn" in capsys.readouterr().out
+    assert len(guidance.with_room(tokenizer, said, 2 * needed, Dataset.from_list(rows))) == 4
+    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit: a short prompt with it takes"):
+        guidance.with_room(tokenizer, said, 40, Dataset.from_list(rows))
+    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit beside the system turn of any row"):
+        guidance.with_room(tokenizer, said, window, Dataset.from_list(rows[1:3]))
+
+
+def test_training_can_start_from_an_adapter_which_is_also_the_reference(options, tmp_path):
+    run_script(train_dpo, **options | {"USE_LORA": "true", "LORA_RANK": 4, "LOSS": "sipa"})
+    adapter, merged = tmp_path / "run/adapter", tmp_path / "run"
+    logps = []
+    for name, start in (("a", adapter), ("b", merged)):
+        run_script(train_dpo, **options | {"MODEL": start, "OUTPUT_DIR": tmp_path / name, "SAMPLE_PROMPTS": 0})
+        logps.append(read(tmp_path / name / "eval.json")["logps_chosen_before"])
+    assert logps[0] == pytest.approx(logps[1], rel=1e-4)
+    assert logps[0] == pytest.approx(read(tmp_path / "run/eval.json")["logps_chosen"], rel=1e-3)
+    assert logps[0] != pytest.approx(read(tmp_path / "run/eval.json")["logps_chosen_before"], rel=1e-6)
+
+
+def test_a_reward_model_compares_before_and_after(options, tmp_path):
+    import train_reward_model
+
+    reward = {"MAX_STEPS": 2, "MAX_ROWS": 20, "DEVICE": "cpu", "CONTROL_PAIRS": 0, "OUTPUT_DIR": tmp_path / "judge"}
+    run_script(train_reward_model, **reward, DATA_DIR=options["DATA_DIR"], MODEL=options["MODEL"])
+    run_script(train_dpo, **options | {"REWARD_MODEL": tmp_path / "judge"})
+    found = read(tmp_path / "run/eval.json")["comparison"]
+    samples = lines_of(tmp_path / "run/samples.jsonl")
+    assert found["prompts"] == 3 and found["verdict"] in ("grew", "fell", "not shown")
+    assert found["mean_reward_after"] == pytest.approx(np.mean([s["reward_after"] for s in samples]))
+    assert found["win_rate_low"] <= found["win_rate"] <= found["win_rate_high"]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
+    options = options | {"SAMPLE_PROMPTS": 0, "BATCH_SIZE": 2, "LOSS": "ipo"}
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29561")
+    runs = {"two": (launcher, 1), "one": ((), 2)}
+    for name, (how, accumulation) in runs.items():
+        mine = options | {"OUTPUT_DIR": tmp_path / name, "ACCUMULATION": accumulation}
+        words = [f"--{name.lower()}={value}" for name, value in mine.items()]
+        command = [sys.executable, *how, "train_dpo.py", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert read(tmp_path / "two/run.json")["processes"] == 2
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in runs)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-4)
+    logged = [[line["loss"] for line in lines_of(tmp_path / name / "metrics.jsonl")] for name in runs]
+    assert logged[0] == pytest.approx(logged[1], abs=1e-4)
+    results = [read(tmp_path / name / "eval.json") for name in runs]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert results[0]["margin"] == pytest.approx(results[1]["margin"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "constants, message",
+    [
+        ({"LOSS": "kto"}, "LOSS = 'kto' is not known, choose one of: dpo, ipo, hinge, sipa, orpo, simpo, new_pref_po"),
+        ({"GUIDANCE": "song"}, "GUIDANCE = 'song' is not known, choose one of: none, text, embedding"),
+        ({"LOSS": "new_pref_po"}, "LOSS = 'new_pref_po' needs a preference in the prompt: set GUIDANCE"),
+        ({"GUIDANCE": "text", "PREFERENCE_TEXT": " "}, "PREFERENCE_TEXT is empty"),
+        ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not there"),
+        ({"TRAIN_POLICY": "false"}, "TRAIN_POLICY = False trains the vectors only"),
+        ({"LABEL_SMOOTHING": 0.1, "LOSS": "ipo"}, "LABEL_SMOOTHING = 0.1 has no effect with LOSS = 'ipo'"),
+        ({"PROMPT_EMBEDDING_PATH": "x.pt"}, "PROMPT_EMBEDDING_PATH needs GUIDANCE = embedding"),
+        ({"SEED": -1}, "SEED = -1: expected 0 or more"),
+        ({"WARMUP_SHARE": 2.0}, "WARMUP_SHARE = 2.0: expected a number from 0 to 1"),
+        ({"BETA": -1.0}, "BETA = -1.0: expected 0 or more"),
+        ({"REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
+        ({"GUIDANCE": "embedding", "PREFERENCE_TEXT": "word " * 200}, "vectors does not fit"),
+        ({"GUIDANCE": "text", "PREFERENCE_TEXT": "word " * 200}, "PREFERENCE_TEXT does not fit"),
+    ],
+)
+def test_user_errors_stop_with_one_message(options, tmp_path, constants, message):
+    assert message in error_of(train_dpo, **options | constants) and not (tmp_path / "run").exists()
+
+
+def test_the_hash_of_weights_depends_on_every_value():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("scale", torch.tensor(1.0))  # no dimensions
+    first = policies.weights_digest(model)
+    assert first == policies.weights_digest(model)
+    model.scale += 1
+    assert policies.weights_digest(model) != first
