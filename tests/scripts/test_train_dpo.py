@@ -236,7 +236,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
         ({"GUIDANCE": "song"}, "GUIDANCE = 'song' is not known, choose one of: none, text, embedding"),
         ({"LOSS": "new_pref_po"}, "LOSS = 'new_pref_po' needs a preference in the prompt: set GUIDANCE"),
         ({"GUIDANCE": "text", "PREFERENCE_TEXT": " "}, "PREFERENCE_TEXT is empty"),
-        ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not there"),
+        ({"GUIDANCE": "embedding", "PROMPT_EMBEDDING_PATH": "no.pt"}, "PROMPT_EMBEDDING_PATH = 'no.pt' is not a file"),
         ({"TRAIN_POLICY": "false"}, "TRAIN_POLICY = False trains the vectors only"),
         ({"LABEL_SMOOTHING": 0.1, "LOSS": "ipo"}, "LABEL_SMOOTHING = 0.1 has no effect with LOSS = 'ipo'"),
         ({"PROMPT_EMBEDDING_PATH": "x.pt"}, "PROMPT_EMBEDDING_PATH needs GUIDANCE = embedding"),

@@ -34,7 +34,7 @@ def test_the_shell_script_prints_the_command_and_the_run_name(sample_folder):
     "variables, message",
     [
         ({"TRAINING_MODE": "song"}, "TRAINING_MODE = 'song' is not known, choose one of: none, text, embedding"),
-        ({"TRAINING_MODE": "none"}, "LOSS = 'new_pref_po' learns from a preference in the prompt"),
+        ({"TRAINING_MODE": "none"}, "LOSS = 'new_pref_po' needs a preference in the prompt"),
         ({"GPUS": "2", "CONFIG": "no.yaml"}, "CONFIG = 'no.yaml' is not there, here: configs/deepspeed_zero2.yaml"),
         ({"DATA_DIR": "nowhere"}, "nowhere/metadata.json is not there yet: run `python load_helpsteer_dataset.py"),
     ],
