@@ -1,7 +1,7 @@
 """Summarise the processed pairs: sizes, lengths, cuts, rating gaps, shortcuts and leaks, in a table and figures.
 
 Reads  : processed_helpsteer/ (made by load_helpsteer_dataset.py) and the tokenizer named in it
-Writes : outputs/summary/ (summary.json, summary.md and the figures as PNG), afresh each time
+Writes : outputs/summary/ (summary.json, summary.md and the figures as PNG), replaced each time
 
 python dataset_summary.py
 python dataset_summary.py --data_dir processed_512 --output_dir outputs/summary_512
@@ -9,12 +9,11 @@ python dataset_summary.py --data_dir processed_512 --output_dir outputs/summary_
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from utils.config import override_constants  # first: it says what to do where a package below is missing
+from utils.config import override_constants  # first: it explains a package that is missing below
 
 # isort: split
 import numpy as np
@@ -33,7 +32,7 @@ from utils.evaluation.data_report import (
     share,
 )
 from utils.evaluation.statistics import bands_of
-from utils.runs import write_json, write_text
+from utils.runs import read_json, write_json, write_text
 from utils.script import check, needs, say, script, stop
 
 if TYPE_CHECKING:
@@ -41,44 +40,43 @@ if TYPE_CHECKING:
 
 # data
 DATA_DIR = "processed_helpsteer"  # folder that load_helpsteer_dataset.py wrote
-TOKENIZER = ""  # hub name or folder, "" = the one that the data were made with; another place of the same one only
-# what to show
-WINDOWS = (256, 512, 1024, 2048)  # values of MAX_LENGTH (tokens): how many pairs would fit whole
-GAPS = (0.2, 0.5, 1.0, 1.5, 2.0)  # values of MIN_RATING_GAP: how many pairs each would keep
+TOKENIZER = ""  # hub name or folder of the tokenizer of the data, "" = as in their metadata
+# output
 EXAMPLES = 5  # pairs to show
 SEED = 42  # of the examples
-# output
 OUTPUT_DIR = "outputs/summary"  # folder of the summary
 
+SHOWN = {  # how many pairs would be left with these values of MAX_LENGTH (whole pairs) and MIN_RATING_GAP
+    "windows": (256, 512, 1024, 2048),
+    "gaps": (0.2, 0.5, 1.0, 1.5, 2.0),
+}
 
-def load_data(folder: Path) -> tuple[dict, dict[str, Dataset]]:
-    """Return (metadata, the splits that have rows) of a processed folder; end the script where it is damaged."""
+
+def load_data(folder: Path) -> tuple[dict[str, Any], dict[str, Dataset]]:
+    """Return (metadata, the splits that have rows) of a processed folder."""
     from datasets import load_from_disk
 
-    again = "run `python load_helpsteer_dataset.py` again"
-    if not (folder / "metadata.json").is_file():
-        stop(f"{folder} holds no metadata.json, so it is no folder of processed pairs: {again}")
+    needs(folder / "metadata.json", made_by="load_helpsteer_dataset.py")
     try:
-        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-        sizes = {name: metadata[f"{name}_size"] for name in ("train", "validation", "test")}
-        parts = {name: load_from_disk(str(folder / name)) for name, size in sizes.items() if size}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        stop(f"{folder} is damaged ({type(error).__name__}: {str(error)[:120]}): {again}")
+        metadata = read_json(folder / "metadata.json")
+        names = [name for name in ("train", "validation", "test") if metadata[f"{name}_size"]]
+        splits = {name: load_from_disk(str(folder / name)) for name in names}
+    except (ValueError, KeyError, OSError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:120]}"
+        stop(f"{folder} is damaged ({reason}): run `python load_helpsteer_dataset.py` again")
     refuse_sft_rows(folder, metadata)
-    if not parts:
-        stop(f"{folder} holds no pairs: {again}")
-    return metadata, parts
+    return metadata, splits
 
 
-def describe(m: dict[str, np.ndarray], window: int) -> dict:
-    """The content of summary.json for one split or for all. m: the measures of `measure`; shares are 0 to 1."""
+def describe(m: dict[str, np.ndarray], window: int) -> dict[str, Any]:
+    """Return the part of summary.json for one split or for all. m: the result of `measure`; shares are 0 to 1."""
     lengths = m | {"prompt_raw_cut": np.minimum(m["prompt_raw"], window)}
     cut = {side: share(m[f"{side}_cut"]) for side in ("prompt", "chosen", "rejected")}
     return {
         "pairs": len(m["prompt"]),
         "multi_turn_share": share(m["multi_turn"]),
         "tokens": {name: describe_lengths(lengths[name]) for name in LENGTHS},
-        "fit_whole_share": {str(size): share(m["pair"] <= size) for size in WINDOWS},
+        "fit_whole_share": {str(size): share(m["pair"] <= size) for size in SHOWN["windows"]},
         "cut_share": cut | {"both_answers": share(m["chosen_cut"] & m["rejected_cut"])},
         "equal_after_cut": int(m["equal_after_cut"].sum()),
         "rating_gap": describe_gaps(m["gap"]),
@@ -86,45 +84,45 @@ def describe(m: dict[str, np.ndarray], window: int) -> dict:
     }
 
 
-def describe_gaps(gap: np.ndarray) -> dict | None:
-    """Mean, median, bands and what MIN_RATING_GAP would keep, of the pairs with ratings; None where there are none.
+def describe_gaps(gap: np.ndarray) -> dict[str, Any] | None:
+    """Return mean, median, bands and the pairs that MIN_RATING_GAP would keep; None without ratings.
 
-    gap: hundredths, NaN for a pair without ratings.
+    gap: hundredths [pairs], NaN for a pair without ratings.
     """
     gap = gap[~np.isnan(gap)]
     if not len(gap):
         return None
-    kept = {str(limit): int((gap >= hundredths(limit)).sum()) for limit in GAPS}
+    kept = {str(limit): int((gap >= hundredths(limit)).sum()) for limit in SHOWN["gaps"]}
     bands = {name: {"pairs": int(mask.sum()), "share": share(mask)} for name, mask in bands_of(gap).items()}
     mean, median = round(float(gap.mean()) / 100, 4), float(np.median(gap)) / 100
     return {"mean": mean, "median": median, "bands": bands, "pairs_kept_by_min_rating_gap": kept}
 
 
-def find_repeats(parts: dict[str, Dataset], measures: dict, groups: dict[str, np.ndarray]) -> dict:
+def find_repeats(splits: dict[str, Dataset], measures: dict, groups: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return duplicates and leaks (see `split.repeats`), and EXAMPLES prompts that leak into training."""
-    found = [first_rows(groups, group) for group in leaking_groups(groups)[:EXAMPLES]]
-    leaked = [{"rows": rows, "prompt": parts["train"][rows["train"]]["prompt"][:200]} for rows in found]
+    rows = [first_rows(groups, group) for group in leaking_groups(groups)[:EXAMPLES]]
+    leaked = [{"rows": row, "prompt": splits["train"][row["train"]]["prompt"][:200]} for row in rows]
     return repeats(measures, groups) | {"leaked_prompts": leaked}
 
 
-def examples_of(parts: dict[str, Dataset]) -> list[dict]:
-    """Return EXAMPLES pairs at random from all splits; texts of more than 600 characters are cut there."""
-    rows = [(name, row) for name, part in parts.items() for row in range(len(part))]
-    found = []
-    for name, row in random.Random(SEED).sample(rows, min(EXAMPLES, len(rows))):
-        pair = parts[name][row]
+def examples_of(splits: dict[str, Dataset]) -> list[dict[str, Any]]:
+    """Return EXAMPLES random pairs of all splits, with texts cut to 600 characters."""
+    places = [(name, number) for name, rows in splits.items() for number in range(len(rows))]
+    examples = []
+    for name, number in random.Random(SEED).sample(places, min(EXAMPLES, len(places))):
+        pair = splits[name][number]
         ratings = {f"{side}_rating": pair[f"{side}_rating"] for side in ("chosen", "rejected")}
         gap = None
         if None not in ratings.values():
             gap = (hundredths(pair["chosen_rating"]) - hundredths(pair["rejected_rating"])) / 100
         texts = {"prompt": pair["prompt"], **{side: pair[side][-1]["content"] for side in ("chosen", "rejected")}}
         texts = {side: text if len(text) <= 600 else text[:600] + " [...]" for side, text in texts.items()}
-        found.append({"split": name, "row": row, "gap": gap, **ratings, **texts})
-    return found
+        examples.append({"split": name, "row": number, "gap": gap, **ratings, **texts})
+    return examples
 
 
 def draw(m: dict[str, np.ndarray], section: dict, window: int, folder: Path) -> list[str]:
-    """Write the figures, and remove those of an earlier summary that these data do not allow; their file names."""
+    """Write the figures and return their file names; without ratings, remove old figures of ratings."""
     from utils.evaluation import plots
 
     has = ~np.isnan(m["gap"])
@@ -144,11 +142,11 @@ def draw(m: dict[str, np.ndarray], section: dict, window: int, folder: Path) -> 
     return drawn
 
 
-def markdown(text: str, figures: list[str], examples: list[dict]) -> str:
+def markdown(text: str, figures: list[str], examples: list[dict[str, Any]]) -> str:
     """Return the summary as a page: the table, links to the figures, the examples."""
-    parts = ["# What is in the pairs", f"```\n{text}\n```", *(f"![{name}]({name})" for name in figures)]
-    parts += ["## Examples", *(f"```\n{example_text(example)}\n```" for example in examples)]
-    return "\n\n".join(parts) + "\n"
+    blocks = ["# What is in the pairs", f"```\n{text}\n```", *(f"![{name}]({name})" for name in figures)]
+    blocks += ["## Examples", *(f"```\n{example_text(example)}\n```" for example in examples)]
+    return "\n\n".join(blocks) + "\n"
 
 
 @script
@@ -158,14 +156,14 @@ def main(settings: dict) -> None:
     from utils.data.processed import matching_tokenizer
 
     # 1. check
-    folder, output = needs(DATA_DIR, made_by="load_helpsteer_dataset.py"), Path(OUTPUT_DIR)
-    metadata, parts = load_data(folder)
-    tokenizer, _ = matching_tokenizer(DATA_DIR, "TOKENIZER", TOKENIZER or metadata["tokenizer"])
     check(settings)
+    output = Path(OUTPUT_DIR)
+    metadata, splits = load_data(needs(DATA_DIR, made_by="load_helpsteer_dataset.py"))
+    tokenizer, _ = matching_tokenizer(DATA_DIR, "TOKENIZER", TOKENIZER or metadata["tokenizer"])
     output.mkdir(parents=True, exist_ok=True)
     # 2. measure every pair
-    with tqdm(desc="measuring", total=sum(map(len, parts.values())), unit=" pairs") as progress:
-        measures = {name: measure(part, tokenizer, progress) for name, part in parts.items()}
+    with tqdm(desc="measuring", total=sum(map(len, splits.values())), unit=" pairs") as progress:
+        measures = {name: measure(rows, tokenizer, progress) for name, rows in splits.items()}
     columns = next(iter(measures.values()))
     everything = {name: np.concatenate([m[name] for m in measures.values()]) for name in columns}
     # 3. describe
@@ -173,14 +171,14 @@ def main(settings: dict) -> None:
     summary = {"data": {name: metadata[name] for name in about}, "settings": settings}
     for name, m in {"all": everything, **measures}.items():
         summary[name] = describe(m, metadata["max_length"])
-    summary["repeats"] = find_repeats(parts, measures, near_duplicates(parts))
-    summary["examples"] = examples_of(parts)
+    summary["repeats"] = find_repeats(splits, measures, near_duplicates(splits))
+    summary["examples"] = examples_of(splits)
     # 4. save
-    text = format_summary(summary, list(parts))
+    text = format_summary(summary, list(splits))
     figures = draw(everything, summary["all"], metadata["max_length"], output)
     write_json(output / "summary.json", summary)
     write_text(output / "summary.md", markdown(text, figures, summary["examples"]))
-    # 5. print it, where it is and what to run next
+    # 5. print the summary and the next step
     say("\n\n".join(["", text, *(example_text(example) for example in summary["examples"]), ""]))
     say(f"written: {output}/summary.json, summary.md, {', '.join(figures)}")
     say(f"next: {next_command('python train_reward_model.py', DATA_DIR, TOKENIZER or metadata['tokenizer'])}")

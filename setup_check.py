@@ -1,6 +1,6 @@
-"""Look at this machine: versions, device, memory, disk, hub or cache, and one real forward and backward pass.
+"""Check this machine: versions, device, memory, disk, hub or cache, and one forward and backward pass.
 
-Reads  : requirements.txt, the hub's cache, models/SmolLM2-135M-Instruct where it is there
+Reads  : requirements.txt, the hub's cache, models/SmolLM2-135M-Instruct if it exists
 Writes : nothing
 
 python setup_check.py
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from utils.config import override_constants
 from utils.data.sources import ask_hub, in_cache
 from utils.models.device_check import prove, row, tiny_model
-from utils.script import ENVIRONMENT, say, script, stop
+from utils.script import ENVIRONMENT, check, say, script, stop
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 # what the next scripts will use
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub name or folder to look for
 DATASET = "nvidia/HelpSteer2"  # hub name, or a local file or folder, to look for
-OFFLINE_MODEL = "models/SmolLM2-135M-Instruct"  # where extras.get_offline_model puts its copy
 MAX_LENGTH = 256  # tokens of prompt and answer together, for the estimate of what fits
-BATCH_SIZE = 4  # pairs held in memory at once, for the same estimate
+BATCH_SIZE = 4  # pairs in memory at once, for the same estimate
 # the check
-DEVICE = ""  # cuda | mps | cpu, "" = the best one that is there
+DEVICE = ""  # cuda | mps | cpu, "" = the best available
 PRECISION = ""  # fp32 | bf16 | fp16, "" = by device
-SEED = 42  # of the tiny model of the proof
-REQUIREMENTS = "requirements.txt"  # versions to hold this machine against, beside this script
-TIMEOUT_SECONDS = 2.0  # wait so long for the hub, in all
+SEED = 42  # of the tiny model
+
+FILES = {"requirements": "requirements.txt", "offline copy": "models/SmolLM2-135M-Instruct"}
+LOADER_DEFAULTS = {"dataset": "nvidia/HelpSteer2", "tokenizer": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 SIZES = {  # name: million parameters, layers, hidden + intermediate size
     "SmolLM2-135M": (135, 30, 576 + 1536),
     "SmolLM2-360M": (362, 32, 960 + 2560),
@@ -45,57 +45,56 @@ SIZES = {  # name: million parameters, layers, hidden + intermediate size
     "Qwen2.5-1.5B": (1544, 28, 1536 + 8960),
     "SmolLM2-1.7B": (1711, 24, 2048 + 8192),
 }
-# Bytes a parameter: float32 weight 4, gradient 4, two AdamW moments 8; a frozen one 4. LoRA trains about 1 in 30
-# (rank 16, all layers). Autocast adds a half-precision copy of each weight. Bytes a token, layer and unit of
-# (hidden + intermediate), held for the backward pass, and 1 GB for the libraries: 4.9 GB for all of SmolLM2-135M in
-# bf16 on a CPU, where the peak of a training was 4.4 GB in a window of 256 and 5.0 GB in one of 512.
+# Bytes per parameter: float32 weight 4, gradient 4, two AdamW moments 8; a frozen one 4. LoRA trains about 1 in 30
+# (rank 16, all layers). Autocast adds a half-precision copy of each weight. Bytes per token, layer and unit of
+# (hidden + intermediate), kept for the backward pass; 1 GB more for the libraries. The sum for SmolLM2-135M in bf16 on
+# a CPU is 4.9 GB; measured peaks were 4.4 GB in a window of 256 and 5.0 GB in one of 512.
 BYTES = {"trained": 16, "frozen": 4, "cast": 2, "activation fp32": 36, "activation cast": 22}
-READ_BY_DEFAULT = {"dataset": "nvidia/HelpSteer2", "tokenizer": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # by step 1
 
 
 def read_requirements(file: Path) -> list[Requirement]:
-    """The packages that a requirements file names for this platform; ends the script where it cannot be read."""
+    """Return the packages of a requirements file that this platform needs."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
         stop(f"nothing is installed in this Python yet: activate .venv, or run `python -m pip install -r {file.name}`")
     if not file.is_file():
-        stop(f"REQUIREMENTS = '{file}' is not there: it belongs beside setup_check.py")
+        stop(f"{file} is not there: it belongs beside setup_check.py")
     lines = [line.split(" #")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    wanted = [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]
-    return [package for package in wanted if package.marker is None or package.marker.evaluate()]
+    packages = [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]
+    return [package for package in packages if package.marker is None or package.marker.evaluate()]
 
 
-def check_versions(wanted: list[Requirement]) -> list[str]:
-    """Print each package against its bounds, by metadata alone; returns a few words for each that is out of them."""
+def check_versions(packages: list[Requirement]) -> list[str]:
+    """Print each package with its bounds, without importing it, and return a description of those out of bounds."""
     say("versions")
-    tested = int(platform.python_version_tuple()[1]) <= 13  # perhaps it works: what does not is found below
+    tested = int(platform.python_version_tuple()[1]) <= 13  # newer ones may work
     row("python", platform.python_version(), ">=3.11,<3.14", "ok" if tested else "not tested")
     faults = []
-    for package in wanted:
+    for package in packages:
         try:
-            found = importlib.metadata.version(package.name)
-            fits = package.specifier.contains(found, prereleases=True)
+            version = importlib.metadata.version(package.name)
+            fits = package.specifier.contains(version, prereleases=True)
         except importlib.metadata.PackageNotFoundError:
-            found, fits = "not installed", False
-        row(package.name, found, str(package.specifier), "ok" if fits else "NO")
-        faults += [] if fits else [f"{package.name} is {found} (needed: {package.specifier or 'any version'})"]
+            version, fits = "not installed", False
+        row(package.name, version, str(package.specifier), "ok" if fits else "NO")
+        faults += [] if fits else [f"{package.name} is {version} (needed: {package.specifier or 'any version'})"]
     return faults
 
 
 def check_torchao() -> None:
-    """Print a warning where PEFT refuses the torchao that is installed, as it does the old one of Colab."""
+    """Print a warning if PEFT refuses the installed torchao, as it refuses the old one of Colab."""
     from peft.import_utils import is_torchao_available
 
     try:
         is_torchao_available()
     except ImportError:
         cure = "run `python -m pip uninstall -y torchao`"
-        row(f"torchao {importlib.metadata.version('torchao')}", f"WARNING: USE_LORA stops with it: {cure}")
+        row(f"torchao {importlib.metadata.version('torchao')}", f"WARNING: USE_LORA does not work with it: {cure}")
 
 
 def memory_gb(device: torch.device) -> tuple[float, float]:
-    """(free, total) memory that models on this device live in, in GB: the GPU's own, or the RAM."""
+    """Return (free, total) memory for models on this device in GB: GPU memory, or RAM."""
     import psutil
     import torch
 
@@ -103,7 +102,7 @@ def memory_gb(device: torch.device) -> tuple[float, float]:
     free, total = ram.available, ram.total
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-    elif device.type == "mps":  # shared with everything else; beyond this, Metal slows down or refuses
+    elif device.type == "mps":  # part of the RAM; beyond this size, Metal is slow or fails
         total = torch.mps.recommended_max_memory()
         free = min(total, ram.available)
     return free / 1e9, total / 1e9
@@ -117,8 +116,8 @@ def check_machine(device: torch.device, precision: str, reason: str) -> None:
     say("machine")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     row("device", f"{device.type} ({name}), {torch.get_num_threads()} CPU threads")
-    if shutil.which("nvidia-smi") and not torch.cuda.is_available():  # on Windows pip takes the torch for CPUs
-        cure = "install the one that https://pytorch.org/get-started/locally names for it"
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():  # on Windows pip installs torch for CPUs
+        cure = "install the torch that https://pytorch.org/get-started/locally recommends"
         row("GPU", f"WARNING: nvidia-smi is here, but this torch ({torch.__version__}) sees no GPU: {cure}")
     row("precision", f"{precision}: {reason}")
     free, total = memory_gb(device)
@@ -132,22 +131,22 @@ def check_machine(device: torch.device, precision: str, reason: str) -> None:
 
 
 def check_sources(names: dict[str, str]) -> dict[str, bool]:
-    """Print where model and dataset can come from; return {"model", "dataset", "offline": whether it can be had}."""
+    """Print where model and dataset are available; return {"model", "dataset", "offline copy": available}."""
     say("model and data")
     here = {kind: "on this disk" if Path(name).exists() else "in the cache" for kind, name in names.items()}
     missing = {kind: name for kind, name in names.items() if not Path(name).exists() and not in_cache(name, kind)}
-    reasons = ask_hub(missing, TIMEOUT_SECONDS) if missing else {}
+    reasons = ask_hub(missing) if missing else {}
     for kind, name in names.items():
         where = "not in the cache; " + (reasons[kind] or "the hub has it") if kind in missing else here[kind]
         row(kind, f"{name}: {where}")
-    had = {kind: not reasons.get(kind) for kind in names}
-    had["offline"] = (Path(OFFLINE_MODEL) / "model.safetensors").is_file()
-    row("offline copy", f"{OFFLINE_MODEL}: {'here' if had['offline'] else 'not here'}")
-    return had
+    available = {kind: not reasons.get(kind) for kind in names}
+    available["offline copy"] = (Path(FILES["offline copy"]) / "model.safetensors").is_file()
+    row("offline copy", f"{FILES['offline copy']}: {'here' if available['offline copy'] else 'not here'}")
+    return available
 
 
 def what_fits(free_gb: float, precision: str, tokens: int) -> None:
-    """Print the memory (GB) that training each of SIZES takes on `tokens` tokens at once, and whether it is there."""
+    """Print the memory (GB) for training each of SIZES on `tokens` tokens at once, and whether it is available."""
     say(f"what fits in {free_gb:.1f} GB (estimate, {precision}, {tokens} tokens at once, no gradient checkpointing)")
     row("", "LoRA", "full", "full, with a frozen reference")
     kind = "fp32" if precision == "fp32" else "cast"
@@ -160,24 +159,25 @@ def what_fits(free_gb: float, precision: str, tokens: int) -> None:
         row(name, *(f"{gb:5.1f} GB {'yes' if gb < 0.9 * free_gb else 'no'}" for gb in needed))
 
 
-def next_command(had: dict[str, bool], names: dict[str, str], offline_model: str) -> str:
-    """What to run now, given what can be had. names: the model and the dataset that were looked for."""
-    if not (had["model"] or had["offline"]):
+def next_command(available: dict[str, bool], names: dict[str, str]) -> str:
+    """Return the command to run next. names: the model and the dataset of check_sources."""
+    if not (available["model"] or available["offline copy"]):
         return "python -m extras.get_offline_model    # a copy of SmolLM2-135M-Instruct without the hub"
-    dataset = names["dataset"] if had["dataset"] else "sample_data/helpsteer_sample.jsonl"
-    options = {"dataset": dataset, "tokenizer": names["model"] if had["model"] else offline_model}
-    changed = [f" --{name} {shlex.quote(value)}" for name, value in options.items() if value != READ_BY_DEFAULT[name]]
+    dataset = names["dataset"] if available["dataset"] else "sample_data/helpsteer_sample.jsonl"
+    options = {"dataset": dataset, "tokenizer": names["model"] if available["model"] else FILES["offline copy"]}
+    changed = [f" --{name} {shlex.quote(value)}" for name, value in options.items() if value != LOADER_DEFAULTS[name]]
     return "python load_helpsteer_dataset.py" + "".join(changed)
 
 
 @script
 def main(settings: dict) -> None:
     # 1. versions
+    check(settings)
     if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 11):
         stop(f"Python {platform.python_version()} is too old: make an environment with 3.11, 3.12 or 3.13")
-    faults = check_versions(read_requirements(Path(__file__).parent / REQUIREMENTS))
+    faults = check_versions(read_requirements(Path(__file__).parent / FILES["requirements"]))
     if faults:
-        stop(f"{'; '.join(faults)}: run `python -m pip install -r {REQUIREMENTS}`")
+        stop(f"{'; '.join(faults)}: run `python -m pip install -r {FILES['requirements']}`")
     from utils.models.loading import choose_device, choose_precision
     from utils.models.shared_prompt import TOKENS_AT_ONCE
 
@@ -188,21 +188,21 @@ def main(settings: dict) -> None:
     names = {"model": MODEL, "dataset": DATASET}
     try:
         check_machine(device, precision, reason)
-        at_once = max(TOKENS_AT_ONCE[device.type], 2 * MAX_LENGTH)  # a batch is computed in parts of so many tokens
+        at_once = max(TOKENS_AT_ONCE[device.type], 2 * MAX_LENGTH)  # the trainers compute larger batches in pieces
         what_fits(memory_gb(device)[0], precision, min(2 * BATCH_SIZE * MAX_LENGTH, at_once))
         # 3. model and data
-        had = check_sources(names)
+        available = check_sources(names)
         # 4. proof
         faults = prove(tiny_model(SEED), device, precision, SEED)
-    except RuntimeError as error:  # a driver that does not fit torch, an operation that the device does not have
+    except RuntimeError as error:  # the driver does not match torch, or the device lacks an operation
         cure = "try another DEVICE or PRECISION"
         if "out of memory" in str(error):
-            cure += ", or end what else uses it"
+            cure += ", or stop other programs that use it"
         stop(f"{device.type} in {precision} cannot be used: {str(error).splitlines()[0][:200]}; {cure}")
     if faults:
-        stop(f"{device.type} in {precision} computes wrongly: {faults[0]}; try another DEVICE or PRECISION")
-    # 5. print what to run next
-    say(f"next: {next_command(had, names, OFFLINE_MODEL)}")
+        stop(f"{device.type} in {precision} gives wrong results: {faults[0]}; try another DEVICE or PRECISION")
+    # 5. next step
+    say(f"next: {next_command(available, names)}")
 
 
 if __name__ == "__main__":

@@ -1,59 +1,41 @@
 #!/usr/bin/env bash
-# Preference-guided DPO in one command: edit the variables, or set them for one call:
+# Preference-guided DPO in one command. Edit the variables, or set them for one call:
 #   python load_helpsteer_dataset.py --tokenizer Qwen/Qwen2.5-1.5B-Instruct    # first: rows for POLICY_MODEL_PATH
 #   ./train_helpsteer.sh
 #   TRAINING_MODE=none LOSS_NAME=dpo BETA=0.1 GPUS=2 ./train_helpsteer.sh
-#   DRY_RUN=1 ./train_helpsteer.sh    # only checks, and shows the command
+#   DRY_RUN=1 ./train_helpsteer.sh    # only print the command
 set -euo pipefail
 cd "$(dirname "$0")"
 
 TRAINING_MODE=${TRAINING_MODE:-text}                                 # none | text | embedding
 POLICY_MODEL_PATH=${POLICY_MODEL_PATH:-Qwen/Qwen2.5-1.5B-Instruct}   # hub name or folder
-MODEL_SHORT_NAME=${MODEL_SHORT_NAME:-}                               # in the name of the run, empty: made of the path
+MODEL_SHORT_NAME=${MODEL_SHORT_NAME:-}                               # in the name of the run, empty: from the path
 LOSS_NAME=${LOSS_NAME:-new_pref_po}                                  # dpo | ipo | hinge | sipa | orpo | simpo | new_pref_po
-BETA=${BETA:-0}                                                      # 0: that of the loss, see below
+BETA=${BETA:-0}                                                      # 0: the default of the loss, see below
 ALPHA=${ALPHA:-0.1}
 LAMBDA_KL=${LAMBDA_KL:-0.1}
 PREFERENCE_TEXT=${PREFERENCE_TEXT-Please provide a helpful, honest, harmless, and concise response.}
 PROMPT_EMBEDDING_PATH=${PROMPT_EMBEDDING_PATH:-}                     # .pt or .safetensors, empty: train new vectors
-DATA_DIR=${DATA_DIR:-processed_helpsteer}                            # made by load_helpsteer_dataset.py
-LEARNING_RATE=${LEARNING_RATE:-}                                     # empty: that of train_dpo.py
+DATA_DIR=${DATA_DIR:-processed_helpsteer}                            # from load_helpsteer_dataset.py
+LEARNING_RATE=${LEARNING_RATE:-}                                     # empty: the default of train_dpo.py
 EPOCHS=${EPOCHS:-1}
 BATCH_SIZE=${BATCH_SIZE:-4}
 ACCUMULATION=${ACCUMULATION:-4}
 USE_LORA=${USE_LORA:-false}
 GPUS=${GPUS:-1}                                                      # more than one: accelerate launch
 CONFIG=${CONFIG:-configs/multi_gpu.yaml}                             # or deepspeed_zero2, with PRECISION=fp32
-PRECISION=${PRECISION:-}                                             # fp32 | bf16 | fp16, empty: by the device
+PRECISION=${PRECISION:-}                                             # fp32 | bf16 | fp16, empty: by device
 REPORT_TO=${REPORT_TO:-none}                                         # none | tensorboard | trackio | wandb
 PYTHON=${PYTHON:-python}
 DRY_RUN=${DRY_RUN:-}
 
-fail() { echo "$1" >&2; exit 1; }
-one_of() { # name value choices...
-    local name=$1 value=$2; shift 2
-    for choice in "$@"; do [ "$value" = "$choice" ] && return; done
-    fail "$name = '$value' is not known, choose one of: $*"
-}
-
-one_of TRAINING_MODE "$TRAINING_MODE" none text embedding
-one_of LOSS_NAME "$LOSS_NAME" dpo ipo hinge sipa orpo simpo new_pref_po
-case "$CONFIG" in *fsdp* | *zero3*) fail "CONFIG = '$CONFIG' takes the weights apart, which sampling and saving need whole" ;; esac
+[ "$GPUS" = 1 ] || [ -f "$CONFIG" ] || { echo "CONFIG = '$CONFIG' is not there, here: $(echo configs/*.yaml)" >&2; exit 1; }
 if [[ "$BETA" =~ ^0*\.?0*$ ]]; then
     case "$LOSS_NAME" in new_pref_po) BETA=0.05 ;; simpo) BETA=2.0 ;; *) BETA=0.1 ;; esac # as in utils/training/losses.py
 fi
-[ "$LOSS_NAME" != new_pref_po ] || [ "$TRAINING_MODE" != none ] ||
-    fail "LOSS_NAME = new_pref_po learns from a preference in the prompt: set TRAINING_MODE = text or embedding"
-[ "$TRAINING_MODE" != text ] || [ -n "$PREFERENCE_TEXT" ] || fail "PREFERENCE_TEXT is empty: TRAINING_MODE = text says it"
-[ -z "$PROMPT_EMBEDDING_PATH" ] || [ -f "$PROMPT_EMBEDDING_PATH" ] ||
-    fail "PROMPT_EMBEDDING_PATH = '$PROMPT_EMBEDDING_PATH' is not there"
-[[ "$GPUS" =~ ^[1-9][0-9]*$ ]] || fail "GPUS = '$GPUS': expected a whole number, 1 or more"
-[ "$GPUS" = 1 ] || [ -f "$CONFIG" ] || fail "CONFIG = '$CONFIG' is not there, here: $(echo configs/*.yaml)"
-[ -f "$DATA_DIR/metadata.json" ] ||
-    fail "$DATA_DIR is not there yet: run \`python load_helpsteer_dataset.py --tokenizer $POLICY_MODEL_PATH --output_dir $DATA_DIR\` first"
-
-read -r PROJECT RUN < <("$PYTHON" -m utils.runs "$DATA_DIR" "$TRAINING_MODE" "$MODEL_SHORT_NAME" "$POLICY_MODEL_PATH" \
+names=$("$PYTHON" -m utils.runs "$DATA_DIR" "$TRAINING_MODE" "$MODEL_SHORT_NAME" "$POLICY_MODEL_PATH" \
     "$LOSS_NAME" "$BETA" "$ALPHA")
+read -r PROJECT RUN <<<"$names"
 echo "project  $PROJECT"
 echo "run      $RUN"
 echo "folder   model_output/$PROJECT/$RUN"

@@ -26,7 +26,7 @@ def test_an_unknown_choice_is_reported_with_the_known_ones():
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/folder/x"), "cannot write /folder/x: Permission denied"),
-        (OSError(errno.EROFS, "Read-only file system", "/x"), "cannot write /x: the file system is read-only"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "cannot write /x: Read-only file system"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory: take a smaller model"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: take a smaller model"),
         (MemoryError(), "out of memory: take a smaller model"),

@@ -1,4 +1,4 @@
-"""The constants at the top of a script are its options: read them, let the command line replace them."""
+"""The constants at the top of a script are its options: the command line can override them."""
 
 import argparse
 import ast
@@ -9,25 +9,28 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NoReturn
 
 TRUE_FALSE = {"true": True, "false": False}
-
-BOUNDS = {  # constants that several scripts share: (smallest value, largest value)
-    **dict.fromkeys(("BATCH_SIZE", "ACCUMULATION", "GENERATION_BATCH", "ANSWERS_PER_PROMPT"), (1, math.inf)),
-    **dict.fromkeys(("MAX_NEW_TOKENS", "LORA_RANK", "LOG_EVERY_STEPS"), (1, math.inf)),
-    **dict.fromkeys(("MAX_ROWS", "MAX_STEPS", "EPOCHS", "SEED", "EVAL_EVERY_STEPS", "SAVE_EVERY_STEPS"), (0, math.inf)),
-    **dict.fromkeys(("LEARNING_RATE", "TEMPERATURE", "BETA", "KL_BETA"), (0, math.inf)),
-    **dict.fromkeys(("HEAD_LEARNING_RATE", "PROMPT_LEARNING_RATE", "SFT_WEIGHT"), (0, math.inf)),
-    **dict.fromkeys(("MIN_RATING_GAP", "KL_LIMIT", "PROMPTS", "EVAL_PROMPTS", "SAMPLE_PROMPTS"), (0, math.inf)),
-    **dict.fromkeys(("CONTROL_PAIRS", "BEST_OF_N"), (0, math.inf)),
-    **dict.fromkeys(("EXAMPLES",), (0, math.inf)),
-    **dict.fromkeys(("WARMUP_SHARE", "LORA_DROPOUT", "BASELINE_DECAY", "RATING_WEIGHT"), (0, 1)),
-    "LABEL_SMOOTHING": (0, 0.499),  # at a half nothing can be learned: the loss is lowest for equal rewards
+_NAMES = {  # (smallest value, largest value): the constants that they hold for
+    (1, math.inf): (
+        *("BATCH_SIZE", "ACCUMULATION", "GENERATION_BATCH", "ANSWERS_PER_PROMPT", "MAX_NEW_TOKENS", "LORA_RANK"),
+        "LOG_EVERY_STEPS",
+    ),
+    (0, math.inf): (
+        *("MAX_ROWS", "MAX_STEPS", "EPOCHS", "SEED", "EVAL_EVERY_STEPS", "SAVE_EVERY_STEPS"),
+        *("LEARNING_RATE", "HEAD_LEARNING_RATE", "PROMPT_LEARNING_RATE"),
+        *("BETA", "KL_BETA", "KL_LIMIT", "SFT_WEIGHT", "MIN_RATING_GAP", "TEMPERATURE", "BEST_OF_N"),
+        *("PROMPTS", "EVAL_PROMPTS", "SAMPLE_PROMPTS", "CONTROL_PAIRS", "EXAMPLES"),
+    ),
+    (0, 1): ("WARMUP_SHARE", "LORA_DROPOUT", "BASELINE_DECAY", "RATING_WEIGHT"),
+    (0, 0.499): ("LABEL_SMOOTHING",),  # at 0.5 the loss is lowest for equal rewards
 }
+BOUNDS = {name: limits for limits, names in _NAMES.items() for name in names}  # of the constants that scripts share
 
 
 def missing_package(error: BaseException) -> str:
-    """The line for a package that is not installed, "" for every other error: a module of ours is no package."""
+    """Return the message for a package that is not installed, "" for any other error (our own modules included)."""
     name = getattr(error, "name", None) or ""
     ours = (Path(__file__).parent.parent / name).is_dir()
     if not isinstance(error, ModuleNotFoundError) or "." in name or ours:
@@ -38,35 +41,34 @@ def missing_package(error: BaseException) -> str:
     )
 
 
-def name_the_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What sys.excepthook is here: one line where a package is missing, the traceback for everything else."""
+def explain_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print one line for a missing package and the traceback for any other error (a sys.excepthook)."""
     if missing_package(error):
         print(missing_package(error), file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = name_the_missing  # imports stand above main(), where utils.script.script cannot catch them
+sys.excepthook = explain_missing_package  # scripts import packages above main(), out of reach of utils.script.script
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line on stderr and exit code 2, without the usage in front of it."""
+    """A parser that prints one line on stderr, without the usage, and exits with code 2."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, message.removeprefix("argument ") + "\n")
 
 
-def override_constants(script: dict, argv: list[str] | None = None) -> dict:
+def override_constants(script: dict[str, Any], argv: list[str] | None = None) -> dict[str, Any]:
     """Replace the UPPER_CASE constants of a script by `--name value` options, and return them all.
 
-    Call it as `main(override_constants(globals()))` under `if __name__ == "__main__"`. The script stays the
-    only place where an option is declared: its name, its default, its type (that of the default) and
-    its help (the comment on its line) are read from there.
+    Call it as `main(override_constants(globals()))` under `if __name__ == "__main__"`. The line of the constant
+    declares the option: its name, its default, its type (that of the default) and its help (the comment).
 
     script: the namespace of a module with `__file__` and `__doc__`; changed in place.
-    argv: the words after the script's name; None takes them from the command line.
-    Raises SystemExit(2) after one line on stderr for an unknown or ill-typed option, TypeError for a constant
-    that can be no option.
+    argv: the words after the script's name; None reads the command line.
+    Raises SystemExit(2) for an unknown or ill-typed option, TypeError for a constant of another type than
+    str, bool, int, float or tuple.
     """
     comments = top_constants(Path(script["__file__"]).read_text(encoding="utf-8-sig"))
     parser = parser_of(script, comments)
@@ -82,8 +84,8 @@ def override_constants(script: dict, argv: list[str] | None = None) -> dict:
     return vars(values)
 
 
-def parser_of(script: dict, comments: dict[str, str]) -> OneLineParser:
-    """A parser with one option for each constant; comments: {name of the constant: its help}."""
+def parser_of(script: dict[str, Any], comments: dict[str, str]) -> OneLineParser:
+    """Return a parser with one option per constant. comments: {name of the constant: its help}."""
     parser = OneLineParser(
         prog=command(script),
         description=script["__doc__"],
@@ -106,8 +108,8 @@ def parser_of(script: dict, comments: dict[str, str]) -> OneLineParser:
     return parser
 
 
-def command(script: dict) -> str:
-    """How a user starts this script: `python train_dpo.py`, or `python -m extras.evaluate` for one in a package."""
+def command(script: dict[str, Any]) -> str:
+    """Return how to start a script: `python train_dpo.py`, or `python -m extras.evaluate` inside a package."""
     spec = script.get("__spec__")
     if spec is not None and "." in spec.name:
         return f"python -m {spec.name}"
@@ -115,42 +117,43 @@ def command(script: dict) -> str:
 
 
 def top_constants(source: str) -> dict[str, str]:
-    """The UPPER_CASE names set before the first function of a source text, each with the comment on its line."""
+    """Return {name: comment on its line} of the UPPER_CASE names set before the first function of a source text."""
     lines = source.splitlines()
     constants = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
-        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Dict):  # a table is no option
+        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Dict):  # a table is not an option
             name = getattr(node.targets[0], "id", "")
-            if name.isupper():
+            if name.isupper() and not name.startswith("_"):
+                assert node.end_lineno is not None
                 rest_of_line = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
                 constants[name] = rest_of_line.strip().lstrip("# ")
     return constants
 
 
-def reader(name: str, default: object) -> Callable[[str], object]:
-    """A function that turns the text of an option into a value of the default's type, or says why it cannot."""
+def reader(name: str, default: Any) -> Callable[[str], object]:
+    """Return a function that converts the text of an option to the type of its default."""
     kind = type(default)
     if kind not in (str, bool, int, float, tuple):
-        raise TypeError(f"{name} = {default!r}: an option is a str, bool, int, float or tuple (0 or '' for 'not set')")
+        raise TypeError(f"{name} = {default!r}: use a str, bool, int, float or tuple (0 or '' for 'not set')")
 
     def read(text: str) -> object:
         try:
-            if kind is bool:
-                return TRUE_FALSE[text.lower()]
             if kind is tuple:
-                part_kind = type(default[0]) if default else str
-                return tuple(value_of(part_kind, part.strip()) for part in text.split(",") if part.strip())
-            return value_of(kind, text)
+                item_kind = type(default[0]) if default else str
+                return tuple(convert(item_kind, item.strip()) for item in text.split(",") if item.strip())
+            return convert(kind, text)
         except (ValueError, KeyError):
             raise argparse.ArgumentTypeError(f"expected {kind.__name__} such as {default!r}, got {text!r}") from None
 
     return read
 
 
-def value_of(kind: type, text: str) -> object:
-    """The text as a value of a type; ValueError for a number that is not finite: it would poison a run in silence."""
+def convert(kind: type, text: str) -> object:
+    """Return the text as a value of a type; ValueError for nan and inf, which would spoil a run unnoticed."""
+    if kind is bool:
+        return TRUE_FALSE[text.lower()]
     if kind is float and not math.isfinite(float(text)):
         raise ValueError
     return kind(text)

@@ -69,11 +69,11 @@ def test_a_folder_or_a_split_of_a_hub_dataset_is_read(hub):
 def test_a_dataset_without_a_train_split_lists_its_folders_and_splits(hub):
     folder, _, _ = hub
     write_lines(folder / "helpful-base" / "train.jsonl.gz", ROWS)
-    fails("Anthropic/hh-rlhf", "files in folders, name one: Anthropic/hh-rlhf/helpful-base$")
+    fails("Anthropic/hh-rlhf", "files in folders, choose one: Anthropic/hh-rlhf/helpful-base$")
     assert read(open_source("Anthropic/hh-rlhf/helpful-base", "average")) == ROWS
     write_lines(folder / "one.jsonl", ROWS)
     write_lines(folder / "two.jsonl", ROWS)
-    fails("owner/name", "no split for RATING = 'average', it has: one, two; name one: owner/name/one$")
+    fails("owner/name", "no split for RATING = 'average', it has: one, two; choose one: owner/name/one$")
     assert open_source("owner/name/one", "average").split_used == {"train": "one"}
 
 
@@ -113,7 +113,7 @@ def test_a_refusal_of_the_hub_is_reported_without_tokens(hub):
     for error, match in [
         (refusal(RepositoryNotFoundError), "'nvidia/HelpSter2' is not on the hub .*check the spelling"),
         (refusal(GatedRepoError), "is gated: accept its terms on the hub and set HF_TOKEN in the environment"),
-        (refusal(LocalEntryNotFoundError), "hub cannot be reached and the cache has no whole copy"),
+        (refusal(LocalEntryNotFoundError), "hub cannot be reached and the cache has no complete copy"),
         (TimeoutError("timed out"), "hub cannot be reached"),
         (type("ConnectError", (Exception,), {})("no route"), "hub cannot be reached .*ConnectError"),
     ]:
@@ -131,4 +131,4 @@ def test_a_full_disk_is_not_reported_as_a_hub_error(hub):
 def test_a_dataset_that_is_neither_on_the_hub_nor_cached_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    fails("nvidia/no_such_dataset_here", "hub cannot be reached and the cache has no whole copy")
+    fails("nvidia/no_such_dataset_here", "hub cannot be reached and the cache has no complete copy")

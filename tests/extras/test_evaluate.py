@@ -130,7 +130,7 @@ def test_policies_are_compared_by_reward_judge_and_kl(compared):
 @pytest.mark.parametrize(
     "constants, message",
     [
-        ({"POLICIES": "nowhere"}, "POLICIES = 'nowhere' cannot be had"),
+        ({"POLICIES": "nowhere"}, "POLICIES = 'nowhere' cannot be loaded"),
         ({"POLICIES": "x", "TEMPERATURE": 0.0}, "TEMPERATURE = 0.0: expected more than 0"),
         ({"POLICIES": "x", "PROMPTS": -1}, "PROMPTS = -1: expected 0 or more"),
         ({"POLICIES": "x", "JUDGE_MODEL": "nowhere"}, "JUDGE_MODEL = 'nowhere' is not there"),

@@ -269,7 +269,7 @@ def test_ctrl_c_keeps_what_is_answered(options, tmp_path, monkeypatch, capsys):
         ({"MODE": "ranked", "ANSWERS_PER_PROMPT": 1}, "set ANSWERS_PER_PROMPT to 2 or more"),
         ({"MODE": "ranked", "REWARD_MODEL": "nowhere"}, "REWARD_MODEL = 'nowhere' is not there"),
         ({"DATA_DIR": "nowhere"}, "nowhere is not there yet: run `python load_helpsteer_dataset.py` first"),
-        ({"DATA_DIR": ".", "OUTPUT_DIR": "."}, "is or holds DATA_DIR, whose rows would be lost"),
+        ({"DATA_DIR": ".", "OUTPUT_DIR": "."}, "would overwrite DATA_DIR: choose another name"),
     ],
 )
 def test_mistakes_end_in_one_line(options, tmp_path, constants, message):

@@ -89,8 +89,9 @@ def test_list_items_are_counted(text, items):
     assert list_items(text) == items
 
 
-def test_the_numbers_of_small_rows_are_exact(small, tmp_path):
-    found = summarise(small, tmp_path / "out", GAPS="0.4,0.5,1.0,3.0")["all"]
+def test_the_numbers_of_small_rows_are_exact(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(dataset_summary.SHOWN, "gaps", (0.4, 0.5, 1.0, 3.0))
+    found = summarise(small, tmp_path / "out")["all"]
     assert found["pairs"] == 4 and found["multi_turn_share"] == 0
     gap = found["rating_gap"]
     assert {name: band["pairs"] for name, band in gap["bands"].items()} == {"<0.5": 1, "0.5-1.0": 1, ">=1.0": 2}
@@ -252,9 +253,9 @@ def test_user_errors_stop_with_one_message(small, tmp_path, tokenizer, tokenizer
         return error_of(dataset_summary, DATA_DIR=data, OUTPUT_DIR=tmp_path / "out", **constants)
 
     assert "run `python load_helpsteer_dataset.py` first" in line(data=tmp_path / "nothing")
-    assert "holds no metadata.json" in line(data=tokenizer_folder)
+    assert "metadata.json is not there yet" in line(data=tokenizer_folder)
     assert "EXAMPLES = -1" in line(EXAMPLES=-1) and "SEED = -1" in line(SEED=-1)
-    assert "cannot be had" in line(TOKENIZER="nobody/nothing-of-this-name")
+    assert "cannot be loaded" in line(TOKENIZER="nobody/nothing-of-this-name")
     other = tmp_path / "other"
     shutil.copytree(tokenizer_folder, other)
     template = other / "chat_template.jinja"

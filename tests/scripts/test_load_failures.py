@@ -69,11 +69,11 @@ BAD_INPUT = [
     ({"OUTPUT_DIR": "file/out"}, "cannot write .*file"),
     ({"OUTPUT_DIR": "file"}, "file' is a file: choose another name"),
     ({"OUTPUT_DIR": "home"}, "holds thesis.tex, not made here: choose another name"),
-    ({"OUTPUT_DIR": "photos"}, "photos' holds test, train, of no run of a script here: choose another name"),
-    ({"OUTPUT_DIR": "mine"}, "holds metadata.json, train, of no run of a script here"),
+    ({"OUTPUT_DIR": "photos"}, "photos' holds test, train, not made here: choose another name"),
+    ({"OUTPUT_DIR": "mine"}, "holds metadata.json, train, not made here: choose another name"),
     ({"OUTPUT_DIR": "repository"}, "repository' holds .git, not made here: choose another name"),
-    ({"DATASET": "out", "OUTPUT_DIR": "./out"}, "out' is or holds DATASET, whose rows would be lost"),
-    ({"DATASET": "out/train"}, "out' is or holds DATASET, whose rows would be lost: choose another name"),
+    ({"DATASET": "out", "OUTPUT_DIR": "./out"}, "out' would overwrite DATASET"),
+    ({"DATASET": "out/train"}, "out' would overwrite DATASET: choose another name"),
 ]
 
 

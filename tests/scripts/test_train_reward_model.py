@@ -175,7 +175,7 @@ def test_a_tokenizer_other_than_that_of_the_data_is_refused(sample_folder, model
     [
         ("PAIR_LOSS", "bradly", "PAIR_LOSS = 'bradly' is not known, choose one of: bradley_terry"),
         ("HEAD", "vector", "HEAD = 'vector' is not known, choose one of: scalar"),
-        ("MODEL", "no/such-model", "MODEL = 'no/such-model' cannot be had"),
+        ("MODEL", "no/such-model", "MODEL = 'no/such-model' cannot be loaded"),
         ("DEVICE", "cuda:7", "DEVICE = 'cuda:7' is not known"),
         ("BATCH_SIZE", 0, "BATCH_SIZE = 0: expected 1 or more"),
         ("MAX_STEPS", -1, "MAX_STEPS = -1: expected 0 or more"),

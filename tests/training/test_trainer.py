@@ -160,7 +160,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(model_folder, 
     process.wait()
     assert not (killed / "model.safetensors").exists(), "killed too late to show anything"
     again = subprocess.run(command(**options, OUTPUT_DIR=killed), cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and "going on from its last checkpoint" in again.stdout, again.stderr
+    assert again.returncode == 0 and "resuming from its last checkpoint" in again.stdout, again.stderr
     one, other = load_file(tmp_path / "whole/model.safetensors"), load_file(killed / "model.safetensors")
     assert one.keys() == other.keys()
     for name in one:

@@ -6,23 +6,25 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from utils.data.sources import ATTRIBUTES, HIGHEST_ATTRIBUTE, Record, head_of
 from utils.runs import write_lines
 
-Message = dict  # {"role": "system" | "user" | "assistant", "content": str}
-RATINGS = {  # whole weights of the five attributes and their divisor: sums of 0.2 steps do not compare in floats
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Pair = dict[str, Any]  # prompt, turns (messages before the answer), answers, ratings, rows (in the source)
+RATINGS = {  # integer weights of the five attributes and their divisor, since sums of 0.2 are inexact in floats
     "average": ((1, 1, 1, 1, 1), 5),
     "no_verbosity": ((1, 1, 1, 1, 0), 4),
     "no_verbosity_no_complexity": ((1, 1, 1, 0, 0), 3),
     "goodness": ((65, 80, 45, 0, 0), 100),
     "helpfulness": ((1, 0, 0, 0, 0), 1),
-    "nvidia_70b": ((65, 80, 45, 55, -40), 100),  # the scalar scores of NVIDIA's 70B and 340B reward models
+    "nvidia_70b": ((65, 80, 45, 55, -40), 100),  # the scores of NVIDIA's 70B and 340B reward models
     "nvidia_340b": ((30, 74, 46, 47, -33), 100),
 }
 SPEAKER = re.compile(r"\n\n(Human|Assistant):[ \t\r]*")
 TURN_MARKER = re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)[ \t\r]*(?:\n|$)")
-PAIR_RATINGS = (  # names of the two rating columns in sources that have pairs
+RATING_COLUMNS = (  # of sources that have pairs
     ("chosen_rating", "rejected_rating"),
     ("chosen_score", "rejected_score"),
     ("score_chosen", "score_rejected"),
@@ -30,14 +32,14 @@ PAIR_RATINGS = (  # names of the two rating columns in sources that have pairs
 
 
 class Ledger:
-    """Every row or pair that is left out, with its reason, so that rows read = rows used + rows in here."""
+    """The rows and pairs that are left out, with reasons: rows read = rows used + rows in the ledger."""
 
-    def __init__(self, count_rows: bool = False):
-        self.count_rows = count_rows  # for sources in which an entry has many rows: counts() counts these
-        self.entries = []
+    def __init__(self, count_rows: bool = False) -> None:
+        self.count_rows = count_rows  # counts() counts rows, for sources with many rows per entry
+        self.entries: list[dict[str, Any]] = []
         self.rows_read = 0
         self.rows_used = 0
-        self.prompts = set()  # hashes of the prompts read
+        self.prompts: set[int] = set()  # hashes
 
     def read(self, prompt: object) -> None:
         """Count a row of the source."""
@@ -45,20 +47,20 @@ class Ledger:
         self.prompts.add(hash(str(prompt)))
 
     def drop(self, reason: str, split: str, rows: Sequence[int], prompt: object) -> None:
-        """Note that the source's `rows` (numbers from 0, within `split`) are left out."""
+        """Record that `rows` of a split (numbers from 0) are left out."""
         start = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
-        start = start[:80].encode(errors="replace").decode()  # half a surrogate pair cannot be written as UTF-8
+        start = start[:80].encode(errors="replace").decode()  # a lone surrogate cannot be written as UTF-8
         self.entries.append({"reason": reason, "split": split, "rows": list(rows), "prompt": start})
 
     def counts(self) -> dict[str, int]:
-        """Entries by reason: pairs for ties and equal answers, rows for what was left out by itself."""
-        found = Counter()
+        """Return {reason: entries}; an entry is a pair for ties and equal answers, otherwise a row."""
+        numbers: Counter[str] = Counter()
         for entry in self.entries:
-            found[entry["reason"]] += len(entry["rows"]) if self.count_rows else 1
-        return dict(sorted(found.items()))
+            numbers[entry["reason"]] += len(entry["rows"]) if self.count_rows else 1
+        return dict(sorted(numbers.items()))
 
     def totals(self) -> dict[str, int]:
-        """Rows read, used and left out; an assertion holds the books: read = used + left out."""
+        """Return the numbers of rows read, used and dropped, and of prompts; assert read = used + dropped."""
         dropped = sum(len(entry["rows"]) for entry in self.entries)
         assert self.rows_read == self.rows_used + dropped, (self.rows_read, self.rows_used, dropped)
         counts = {"rows_read": self.rows_read, "rows_used": self.rows_used, "rows_dropped": dropped}
@@ -69,10 +71,10 @@ class Ledger:
 
 
 def chat_turns(prompt: str) -> list[Message]:
-    """HelpSteer's prompt as chat turns: the markers `<extra_id_1>User` and `<extra_id_1>Assistant` begin one each.
+    """Return a HelpSteer prompt as chat turns, split at `<extra_id_1>User` and `<extra_id_1>Assistant`.
 
-    They are ordinary text to a tokenizer. A turn without text is left out; the list ends with a user turn
-    wherever there is one. A prompt without markers stays as it is to the letter.
+    To a tokenizer the markers are ordinary text. Empty turns are dropped, and so are assistant turns at the end. A
+    prompt without markers stays unchanged.
     """
     first, *rest = TURN_MARKER.split(prompt)
     if not rest:
@@ -85,38 +87,39 @@ def chat_turns(prompt: str) -> list[Message]:
 
 
 def asks(turns: list[Message]) -> bool:
-    """Whether turns end in one of the user, which an answer can follow."""
+    """Return True if the last turn is the user's, so that an answer can follow."""
     return bool(turns) and turns[-1]["role"] == "user"
 
 
 def dialogue(text: object) -> list[Message]:
-    """The messages of a whole conversation in one text, as in Anthropic/hh-rlhf; [] for any other text."""
+    """Return the messages of a conversation in one text (Anthropic/hh-rlhf), [] for any other text."""
     if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
         return []
-    _, *parts = SPEAKER.split(text)
+    _, *pieces = SPEAKER.split(text)
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = zip(pieces[::2], pieces[1::2], strict=True)
+    return [{"role": roles[who], "content": content.strip()} for who, content in turns]
 
 
 def whole_number(value: object) -> int | None:
-    """The integer that a cell means (3, 3.0, "3"), None for anything else."""
+    """Return a cell such as 3, 3.0 or "3" as an integer, None for anything else."""
     number = real_number(value)
     return int(number) if number is not None and number == int(number) else None
 
 
 def real_number(value: object) -> float | None:
-    """The finite number that a cell means, None for text, NaN, true and missing values."""
+    """Return a cell as a finite number, None for text, NaN, booleans and missing values."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)
-    except (ValueError, OverflowError):  # OverflowError: an integer of 400 digits
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
 
 def hundredths(rating: float) -> int:
-    """A rating in whole hundredths: gaps are compared in these."""
+    """Return a rating in hundredths, in which gaps are compared."""
     return round(rating * 100)
 
 
@@ -125,7 +128,7 @@ def is_text(value: object) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """False for half a surrogate pair (JSON allows "\\ud800"): it can be neither stored nor tokenised."""
+    """Return False for a lone surrogate (JSON allows "\\ud800"), which cannot be stored or tokenised."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -134,9 +137,9 @@ def is_unicode(text: str) -> bool:
 
 
 def messages_of(side: object) -> list[Message]:
-    """Chat messages of a cell that is a text (one answer) or a list of messages; [] where it is neither.
+    """Return the messages of a cell that holds a text (one answer) or a list of messages, [] for any other cell.
 
-    Messages without text are left out, except the last one, which may be the answer.
+    Empty messages are dropped, except the last one, which may be the answer.
     """
     if isinstance(side, str):
         return [{"role": "assistant", "content": side}]
@@ -148,20 +151,20 @@ def messages_of(side: object) -> list[Message]:
 
 
 def prompt_turns(prompt: object) -> list[Message]:
-    """The turns before the answer, of a text or a list of messages; markers in a user's text begin turns too."""
+    """Return the turns before the answer, from a text or a list of messages; markers in user messages split them."""
     if isinstance(prompt, str):
         return chat_turns(prompt)
     messages = [message for message in messages_of(prompt) if is_text(message["content"])]
-    turns = [chat_turns(m["content"]) if m["role"] == "user" else [m] for m in messages]
-    return [turn for part in turns for turn in part]
+    turns = [chat_turns(message["content"]) if message["role"] == "user" else [message] for message in messages]
+    return [turn for group in turns for turn in group]
 
 
 def prompt_text(prompt: object, turns: list[Message]) -> str:
-    """The prompt as one text: as the source has it, or its turns written out where the source has messages.
+    """Return the prompt as one text: the text of the source, or else its turns.
 
-    The system turn is not in it: one that all rows share would make all of them near duplicates.
+    The system turn is left out: if all rows share one, all prompts would be near duplicates.
     """
-    if is_text(prompt):
+    if isinstance(prompt, str) and prompt.strip():
         return prompt
     turns = [message for message in turns if message["role"] != "system"]
     if len(turns) == 1:
@@ -170,21 +173,21 @@ def prompt_text(prompt: object, turns: list[Message]) -> str:
 
 
 def with_persona(turns: list[Message], system_prompt: str) -> list[Message]:
-    """The turns with the persona as their system turn; without a persona the turns as they are."""
+    """Return the turns with system_prompt as their system turn, unless it is empty."""
     if not system_prompt:
         return turns
     return [{"role": "system", "content": system_prompt}, *(m for m in turns if m["role"] != "system")]
 
 
-def finished_row(pair: dict, system_prompt: str) -> Record:
-    """The row that is stored: whole conversations, the persona in the system turn of both sides."""
+def finished_row(pair: Pair, system_prompt: str) -> Record:
+    """Return the row to store: two complete conversations, with system_prompt as their system turn."""
     turns = with_persona(pair["turns"], system_prompt)
     attributes = pair.get("attributes", (None, None))
-    sides = [[*turns, {"role": "assistant", "content": answer}] for answer in pair["answers"]]
+    chosen, rejected = ([*turns, {"role": "assistant", "content": answer}] for answer in pair["answers"])
     return {
         "prompt": pair["prompt"],
-        "chosen": sides[0],
-        "rejected": sides[1],
+        "chosen": chosen,
+        "rejected": rejected,
         "chosen_rating": pair["ratings"][0],
         "rejected_rating": pair["ratings"][1],
         "chosen_attributes": attributes[0],
@@ -200,12 +203,11 @@ def checked_pairs(
     min_rating_gap: float,
     ledger: Ledger,
     unfit: Callable[[list[Message], tuple[str, str]], str] | None = None,
-) -> Iterator[dict]:
-    """The pairs of one split of a source that pass every check; the ledger takes all the rest.
+) -> Iterator[Pair]:
+    """Yield the pairs of one split that pass every check; the rest goes to the ledger.
 
-    read: opens the records anew at each call. layout: a key of utils.data.sources.LAYOUTS. A pair is a dict of prompt,
-    turns (messages before the answer), answers, ratings and rows (numbers in the source), chosen first.
-    unfit: why turns and answers cannot be tokenised, "" where they can.
+    read: opens the records again at each call. layout: a key of utils.data.sources.LAYOUTS. unfit: returns why
+    turns and answers cannot be tokenised, "" if they can. A pair has the chosen answer first.
     """
     if layout == "attributes":
         pairs = pairs_of_attributes(read, rating, split, ledger)
@@ -226,14 +228,13 @@ def checked_pairs(
 
 def pairs_of_attributes(
     read: Callable[[], Iterator[Record]], rating: str, split: str, ledger: Ledger
-) -> Iterator[dict]:
-    """Pairs of a source with one answer a record, one pair a prompt.
+) -> Iterator[Pair]:
+    """Yield one pair per prompt, from a source with one answer per record.
 
-    Reads the source twice: once to learn how many answers each prompt has, and again to pair them, so that only
-    prompts whose answers are not all there yet wait in memory.
+    The first pass counts the answers of each prompt, so that the second needs to hold unfinished prompts only.
     """
     sizes = Counter(hash(record["prompt"]) for record in read() if not check_attribute_row(record))
-    waiting = {}
+    waiting: dict[int, list[dict[str, Any]]] = {}
     for row, record in enumerate(read()):
         ledger.read(record.get("prompt"))
         reason = check_attribute_row(record)
@@ -242,9 +243,8 @@ def pairs_of_attributes(
             continue
         key = hash(record["prompt"])
         grades = [whole_number(record[name]) for name in ATTRIBUTES]
-        answer = {"row": row, "prompt": record["prompt"], "response": record["response"], "attributes": grades}
         group = waiting.setdefault(key, [])
-        group.append(answer)
+        group.append({"row": row, "prompt": record["prompt"], "response": record["response"], "attributes": grades})
         if len(group) == sizes[key]:
             pair = best_against_worst(waiting.pop(key), rating, split, ledger)
             if pair:
@@ -252,7 +252,7 @@ def pairs_of_attributes(
 
 
 def check_attribute_row(record: Record) -> str:
-    """The reason why a row of the attribute layout cannot be used, "" if it can."""
+    """Return why a row of the attribute layout cannot be used, "" if it can."""
     if not is_text(record.get("prompt")) or not asks(prompt_turns(record["prompt"])):
         return "empty_prompt"
     if not is_text(record.get("response")):
@@ -261,10 +261,10 @@ def check_attribute_row(record: Record) -> str:
     return "" if all(grade is not None and 0 <= grade <= HIGHEST_ATTRIBUTE for grade in grades) else "bad_attribute"
 
 
-def best_against_worst(group: list[dict], rating: str, split: str, ledger: Ledger) -> dict | None:
-    """One pair of the answers to one prompt, or None with an entry in the ledger.
+def best_against_worst(group: list[dict[str, Any]], rating: str, split: str, ledger: Ledger) -> Pair | None:
+    """Return the pair of best and worst answer to one prompt, or None with an entry in the ledger.
 
-    group: {"row", "prompt", "response", "attributes"} each, in the source's order; of equal ones the first counts.
+    group: row, prompt, response and attributes of each answer, in the source's order; the first of equals counts.
     """
     weights, divisor = RATINGS[rating]
     seen, answers = set(), []
@@ -276,12 +276,9 @@ def best_against_worst(group: list[dict], rating: str, split: str, ledger: Ledge
             seen.add(content)
             answers.append(answer)
     scores = [sum(w * grade for w, grade in zip(weights, answer["attributes"], strict=True)) for answer in answers]
-    rows = [answer["row"] for answer in answers]
-    if len(answers) == 1:
-        ledger.drop("unpaired", split, rows, group[0]["prompt"])
-        return None
     if max(scores) == min(scores):
-        ledger.drop("tie", split, rows, group[0]["prompt"])
+        reason = "unpaired" if len(answers) == 1 else "tie"
+        ledger.drop(reason, split, [answer["row"] for answer in answers], group[0]["prompt"])
         return None
     best, worst = answers[scores.index(max(scores))], answers[scores.index(min(scores))]
     for answer in answers:
@@ -297,8 +294,8 @@ def best_against_worst(group: list[dict], rating: str, split: str, ledger: Ledge
     }
 
 
-def pairs_of_records(read: Callable[[], Iterator[Record]], layout: str, split: str, ledger: Ledger) -> Iterator[dict]:
-    """Pairs of a source that has one pair a record."""
+def pairs_of_records(read: Callable[[], Iterator[Record]], layout: str, split: str, ledger: Ledger) -> Iterator[Pair]:
+    """Yield the pairs of a source with one pair per record."""
     rated = rating_columns(head_of(read())) if layout == "pairs" else ()
     for row, record in enumerate(read()):
         pair = pair_of_strength(record) if layout == "strength" else pair_of_record(record, rated)
@@ -311,45 +308,44 @@ def pairs_of_records(read: Callable[[], Iterator[Record]], layout: str, split: s
             yield {**pair, "rows": [row], "subset": str(record.get("subset") or "")}
 
 
-def pair_of_record(record: Record, rated: tuple[str, ...]) -> dict | str:
-    """The pair in a record of the `pairs` layout, or the reason why there is none. rated: see rating_columns."""
-    prompt, turns, answers = record.get("prompt"), [], []
-    sides = [record.get("chosen"), record.get("rejected")]
+def pair_of_record(record: Record, rated: tuple[str, ...]) -> Pair | str:
+    """Return the pair in a record of the `pairs` layout, or why there is none. rated: see rating_columns."""
+    prompt, sides = record.get("prompt"), [record.get("chosen"), record.get("rejected")]
     if not prompt and all(map(dialogue, sides)):
         sides = [dialogue(side) for side in sides]
-    for side in sides:
-        messages = messages_of(side)
-        if not messages:
-            return "bad_messages" if side else "empty_answer"
-        if messages[-1]["role"] != "assistant" or not is_text(messages[-1]["content"]):
+    conversations = [messages_of(side) for side in sides]
+    for side, messages in zip(sides, conversations, strict=True):
+        if side and not messages:
+            return "bad_messages"
+        if not messages or messages[-1]["role"] != "assistant" or not is_text(messages[-1]["content"]):
             return "empty_answer"
-        turns.append(prompt_turns(messages[:-1]))
-        answers.append(messages[-1]["content"])
-    if turns[0] != turns[1]:
+    turns, rejected_turns = (prompt_turns(messages[:-1]) for messages in conversations)
+    if turns != rejected_turns:
         return "prompts_differ"
-    turns = turns[0] or prompt_turns(prompt)  # no turns: the sides are answers only
+    turns = turns or prompt_turns(prompt)  # both sides may be answers only
     if not asks(turns):
         return "empty_prompt"
     ratings = tuple(real_number(record.get(name)) for name in rated) or (None, None)
     if rated and None in ratings:
         return "bad_rating"
-    return {"prompt": prompt_text(prompt, turns), "turns": turns, "answers": tuple(answers), "ratings": ratings}
+    answers = tuple(messages[-1]["content"] for messages in conversations)
+    return {"prompt": prompt_text(prompt, turns), "turns": turns, "answers": answers, "ratings": ratings}
 
 
 def rating_columns(head: Iterable[Record]) -> tuple[str, ...]:
-    """The names of the two rating columns of a source with pairs, by its first records; () where it has none.
+    """Return the names of the two rating columns of the first records, () if there are none.
 
-    Columns without a number count as none: processed rows of a source without ratings have nulls there.
+    Columns without a number do not count: processed rows without ratings have nulls there.
     """
     head = list(head)
-    for names in PAIR_RATINGS:
+    for names in RATING_COLUMNS:
         if all(any(real_number(record.get(name)) is not None for record in head) for name in names):
             return names
     return ()
 
 
-def pair_of_strength(record: Record) -> dict | str:
-    """The pair in a record with a signed strength (positive: the second answer is better), or the reason for none."""
+def pair_of_strength(record: Record) -> Pair | str:
+    """Return the pair in a record with a signed strength (positive: the second answer is better), or why not."""
     prompt = record.get("prompt", record.get("context"))
     turns = prompt_turns(prompt)
     first, second = (record.get(f"response_{i}", record.get(f"response{i}")) for i in (1, 2))
@@ -365,8 +361,8 @@ def pair_of_strength(record: Record) -> dict | str:
     return {"prompt": prompt_text(prompt, turns), "turns": turns, "answers": answers, "ratings": ratings}
 
 
-def check_pair(pair: dict, min_rating_gap: float) -> str:
-    """The reason why a pair cannot be used, "" if it can."""
+def check_pair(pair: Pair, min_rating_gap: float) -> str:
+    """Return why a pair cannot be used, "" if it can."""
     chosen, rejected = pair["answers"]
     better, worse = pair["ratings"]
     if not all(map(is_unicode, [pair["prompt"], chosen, rejected, *(turn["content"] for turn in pair["turns"])])):

@@ -1,13 +1,13 @@
-"""Tokenizers and chat templates: the ids of prompts and answers, cut to the window."""
+"""Tokenizers and chat templates: turn prompts and answers into ids, and cut them to the window."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -18,9 +18,9 @@ from utils.script import explain_missing, stop
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Texts = tuple[str, list[str]]  # a prompt, and what the template writes after it for each answer
+Texts = tuple[str, list[str]]  # a prompt, and the text that follows it for each answer
 STARTS = ("Yes", "1. No", "“Да”", "(def", "你好")  # beginnings of answers
-PLAIN_TEMPLATE = (  # CHAT_TEMPLATE = "plain": for tokenizers that have no template of their own
+PLAIN_TEMPLATE = (  # CHAT_TEMPLATE = "plain", for tokenizers without a template
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}User: {{ message['content'] }}\n"
     "{% elif message['role'] == 'assistant' %}Assistant: {{ message['content'] }}{{ eos_token }}\n"
@@ -28,20 +28,20 @@ PLAIN_TEMPLATE = (  # CHAT_TEMPLATE = "plain": for tokenizers that have no templ
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-PROBES = (  # texts on which tokenizers differ: two that agree here on every id are taken as the same
+PROBES = (  # tokenizers that give these texts equal ids count as the same
     "Hello, world! It's 2024; 3.14 is pi.",
     "\n\n1. First\n\n\n2. Second\t\ttab   spaces",
     "def f(x):\n    return x ** 2  # comment",
     "Привет, мир! Как дела? 你好 🙂 naïve café",
 )
 ROWS_IN_MEMORY = 256  # rows tokenised at once
-LETTERS_PER_TOKEN = 16  # of a text that is cut at its start, so many letters are looked at for each id wanted
+LETTERS_PER_TOKEN = 16  # a token has at most about so many; earlier letters of a prompt are not tokenised
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], ask: bool) -> str:
-    """The conversation as text in the tokenizer's chat template; `ask` adds the generation prompt."""
+    """Return the conversation as text in the chat template; `ask` adds the generation prompt."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         name = tokenizer.name_or_path
@@ -49,21 +49,21 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], ask: boo
 
 
 def start_of(messages: list[Message]) -> str:
-    """The first words of a conversation, by which a message names it."""
+    """Return the first words of a conversation, for messages."""
     text = next((message["content"] for message in messages if message["role"] == "user"), "")
     return repr(" ".join(text[:200].split())[:60])
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts that the template wrote: it has put in the special tokens itself."""
+    """Return the ids of texts from the template, which has added the special tokens already."""
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def answer_texts(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answers: list[str]) -> Texts:
-    """(prompt text, what the template writes after it for each answer: the answer, end of turn, line break).
+    """Return (prompt text, for each answer the text that follows: the answer, end of turn, line break).
 
-    A few templates (reasoning models) end the generation prompt in a tag that they do not keep in a finished
-    turn; the prompt then ends where the two part.
+    Templates of some reasoning models end the generation prompt with a tag that finished turns do not have; then the
+    prompt ends before the tag.
     """
 
     def answered(answer: str) -> str:
@@ -72,49 +72,49 @@ def answer_texts(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answ
     asked = render(tokenizer, prompt, ask=True)
     full = [answered(answer) for answer in answers]
     if not all(text.startswith(asked) for text in full):
-        asked = os.path.commonprefix([asked, answered("Yes")])  # not of the answers: both may begin with "<" too
+        asked = os.path.commonprefix([asked, answered("Yes")])  # a real answer may begin with "<", like the tag
     return asked, [text[len(asked) :] for text in full]
 
 
 def written_ids(tokenizer: PreTrainedTokenizerBase, texts: list[Texts]) -> list[tuple[list[int], list[list[int]]]]:
-    """(ids of the prompt, ids of each answer) of what `answer_texts` gives: together those of the whole text.
+    """Return (ids of the prompt, ids of each answer) of the results of `answer_texts`: together, the whole text's.
 
-    Some tokenizers (SentencePiece's) put a "▁" before every text, which an answer within a text has not: its ids are
-    then what follows the prompt's. Others give it the same ids by itself, which takes a third of the time.
+    SentencePiece tokenizers put a "▁" before each text, so the ids of an answer come from the whole text there. Other
+    tokenizers give an answer the same ids on its own, in a third of the time.
     """
     prompts = ids_of(tokenizer, [asked for asked, _ in texts])
     answers = [ids_of(tokenizer, written) for _, written in texts]
-    said = [{"role": "user", "content": "Hi"}]
-    asked, starts = answer_texts(tokenizer, said, list(STARTS))
+    asked, starts = answer_texts(tokenizer, [{"role": "user", "content": "Hi"}], list(STARTS))
     (prompt,) = ids_of(tokenizer, [asked])
     if ids_of(tokenizer, [asked + start for start in starts]) != [prompt + ids for ids in ids_of(tokenizer, starts)]:
-        for (asked, written), prompt, found in zip(texts, prompts, answers, strict=True):
-            wholes = ids_of(tokenizer, [asked + text for text in written])
-            found[:] = [behind(prompt, whole) or ids for whole, ids in zip(wholes, found, strict=True)]
+        for (asked, written), prompt, ids_of_answers in zip(texts, prompts, answers, strict=True):
+            whole_texts = ids_of(tokenizer, [asked + text for text in written])
+            pairs = zip(whole_texts, ids_of_answers, strict=True)
+            ids_of_answers[:] = [suffix_after(prompt, whole) or ids for whole, ids in pairs]
     return list(zip(prompts, answers, strict=True))
 
 
-def behind(start: list[int], whole: list[int]) -> list[int]:
-    """What follows `start` in ids that begin with it, [] where they do not."""
+def suffix_after(start: list[int], whole: list[int]) -> list[int]:
+    """Return the ids of `whole` after `start`, [] if `whole` does not begin with `start`."""
     return whole[len(start) :] if whole[: len(start)] == start else []
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the template writes after an answer's text (end-of-turn token, line break): may be empty."""
+    """Return the ids that the template adds to an answer (end-of-turn token, line break), perhaps []."""
     asked, (written,) = answer_texts(tokenizer, [{"role": "user", "content": "Hi"}], ["Yes"])
-    before, sign, closing = (asked + written).rpartition("Yes")
-    open_ended, whole = ids_of(tokenizer, [before + sign, before + sign + closing])
-    return behind(open_ended, whole) or ids_of(tokenizer, [closing])[0]
+    before, answer, closing = (asked + written).rpartition("Yes")
+    open_ended, whole = ids_of(tokenizer, [before + answer, before + answer + closing])
+    return suffix_after(open_ended, whole) or ids_of(tokenizer, [closing])[0]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Ids of a prompt with its generation prompt."""
+    """Return the ids of a prompt with its generation prompt."""
     return ids_of(tokenizer, [answer_texts(tokenizer, messages, ["Yes"])[0]])[0]
 
 
 @dataclass
 class Encoded:
-    """A prompt and its answers in the window. Lists of token ids; the *_cut flags say what did not fit."""
+    """A prompt and its answers in the window, as ids; the *_cut flags mark what did not fit."""
 
     prompt_ids: list[int]
     answer_ids: list[list[int]]
@@ -123,7 +123,7 @@ class Encoded:
 
 
 def load_tokenizer(name: str, chat_template: str = "", constant: str = "TOKENIZER") -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or folder, with a pad token and a chat template, or an end to the script.
+    """Return the tokenizer of a hub name or folder, with a pad token and a chat template. Stop if it lacks them.
 
     chat_template: "" = the tokenizer's own, "plain" = `User: ...` / `Assistant: ...`.
     """
@@ -138,7 +138,7 @@ def load_tokenizer(name: str, chat_template: str = "", constant: str = "TOKENIZE
     if not tokenizer.chat_template:
         stop(f'{constant} = {name!r} has no chat template: set CHAT_TEMPLATE = "plain" when you load the data')
     if not tokenizer.is_fast:
-        stop(f"{constant} = {name!r} has no fast version (tokenizer.json), which is needed to cut prompts at a token")
+        stop(f"{constant} = {name!r} has no fast version (tokenizer.json), which cutting a prompt needs")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -147,10 +147,10 @@ def load_tokenizer(name: str, chat_template: str = "", constant: str = "TOKENIZE
 
 
 def from_tokenizer_json(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer as its tokenizer.json says, or made by transformers where there is no such file.
+    """Return the tokenizer of tokenizer.json, or the one of AutoTokenizer if there is no such file.
 
-    AutoTokenizer goes by the class named in tokenizer_config.json, and for GPT2Tokenizer (SmolLM2) transformers 5
-    builds a pre-tokenizer of its own, which splits digits and line breaks in another way than the model has learned
+    AutoTokenizer follows the class in tokenizer_config.json. For GPT2Tokenizer (SmolLM2), transformers 5 builds its
+    own pre-tokenizer, which splits digits and line breaks differently from the training of the model
     (https://github.com/huggingface/transformers/issues/45920).
     """
     try:
@@ -160,21 +160,21 @@ def from_tokenizer_json(name: str) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what the tokenizer does (vocabulary, ids of PROBES, end token), whatever it is called."""
+    """Return a hash of what the tokenizer does (vocabulary, ids of PROBES, end token), independent of its name."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     ids = ids_of(tokenizer, list(PROBES))
-    one, other, both = ids_of(tokenizer, ["Hi\n", "Yes", "Hi\nYes"])
-    ids += [] if one + other == both else [both]  # rows of such a tokenizer were once cut in another way
+    first, second, both = ids_of(tokenizer, ["Hi\n", "Yes", "Hi\nYes"])
+    ids += [] if first + second == both else [both]  # older versions cut the rows of such a tokenizer differently
     return hashlib.sha256(repr((vocabulary, ids, tokenizer.eos_token_id)).encode()).hexdigest()
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the chat template; line breaks count the same written out and as backslash-n."""
+    """Return a hash of the chat template; a line break and backslash-n count as equal."""
     return hashlib.sha256(tokenizer.get_chat_template().replace("\\n", "\n").strip().encode()).hexdigest()
 
 
 def check_window(tokenizer: PreTrainedTokenizerBase, max_length: int, system_prompt: str) -> None:
-    """End the script where the template's scaffold does not leave room for a prompt in half of the window."""
+    """Stop if the shortest prompt in the template takes more than half of the window."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     needed = len(prompt_ids(tokenizer, [*system, {"role": "user", "content": "Hi"}]))
     if needed > max_length // 2:
@@ -186,19 +186,19 @@ def check_window(tokenizer: PreTrainedTokenizerBase, max_length: int, system_pro
 
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[Message]],
-    answers: list[tuple[str, ...]],
+    prompts: Sequence[list[Message]],
+    answers: Sequence[tuple[str, ...]],
     max_length: int,
     close: bool = False,
 ) -> list[Encoded]:
-    """Prompts with their answers (a pair has two) as ids: the prompt fits `max_length` with each of its answers.
+    """Return prompts and their answers (a pair has two) as ids; a prompt fits max_length with each of its answers.
 
-    If the longest does not fit, the prompt gives way first, down to half of the window: the oldest turns go, then the
-    start of the text of the first one left; the template's scaffold stays whole. Then the ends of the answers are
-    cut, and a cut answer has no end of turn: it would teach the model to stop in mid-sentence. With `close` it has one
-    all the same, see `closed`.
+    If the longest answer does not fit, the prompt is cut first, down to half of the window: the oldest turns go, then
+    the start of the text of the first turn that remains; the rest of the template stays. Then the ends of the answers
+    are cut. A cut answer has no end of turn, which would teach the model to stop in mid-sentence, unless `close` is
+    set (see `closed`).
     """
-    texts = [answer_texts(tokenizer, prompt, list(some)) for prompt, some in zip(prompts, answers, strict=True)]
+    texts = [answer_texts(tokenizer, prompt, list(group)) for prompt, group in zip(prompts, answers, strict=True)]
     closing = end_of_turn(tokenizer)
     encoded = []
     for messages, (prompt, ids) in zip(prompts, written_ids(tokenizer, texts), strict=True):
@@ -216,12 +216,12 @@ def encode_answers(
 
 
 def prompt_limit(answer_ids: list[list[int]], max_length: int) -> int:
-    """Ids that a prompt may have: what its longest answer leaves, and half of the window in any case."""
+    """Return the ids that a prompt may have: what its longest answer leaves, and at least half of the window."""
     return max(max_length - max(map(len, answer_ids)), max_length // 2)
 
 
 def unfit(turns: list[Message], answers: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """The reason why a prompt and its answers cannot be brought into the window, whatever is cut; "" if they can."""
+    """Return why no cut can bring a prompt and its answers into the window, "" if one can."""
     try:
         tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answers[0]}], tokenize=False)
         tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -236,24 +236,24 @@ def unfit(turns: list[Message], answers: tuple[str, ...], tokenizer: PreTrainedT
 
 
 def cut_answer(ids: list[int], room: int, closing: int) -> list[int]:
-    """The first `room` ids of an answer; where it is cut, none of its last `closing` ids (the end of turn)."""
+    """Return the first `room` ids of an answer; a cut one loses its last `closing` ids (the end of turn)."""
     return ids if len(ids) <= room else ids[: min(room, len(ids) - closing)]
 
 
 def closed(ids: list[int], closing: list[int]) -> list[int]:
-    """A cut answer with the end of turn in place of its last ids.
+    """Return a cut answer with the end of turn in place of its last ids.
 
-    For reward models, which read an answer at its last token: if only whole answers ended in an end of turn, whether
-    an answer was cut, that is its length, would be all that they learn.
+    Reward models read an answer at its last token. If only complete answers ended with an end of turn, that token
+    would show which answers are long, and the model would learn just that.
     """
     return ids[: max(0, len(ids) - len(closing))] + closing
 
 
 def fit_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: list[int], limit: int) -> list[int]:
-    """At most `limit` ids of a prompt: without the oldest exchanges, then without the start of the first text left.
+    """Return at most `limit` ids of a prompt, without its oldest turns and the start of the first remaining text.
 
-    prompt: the ids of all messages. The system turn is kept. Ends the script where the rest of the scaffold does
-    not leave room for one id of the text.
+    prompt: the ids of all messages. The system turn stays. Stops if the template and the system turn leave no room
+    for text.
     """
     system = [message for message in messages if message["role"] == "system"]
     turns = [message for message in messages if message["role"] != "system"]
@@ -269,10 +269,10 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prom
     if scaffold >= limit:
         stop(
             f"MAX_LENGTH is too small: chat template and system turn alone need {scaffold} tokens, and a prompt may "
-            f"take {limit}; raise it, or replace the source's system turns by a short SYSTEM_PROMPT "
+            f"take {limit}; raise it, or set a short SYSTEM_PROMPT in place of the source's system turns "
             f"(the prompt begins {start_of(turns)})"
         )
-    text = turns[0]["content"][-LETTERS_PER_TOKEN * limit :]  # what lies before is cut in any case
+    text = turns[0]["content"][-LETTERS_PER_TOKEN * limit :]
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     first = max(0, len(offsets) - (limit - scaffold))
     while True:
@@ -280,46 +280,45 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prom
         prompt = prompt_ids(tokenizer, [*system, {**turns[0], "content": rest}, *turns[1:]])
         if len(prompt) <= limit:
             return prompt
-        first += len(prompt) - limit  # at the new start letters may merge in another way, into more ids
+        first += len(prompt) - limit  # at the new start, letters may form other tokens, and more of them
 
 
 def fitted_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], max_length: int) -> list[int]:
-    """Ids of a prompt with its generation prompt; one that is too long gives way as in a pair."""
+    """Return the ids of a prompt with its generation prompt, cut to max_length as in a pair."""
     ids = prompt_ids(tokenizer, messages)
     return ids if len(ids) <= max_length else fit_prompt(tokenizer, messages, ids, max_length)
 
 
-def tokenised(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Pairs or sft rows with token columns; no rows keep the columns too, which a map() over nothing would not add."""
+def tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Return pairs or sft rows with token columns."""
     from datasets import Dataset, Features
 
-    columns_of = sft_columns if "messages" in part.column_names else token_columns
-    features = Features({**part.features, **token_features(columns_of)})
-    if not len(part):
+    columns_of = sft_columns if "messages" in rows.column_names else token_columns
+    features = Features({**rows.features, **token_features(columns_of)})
+    if not len(rows):  # map() adds no columns then
         return Dataset.from_dict({name: [] for name in features}, features=features)
-    return part.map(
+    return rows.map(
         partial(columns_of, tokenizer=tokenizer, max_length=max_length),
         batched=True,
         batch_size=ROWS_IN_MEMORY,
         features=features,
-        load_from_cache_file=False,  # a cache does not see that this file has changed
+        load_from_cache_file=False,  # the cache does not notice changes of this file
         desc="tokenising",
     )
 
 
-def token_columns(batch: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
-    """input_ids and attention_mask (the prompt, padded to max_length), chosen_ids, rejected_ids and the *_cut flags."""
+def token_columns(batch: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+    """Return input_ids, attention_mask (the prompt, padded to max_length), chosen_ids, rejected_ids, *_cut flags."""
     answers = [
         (chosen[-1]["content"], rejected[-1]["content"])
         for chosen, rejected in zip(batch["chosen"], batch["rejected"], strict=True)
     ]
     encoded = encode_answers(tokenizer, [chosen[:-1] for chosen in batch["chosen"]], answers, max_length)
     padding = [max_length - len(pair.prompt_ids) for pair in encoded]
+    pad = tokenizer.pad_token_id
     return {
-        "input_ids": [
-            pair.prompt_ids + [tokenizer.pad_token_id] * pad for pair, pad in zip(encoded, padding, strict=True)
-        ],
-        "attention_mask": [[1] * (max_length - pad) + [0] * pad for pad in padding],
+        "input_ids": [pair.prompt_ids + [pad] * count for pair, count in zip(encoded, padding, strict=True)],
+        "attention_mask": [[1] * (max_length - count) + [0] * count for count in padding],
         "chosen_ids": [pair.answer_ids[0] for pair in encoded],
         "rejected_ids": [pair.answer_ids[1] for pair in encoded],
         "prompt_cut": [pair.prompt_cut for pair in encoded],
@@ -329,10 +328,11 @@ def token_columns(batch: dict, tokenizer: PreTrainedTokenizerBase, max_length: i
     }
 
 
-def sft_columns(batch: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
-    """input_ids (prompt and answer), completion_mask (1 on the answer: what trl.SFTTrainer learns) and *_cut flags."""
-    prompts, answers = zip(*((messages[:-1], messages[-1]["content"]) for messages in batch["messages"]), strict=True)
-    encoded = encode_answers(tokenizer, list(prompts), [(answer,) for answer in answers], max_length)
+def sft_columns(batch: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+    """Return input_ids (prompt and answer), completion_mask (1 on the answer, for trl.SFTTrainer) and *_cut flags."""
+    prompts = [messages[:-1] for messages in batch["messages"]]
+    answers = [(messages[-1]["content"],) for messages in batch["messages"]]
+    encoded = encode_answers(tokenizer, prompts, answers, max_length)
     return {
         "input_ids": [row.prompt_ids + row.answer_ids[0] for row in encoded],
         "completion_mask": [[0] * len(row.prompt_ids) + [1] * len(row.answer_ids[0]) for row in encoded],
@@ -341,8 +341,8 @@ def sft_columns(batch: dict, tokenizer: PreTrainedTokenizerBase, max_length: int
     }
 
 
-def token_features(columns_of: Callable) -> dict:
-    """The columns that tokenising adds; small integer types, since token ids are most of the file."""
+def token_features(columns_of: Callable) -> dict[str, Any]:
+    """Return the types of the token columns; small integers, since ids are most of the file."""
     from datasets import List, Value
 
     ids, flags = List(Value("int32")), List(Value("int8"))
