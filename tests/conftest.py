@@ -2,8 +2,9 @@
 
 import os
 
-# before the libraries are imported
+# before the libraries are imported; on toy models a second thread only costs time
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import sys

@@ -97,6 +97,6 @@ def load_rows(
     defaults = {"DATASET": dataset, "TOKENIZER": tokenizer_folder, "MAX_LENGTH": 128, "OUTPUT_DIR": "out"}
     run_script(script, **{**defaults, **constants})
     folder = Path(constants.get("OUTPUT_DIR", "out"))
-    parts = {path.parent.name: load_from_disk(str(path.parent)) for path in folder.glob("*/state.json")}
+    splits = {path.parent.name: load_from_disk(str(path.parent)) for path in folder.glob("*/state.json")}
     ledger = [json.loads(line) for line in (folder / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
-    return json.loads((folder / "metadata.json").read_text(encoding="utf-8")), parts, ledger
+    return json.loads((folder / "metadata.json").read_text(encoding="utf-8")), splits, ledger

@@ -23,4 +23,4 @@ def test_both_sides_are_measured_on_the_same_pairs(sample_folder, model_folder, 
     figures = json.loads((tmp_path / "outputs/compare_training.json").read_text())["figures"]
     assert set(figures) == {"ours", "trl", "trl_best"} and "trl_best" in done.stdout
     assert figures["ours"]["loss"] == pytest.approx(figures["trl"]["loss"], abs=0.01), "the same pairs and start"
-    assert all(found["seconds_per_pair"] > 0 and found["peak_memory_gb"] > 0 for found in figures.values())
+    assert all(result["seconds_per_pair"] > 0 and result["peak_memory_gb"] > 0 for result in figures.values())

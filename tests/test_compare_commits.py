@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.compare_commits import COMMANDS, compare_folders, with_needs
+from benchmarks.compare_commits import compare_folders
 
 RESULT = {"accuracy": 0.612345, "intervals": [0.5, 0.7], "seconds": 3.1}
 
@@ -28,7 +28,3 @@ def test_the_first_difference_is_reported(tmp_path, after, reported):
     assert compare_folders(tmp_path / "before", tmp_path / "after", {"seconds"}) == reported
     if "new" in (after or {}):
         assert not compare_folders(tmp_path / "before", tmp_path / "after", {"seconds", "new"})
-
-
-def test_a_case_brings_the_cases_that_it_reads_from():
-    assert with_needs(("evaluate",)) == ["load", "reward", "evaluate"] and with_needs(tuple(COMMANDS)) == [*COMMANDS]

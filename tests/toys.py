@@ -20,7 +20,7 @@ def toy_rows(count: int, seed: int = 0, guidance: str = "none", both: bool = Fal
     guidance: none, text (three tokens behind the prompt) or embedding (marks behind it). both: in a second prompt.
     """
     random = np.random.default_rng(seed)
-    said = {"none": [], "text": [91, 92, 93], "embedding": MARKS}[guidance]
+    extra = {"none": [], "text": [91, 92, 93], "embedding": MARKS}[guidance]
     rows = []
     for i in range(count):
         prompt = random.integers(10, 90, size=random.integers(3, 9)).tolist()
@@ -31,9 +31,9 @@ def toy_rows(count: int, seed: int = 0, guidance: str = "none", both: bool = Fal
         row |= {"chosen_rating": None, "rejected_rating": None}
         at = len(prompt) if guidance == "embedding" else -1
         if both:
-            row |= {"guided_ids": prompt + said, "guided_at": at}
+            row |= {"guided_ids": prompt + extra, "guided_at": at}
         else:
-            prompt, row["vectors_at"] = prompt + said, at
+            prompt, row["vectors_at"] = prompt + extra, at
         row |= {"input_ids": prompt + [2] * (16 - len(prompt))}
         row |= {"attention_mask": [1] * len(prompt) + [0] * (16 - len(prompt))}
         rows.append(row)
@@ -55,8 +55,8 @@ def toy_run(folder: Path, **settings: object) -> Run:
 
 def toy_trainer(module, losses, rows, folder, rates=None, **settings) -> PairTrainer:
     """Return a PairTrainer on toy rows."""
-    parts = {"train": rows, "validation": rows}
-    return PairTrainer(module, parts, PairCollator(2, 8), losses, toy_run(folder, **settings), lambda *_: {}, rates)
+    splits = {"train": rows, "validation": rows}
+    return PairTrainer(module, splits, PairCollator(2, 8), losses, toy_run(folder, **settings), lambda *_: {}, rates)
 
 
 def sample_of(ids: list[int], number: int = 0, ended: bool = True, **more: float) -> Sample:

@@ -23,9 +23,6 @@ def pair_up(rows, layout="attributes", rating="average", gap=0.0):
     return pairs, [(entry["reason"], entry["rows"]) for entry in ledger.entries], ledger
 
 
-# attributes
-
-
 def test_the_best_answer_to_a_prompt_is_paired_with_the_worst():
     rows = [
         answer("Q", "middle", (2, 2, 2, 2, 2)),
@@ -138,9 +135,6 @@ def test_small_gaps_are_compared_in_hundredths(gap, kept):
     assert all(len(numbers) == 2 for _, numbers in dropped)
 
 
-# pairs
-
-
 def pair(prompt="Q", chosen="yes", rejected="no", **cells):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **cells}
 
@@ -246,9 +240,6 @@ def test_a_repeated_pair_is_a_duplicate_unless_the_system_turn_differs():
     assert [p["rows"] for p in pairs] == [[0], [2], [3]] and dropped == [("duplicate", [1])]
     rows = [pair(chosen=dialogue("Q", "yes", system=s), rejected=dialogue("Q", "no", system=s)) for s in ("S1", "S2")]
     assert len(pair_up(rows, "pairs")[0]) == 2
-
-
-# signed strength
 
 
 def strength(value, first="a", second="b", **cells):

@@ -66,9 +66,6 @@ def test_messages_printed_by_numpy_are_refused(tmp_path):
     fails(tmp_path / "rows.csv", "line 3: chosen holds messages that are neither JSON nor Python")
 
 
-# folders
-
-
 def test_a_folder_has_splits_in_shards(tmp_path, capsys):
     write_lines(tmp_path / "data" / "train-00001-of-00002.jsonl", ROWS[2:4])
     write_lines(tmp_path / "data" / "train-00000-of-00002.jsonl", ROWS[:2])
@@ -149,9 +146,6 @@ def test_saved_splits_without_a_train_split_are_listed(tmp_path):
     assert read(open_source(str(tmp_path / "both" / "one"), "average")) == [PAIR]
 
 
-# layouts
-
-
 @pytest.mark.parametrize(
     "row, layout",
     [
@@ -175,9 +169,6 @@ def test_wrong_columns_are_listed_with_the_known_ones(tmp_path):
     assert open_source(str(path), "average").layouts == {"train": "attributes"}, "a later row has the column"
     path = write_lines(tmp_path / "rows.jsonl", [{"question": "x", "answer": "y"}])
     fails(path, "has columns answer question, needed is one of: .*coherence.*; chosen rejected; .*overall_preference")
-
-
-# bad input
 
 
 def test_a_missing_file_is_not_searched_on_the_hub(tmp_path, monkeypatch):

@@ -61,8 +61,8 @@ def test_answers_do_not_begin_with_a_prefix_space(sentencepiece, template, prepe
     for window in (90, 140):
         cut = encode(tokenizer, dialogue(LONG), LONG, "Four.", window)
         whole = render(tokenizer, [*dialogue("Hi"), {"role": "assistant", "content": LONG}], ask=False)
-        asked = render(tokenizer, dialogue("Hi"), ask=True)
-        ids = tokenizer([asked, whole], add_special_tokens=False)["input_ids"]
+        rendered = render(tokenizer, dialogue("Hi"), ask=True)
+        ids = tokenizer([rendered, whole], add_special_tokens=False)["input_ids"]
         kept = cut.answer_ids[0]
         assert cut.prompt_cut and cut.answer_cut[0] and kept == ids[1][len(ids[0]) :][: len(kept)]
         assert len(cut.prompt_ids) >= window // 2 - 8 and len(kept) == window - len(cut.prompt_ids)
@@ -70,7 +70,7 @@ def test_answers_do_not_begin_with_a_prefix_space(sentencepiece, template, prepe
 
 def test_answers_are_tokenised_alone_if_the_tokenizer_adds_no_prefix(tokenizer, monkeypatch):
     """Rendering the whole conversation for each answer would take three times as long."""
-    asked = []
-    monkeypatch.setattr("utils.data.tokens.ids_of", lambda t, texts: asked.extend(texts) or ids_of(t, texts))
+    rendered = []
+    monkeypatch.setattr("utils.data.tokens.ids_of", lambda t, texts: rendered.extend(texts) or ids_of(t, texts))
     encode(tokenizer, dialogue(LONG), "yes", "no", 200)
-    assert sum(LONG in text for text in asked) == 1
+    assert sum(LONG in text for text in rendered) == 1

@@ -52,9 +52,6 @@ def other(tokenizer_folder):
     return with_template
 
 
-# nothing cut
-
-
 @pytest.mark.parametrize("template", [TEMPLATE, PLAIN_TEMPLATE, STRICT])
 @pytest.mark.parametrize("prompt", [dialogue("What is two plus two?"), dialogue("Hi", "Hello!", "And now? Привет 🙂")])
 def test_ids_equal_those_of_the_whole_conversation(other, template, prompt):
@@ -80,9 +77,6 @@ def test_a_batch_encodes_each_pair_as_it_is_encoded_alone(tokenizer):
     answers = [("a", "b"), (LONG, "no"), ("no", LONG), (LONG, LONG)]
     together = encode_answers(tokenizer, prompts, answers, 96)
     assert together == [encode(tokenizer, prompt, *pair, 96) for prompt, pair in zip(prompts, answers, strict=True)]
-
-
-# the window
 
 
 def test_a_prompt_is_cut_no_more_than_needed(tokenizer):
@@ -190,9 +184,6 @@ def test_the_smallest_window_that_passes_the_check_encodes_everything(tokenizer)
             break
     pair = encode(tokenizer, dialogue(LONG), LONG, LONG, window)
     assert pair.prompt_cut and len(pair.answer_ids[0]) >= window // 2
-
-
-# the tokenizer
 
 
 def test_a_template_that_refuses_the_roles_is_reported(other):

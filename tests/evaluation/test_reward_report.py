@@ -61,22 +61,22 @@ def report_with(rows: Dataset, outputs: np.ndarray, rivals: dict[str, np.ndarray
 
 def test_a_reward_of_length_is_exposed():
     rows = planted_rows(400, longer_wins=0.7)
-    found, _ = report_of(rows, outputs_for(rows, content=0.0, length=5.0))
-    assert found["accuracy"] > 0.65, "the accuracy alone looks good"
-    assert not found["verdict"].startswith("better")
-    assert found["length_correlation"] > 0.9
-    assert abs(found["accuracy"] - found["length_baseline"]) < 0.05
-    bands = found["by_length_difference"]
+    result, _ = report_of(rows, outputs_for(rows, content=0.0, length=5.0))
+    assert result["accuracy"] > 0.65, "the accuracy alone looks good"
+    assert not result["verdict"].startswith("better")
+    assert result["length_correlation"] > 0.9
+    assert abs(result["accuracy"] - result["length_baseline"]) < 0.05
+    bands = result["by_length_difference"]
     assert bands["chosen much longer"]["accuracy"] > 0.95 and bands["rejected much longer"]["accuracy"] < 0.05
 
 
 def test_a_reward_of_content_is_found_with_and_without_length_in_the_data():
     for longer_wins in (0.5, 0.6):
         rows = planted_rows(400, longer_wins)
-        found, _ = report_of(rows, outputs_for(rows, content=1.0, length=0.0))
-        assert found["verdict"].startswith("better than") and found["length_matched_accuracy"] > 0.9
-        assert abs(found["length_correlation"]) < 0.25 and found["accuracy_low"] > 0.9
-        assert found["shortcuts"][found["best_shortcut"]]["p_value"] < 0.01
+        result, _ = report_of(rows, outputs_for(rows, content=1.0, length=0.0))
+        assert result["verdict"].startswith("better than") and result["length_matched_accuracy"] > 0.9
+        assert abs(result["length_correlation"]) < 0.25 and result["accuracy_low"] > 0.9
+        assert result["shortcuts"][result["best_shortcut"]]["p_value"] < 0.01
 
 
 def test_a_model_must_be_better_than_every_shortcut():
@@ -86,11 +86,11 @@ def test_a_model_must_be_better_than_every_shortcut():
     nested, other = np.arange(200) < 112, np.arange(200) >= 95
     few = np.where(np.arange(200) < 9, 1.0, np.nan)
     rivals = {"longer": nested, "surface": other & (np.arange(200) % 21 > 0), "untrained_head": few}
-    found = report_with(rows, outputs, rivals)
-    shortcuts = found["shortcuts"]
-    assert found["best_shortcut"] == "longer" and shortcuts["longer"]["p_value"] < 0.05
+    result = report_with(rows, outputs, rivals)
+    shortcuts = result["shortcuts"]
+    assert result["best_shortcut"] == "longer" and shortcuts["longer"]["p_value"] < 0.05
     assert shortcuts["surface"]["difference"] > 0.08
-    assert found["verdict"].startswith(f"not shown to be better than {SHORTCUT_NAMES['surface']}")
+    assert result["verdict"].startswith(f"not shown to be better than {SHORTCUT_NAMES['surface']}")
     untrained = shortcuts["untrained_head"]
     assert (untrained["pairs"], untrained["accuracy"]) == (9, 1.0), "measured on too few pairs to compete"
 
@@ -103,55 +103,52 @@ def test_p_values_are_corrected_for_the_number_of_shortcuts():
     more = right | (np.arange(200) % 20 == 1)  # on 10 more: p = 0.002
     for ahead, verdict in ((better, "not shown to be better than 'longer wins'"), (more, "worse than 'longer wins'")):
         rivals = {"longer": ahead, "surface": right, "more_list_items": ~right}
-        found = report_with(rows, outputs, rivals)
-        assert found["verdict"].startswith(verdict) and found["verdict"].endswith("corrected for 3 shortcuts")
-        p = found["shortcuts"]["longer"]["p_value"]
-        assert f"p = {min(1, 3 * p):.2g}" in found["verdict"]
+        result = report_with(rows, outputs, rivals)
+        assert result["verdict"].startswith(verdict) and result["verdict"].endswith("corrected for 3 shortcuts")
+        p = result["shortcuts"]["longer"]["p_value"]
+        assert f"p = {min(1, 3 * p):.2g}" in result["verdict"]
 
 
 def test_the_report_needs_only_the_lines_of_the_predictions(tmp_path):
     rows = planted_rows(60, 0.5)
-    found, lines = report_of(rows, outputs_for(rows, 1.0, 0.0))
+    result, lines = report_of(rows, outputs_for(rows, 1.0, 0.0))
     again = report([json.loads(json.dumps(line)) for line in lines])
-    assert again == found
+    assert again == result
     right = [1.0 if line["chosen"] > line["rejected"] else 0.0 for line in lines]
-    assert found["accuracy"] == pytest.approx(np.mean(right)) and found["pairs"] == 60
-    gaps = {name: part["pairs"] for name, part in found["by_gap"].items()}
+    assert result["accuracy"] == pytest.approx(np.mean(right)) and result["pairs"] == 60
+    gaps = {name: part["pairs"] for name, part in result["by_gap"].items()}
     assert gaps == {"0.5-1.0": 40, ">=1.0": 20}
     sizes = [(line["chosen_characters"], line["rejected_characters"]) for line in lines]
     bands = length_bands(np.array([(one - other) / max(one, other) for one, other in sizes]))
     counts = {name: int(mask.sum()) for name, mask in bands.items() if mask.any()}
-    assert {name: part["pairs"] for name, part in found["by_length_difference"].items()} == counts and len(counts) > 2
+    assert {name: part["pairs"] for name, part in result["by_length_difference"].items()} == counts and len(counts) > 2
     matched = np.array(right)[bands["equal within 10 %"]]
-    assert found["length_matched_accuracy"] == pytest.approx(matched.mean()) and len(matched) > 1
+    assert result["length_matched_accuracy"] == pytest.approx(matched.mean()) and len(matched) > 1
     rewards = [line[side] for line in lines for side in ("chosen", "rejected")]
-    assert found["reward_mean"] == pytest.approx(np.mean(rewards), abs=1e-6)
-    assert found["reward_std"] == pytest.approx(np.std(rewards))
-    margins = [line["chosen"] - line["rejected"] for line in found["worst_mistakes"]]
+    assert result["reward_mean"] == pytest.approx(np.mean(rewards), abs=1e-6)
+    assert result["reward_std"] == pytest.approx(np.std(rewards))
+    margins = [line["chosen"] - line["rejected"] for line in result["worst_mistakes"]]
     assert margins == sorted(margins) and all(margin < 0 for margin in margins)
-    assert format_summary(found).splitlines()[-1] == found["verdict"]
-    assert set(found["shortcuts"]) == {"longer", "longer_in_window", "more_list_items", "surface"}
+    assert format_summary(result).splitlines()[-1] == result["verdict"]
+    assert set(result["shortcuts"]) == {"longer", "longer_in_window", "more_list_items", "surface"}
 
 
 def test_equal_rewards_and_missing_ratings_can_be_reported():
     rows = planted_rows(6, 0.5).remove_columns(["chosen_rating", "rejected_rating"])
     rows = rows.add_column("chosen_rating", [None] * 6).add_column("rejected_rating", [None] * 6)
-    found, _ = report_of(rows, np.zeros((6, 2, 1), np.float32))
-    assert found["accuracy"] == 0.5 and found["ties"] == 6 and found["by_gap"] == {}
-    assert found["length_correlation"] is None and found["brier"] == 0.25 and found["worst_mistakes"] == []
-    json.dumps(found, allow_nan=False)
-
-
-# shortcuts
+    result, _ = report_of(rows, np.zeros((6, 2, 1), np.float32))
+    assert result["accuracy"] == 0.5 and result["ties"] == 6 and result["by_gap"] == {}
+    assert result["length_correlation"] is None and result["brier"] == 0.25 and result["worst_mistakes"] == []
+    json.dumps(result, allow_nan=False)
 
 
 def test_surface_measures_count_marks_and_words():
     answer = "I'm sorry, **no**.\n\n- one\n- two\n\n```\ncode\n```\nWhy? Why?"
-    found = dict(zip(SURFACE, surface("Why is the code red?", answer), strict=True))
-    assert found["log_length"] == pytest.approx(np.log1p(len(answer))) and found["apology"] == 1.0
+    result = dict(zip(SURFACE, surface("Why is the code red?", answer), strict=True))
+    assert result["log_length"] == pytest.approx(np.log1p(len(answer))) and result["apology"] == 1.0
     counts = {"line_breaks": 8, "list_items": 2, "code_fences": 2, "bold_marks": 2, "question_marks": 2}
-    assert {name: found[name] for name in counts} == pytest.approx({n: np.log1p(c) for n, c in counts.items()})
-    assert found["words_of_the_prompt"] == pytest.approx(2 / 5) and 0.5 < found["distinct_words"] < 1
+    assert {name: result[name] for name in counts} == pytest.approx({n: np.log1p(c) for n, c in counts.items()})
+    assert result["words_of_the_prompt"] == pytest.approx(2 / 5) and 0.5 < result["distinct_words"] < 1
     assert surface("", "") == [0.0] * 9
     assert surface("x", "I cannot say, can't I?")[7] == 1.0 and surface("x", "A candid can of paint")[7] == 0.0
 
@@ -167,9 +164,6 @@ def test_logistic_regression_equals_scikit_learn():
     theirs = LogisticRegression(fit_intercept=False, C=0.5, tol=1e-8).fit(both, label).coef_[0] / scale  # rows twice
     assert fit_logistic(x, ridge=1.0) == pytest.approx(theirs, abs=1e-4)
     assert fit_logistic(x)[0] > 0.5 and fit_logistic(x)[1] < -0.1 and fit_logistic(x)[2] == 0.0
-
-
-# the same pairs in another way
 
 
 def test_prompts_are_removed_or_shuffled_and_answers_stay(sample_folder, tokenizer):
@@ -204,7 +198,7 @@ def test_pairs_that_share_a_prompt_count_as_one_draw():
     rows = planted_rows(60, 0.5)
     chosen = [[{"role": "user", "content": str(i % 10)}, messages[-1]] for i, messages in enumerate(rows["chosen"])]
     shared = rows.remove_columns("chosen").add_column("chosen", chosen)
-    apart, together = (report_of(some, outputs_for(some, 0.3, 0.0))[0] for some in (rows, shared))
+    apart, together = (report_of(data, outputs_for(data, 0.3, 0.0))[0] for data in (rows, shared))
     assert apart["accuracy"] == together["accuracy"] and (apart["prompts"], together["prompts"]) == (60, 10)
     assert together["ece_of_chance"] > apart["ece_of_chance"]
 
@@ -212,11 +206,11 @@ def test_pairs_that_share_a_prompt_count_as_one_draw():
 def test_the_scale_of_attributes_is_fitted_to_pairs():
     rows = planted_rows(300, longer_wins=0.5)
     outputs, head = outputs_for(rows, content=0.5, length=0.0), RewardHead("attributes")
-    fit_win_scale(head, rows, lambda some: outputs[: len(some)])
+    fit_win_scale(head, rows, lambda pairs: outputs[: len(pairs)])
     difference = outputs[:, 0, 0] - outputs[:, 1, 0]
     assert head.win_scale == pytest.approx(fit_logistic(difference[:, None])[0], rel=1e-5) and head.win_scale > 0
     backwards = RewardHead("attributes")
-    fit_win_scale(backwards, rows, lambda some: -outputs[: len(some)])
+    fit_win_scale(backwards, rows, lambda pairs: -outputs[: len(pairs)])
     assert backwards.win_scale == 1.0, "a reward that prefers the rejected answers has no scale"
 
 

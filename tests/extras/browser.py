@@ -19,11 +19,11 @@ PRESSED = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 def chromium() -> str:
     """The browser's program; without one the test is skipped, but not in CI, which installs it."""
-    found = next(filter(None, map(shutil.which, NAMES)), "")
-    if not found:
+    result = next(filter(None, map(shutil.which, NAMES)), "")
+    if not result:
         assert not os.environ.get("CI"), "CI needs chromium: see .ci/run"
         pytest.skip("no chromium here")
-    return found
+    return result
 
 
 class Browser:
@@ -93,9 +93,9 @@ class Browser:
 
     def value(self, expression: str) -> object:
         """What an expression of JavaScript is worth on the page."""
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
 
     def texts(self, selector: str) -> list[str]:
         return self.value(f"[...document.querySelectorAll({json.dumps(selector)})].map((node) => node.textContent)")

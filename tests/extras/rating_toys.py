@@ -10,7 +10,7 @@ TOPICS = ("rain", "bread", "a lost key", "the tram", "two cats", "an old map")
 
 
 def six_pairs(tmp_path):
-    """A folder with six pairs to rate; `after` has 'new' in it, and a higher reward on four of six prompts."""
+    """Return a folder with six pairs to rate. `after` has a higher reward on four of six prompts."""
     lines = [
         {"prompt": f"Write about {topic}.", "before": f"old {topic}", "after": f"new {topic}, longer"}
         | {"reward_before": 0.5, "reward_after": float(i > 1), "human": f"a person on {topic}"}
@@ -26,19 +26,17 @@ def made(tmp_path, lines, **options):
     return tmp_path / "out"
 
 
-def preferring(item, name):
-    return "ab"[item["conditions"].index(name)]
-
-
 def rated(folder, rater, grade, names=None):
-    """A page's download in which `rater` prefers names[i] on item i, and gives all criteria grade(condition)."""
-    asked, entries = ratings.read_items(folder), []
-    for i, item in enumerate(asked):
+    """Write a download of the page in which `rater` prefers names[i] on item i and gives grade(condition)."""
+    items, entries = ratings.read_items(folder), []
+    for i, item in enumerate(items):
         grades = [dict.fromkeys(ratings.CRITERIA, grade(name)) for name in item["conditions"]]
         entry = {"item": item["id"], "rater": rater, "grades": grades, "at": "2026-03-01T10:00:00.000Z"}
         wanted = names[i] if names else None
-        entries.append(entry | {"preference": preferring(item, wanted) if wanted in item["conditions"] else wanted})
-    content = {"kind": ratings.PAGE_KIND, "file": ratings.fingerprint(asked), "rater": rater, "ratings": entries}
+        entries.append(
+            entry | {"preference": "ab"[item["conditions"].index(wanted)] if wanted in item["conditions"] else wanted}
+        )
+    content = {"kind": ratings.PAGE_KIND, "file": ratings.fingerprint(items), "rater": rater, "ratings": entries}
     path = folder.parent / f"ratings-{rater}.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path

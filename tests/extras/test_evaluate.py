@@ -41,10 +41,11 @@ def test_runs_that_differ_only_in_the_seed_are_one_recipe(tmp_path):
     random = np.random.default_rng(0)
     start = random.normal(size=50)
     rewards = {"start": start, "a1": start + 1.0, "a2": start + 2.0, "b1": start + 0.1 * random.normal(size=50)}
-    found = over_seeds({"a1": ["a1", "a2"], "b1": ["b1"]}, {"judge": rewards})["judge"]
-    assert found["gains"]["a1"]["mean"] == pytest.approx(1.5) and found["gains"]["a1"]["std"] == pytest.approx(0.5**0.5)
-    assert found["gains"]["b1"]["std"] is None
-    (between,) = found["between"]
+    result = over_seeds({"a1": ["a1", "a2"], "b1": ["b1"]}, {"judge": rewards})["judge"]
+    gains = result["gains"]
+    assert gains["a1"]["mean"] == pytest.approx(1.5) and gains["a1"]["std"] == pytest.approx(0.5**0.5)
+    assert gains["b1"]["std"] is None
+    (between,) = result["between"]
     assert between["difference"] == pytest.approx(1.5, abs=0.1) and between["p_value"] < 0.01
     assert between["p_over_seeds"] is None, "one run of b1"
     rewards |= {"b2": start + 0.5}
@@ -76,13 +77,13 @@ def test_the_report_averages_runs_over_seeds(tmp_path):
     reward, dpo = make_report.over_seeds(runs)
     assert reward["runs"] == [str(tmp_path / f"reward_{seed}") for seed in (1, 2, 3)] and reward["seeds"] == [1, 2, 3]
     assert set(reward["metrics"]) == {"accuracy", "length_correlation"}, "no pair is of equal length"
-    found = reward["metrics"]["accuracy"]
-    assert found["values"] == [0.5, 0.6, 0.8] and found["mean"] == pytest.approx(np.mean(found["values"]))
-    assert found["std"] == pytest.approx(np.std(found["values"], ddof=1))
+    result = reward["metrics"]["accuracy"]
+    assert result["values"] == [0.5, 0.6, 0.8] and result["mean"] == pytest.approx(np.mean(result["values"]))
+    assert result["std"] == pytest.approx(np.std(result["values"], ddof=1))
     assert dpo["metrics"]["accuracy"]["values"] == [0.25, 0.3, 0.4] and list(dpo["metrics"]) == ["accuracy"]
     assert spread([0.5])["std"] is None
     page = make_report.page(runs, [reward, dpo], [], [])
-    assert "seeds 1, 2, 3" in page and f"{found['mean']:.3f}" in page and f"{found['std']:.3f}" in page
+    assert "seeds 1, 2, 3" in page and f"{result['mean']:.3f}" in page and f"{result['std']:.3f}" in page
 
 
 @pytest.fixture(scope="module")
@@ -108,16 +109,16 @@ def compared(tmp_path_factory, model_folder, sample_folder, judges):
 def test_policies_are_compared_by_reward_judge_and_kl(compared):
     result = json.loads((compared / "eval.json").read_text())
     for way in ("sampled", "greedy"):
-        found = result["policies"][way]
-        assert {"start", "same", "pushed"} <= set(found)
+        measured = result["policies"][way]
+        assert {"start", "same", "pushed"} <= set(measured)
         for judge in ("reward", "judge"):
-            same, pushed = found["same"][judge], found["pushed"][judge]
+            same, pushed = measured["same"][judge], measured["pushed"][judge]
             assert same["verdict"] == "not shown" and same["win_rate"] == 0.5 and same["difference"] == 0.0
-            assert pushed["difference"] == pytest.approx(pushed["mean"] - found["start"][judge]["mean"])
+            assert pushed["difference"] == pytest.approx(pushed["mean"] - measured["start"][judge]["mean"])
         if way == "greedy":
-            assert found["pushed"]["kl"] is None, "greedy answers have no KL"
+            assert measured["pushed"]["kl"] is None, "greedy answers have no KL"
             continue
-        assert abs(found["same"]["kl"]) < 1e-3 and found["pushed"]["kl"] > 0.5
+        assert abs(measured["same"]["kl"]) < 1e-3 and measured["pushed"]["kl"] > 0.5
     sampled = result["policies"]["sampled"]
     assert sampled["best of 3"]["reward"]["difference"] > 0 and "best of 3" not in result["policies"]["greedy"]
     assert {path.name for path in compared.glob("*.png")} == {"frontier_reward.png", "frontier_judge.png"}
@@ -178,8 +179,8 @@ def comparison(started, verdict):
 
 def test_the_draft_quotes_the_measured_numbers():
     runs = [trained("a", "scalar", GREW), trained("b", "scalar", FELL), trained("c", "distribution", GREW)]
-    found = questions([*runs, reward_model("scalar"), reward_model("distribution")])
-    first, more, read, improved, why, _ = (" ".join(paragraphs) for _, paragraphs in found)
+    result = questions([*runs, reward_model("scalar"), reward_model("distribution")])
+    first, more, read, improved, why, _ = (" ".join(paragraphs) for _, paragraphs in result)
     assert "It grew in 1 of 2 runs" in first and "+0.500 [+0.300, +0.700], p = 0.001, wins on 0.70" in first
     assert "By a judge that it was not trained against" in first
     assert "0.580 of 80 pairs right, 0.650 on the half it is surest of by margin, 0.610 on" in more
@@ -188,9 +189,9 @@ def test_the_draft_quotes_the_measured_numbers():
     assert "not shown to be better than 'longer wins'" in why and "+0.100 (-0.100 to +0.300)" in why
     elsewhere = reward_model("distribution") | {"result": MODEL | {"pairs": 70}}
     comparisons = [comparison("2026-02", "grew"), comparison("2026-01", "")]
-    found = questions([*runs, reward_model("scalar"), elsewhere, *comparisons])
-    assert "were not measured on the same pairs" in found[1][1][-1]
-    assert found[3][1] == ["a: by the reward +0.200 (one run) against the start; by themselves grew."], "the later one"
+    result = questions([*runs, reward_model("scalar"), elsewhere, *comparisons])
+    assert "were not measured on the same pairs" in result[1][1][-1]
+    assert result[3][1] == ["a: by the reward +0.200 (one run) against the start; by themselves grew."], "the later one"
 
 
 def test_the_draft_names_missing_runs():

@@ -83,6 +83,6 @@ def test_a_missing_base_model_is_reported_and_not_compared_with(reward_models, s
     write_json(tmp_path / "run/run.json", record)
     options = {"DATA_DIR": sample_folder, "MAX_ROWS": 20, "DEVICE": "cpu", "CONTROL_PAIRS": 4}
     run_script(evaluate, **options, REWARD_MODEL=tmp_path / "run", OUTPUT_DIR=tmp_path / "out")
-    found = read(tmp_path / "out/eval.json")["shortcuts"]
-    assert "untrained_head" not in found and "without_prompt" in found
+    result = read(tmp_path / "out/eval.json")["shortcuts"]
+    assert "untrained_head" not in result and "without_prompt" in result
     assert "not compared with an untrained head: of/another-machine" in capsys.readouterr().out

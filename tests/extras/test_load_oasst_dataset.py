@@ -29,24 +29,21 @@ def reasons(ledger):
     return {row: entry["reason"] for entry in ledger for row in entry["rows"]}
 
 
-def rows_in(parts):
-    return [row for part in parts.values() for row in part]
-
-
-# rows
+def rows_in(splits):
+    return [row for part in splits.values() for row in part]
 
 
 def test_the_sample_becomes_a_processed_folder_of_pairs(load, tokenizer, capsys):
-    metadata, parts, ledger = load(SAMPLE, MAX_LENGTH=512)
+    metadata, splits, ledger = load(SAMPLE, MAX_LENGTH=512)
     counts = metadata["counts"]
     assert counts["rows_read"] == 84 == counts["rows_used"] + len(reasons(ledger)) and counts["pairs"] == 16
     assert counts["dropped"] == dict(sorted(Counter(reasons(ledger).values()).items()))
     assert {"deleted": 1, "synthetic": 1, "orphan": 2, "spam": 1}.items() <= counts["dropped"].items()
     assert set(metadata) == METADATA | {"rows", "made_by"} and metadata["rating"] == "rank"
-    assert metadata["columns"] == parts["train"].column_names == COLUMNS
+    assert metadata["columns"] == splits["train"].column_names == COLUMNS
     assert (metadata["train_size"], metadata["validation_size"], metadata["split_ratio"]) == (12, 4, 0.2)
     source = {m["text"]: m for m in map(json.loads, SAMPLE.read_text(encoding="utf-8").splitlines())}
-    for row in rows_in(parts):
+    for row in rows_in(splits):
         best, worst = source[row["chosen"][-1]["content"]], source[row["rejected"][-1]["content"]]
         assert best["parent_id"] == worst["parent_id"] == source[row["prompt"]]["message_id"]
         siblings = [m["rank"] for m in source.values() if m["parent_id"] == best["parent_id"] and m["rank"] is not None]
@@ -61,18 +58,18 @@ def test_the_sample_becomes_a_processed_folder_of_pairs(load, tokenizer, capsys)
 def test_later_turns_keep_the_conversation_before_them(load):
     rows = [*tree("a", 1, 0, None), message("a.3.1"), message("a.3.1.1", rank=2), message("a.3.1.2", rank=1)]
     rows += [message("a.3.1.3", rank=4), message("a.3.1.2.1"), message("a.3.1.2.1.1")]
-    metadata, parts, ledger = load(rows, TURNS="all")
-    found = {len(row["chosen"]): row for row in rows_in(parts)}
-    assert sorted(found) == [2, 4]
-    said = [turn["content"].split()[0].removeprefix("Текст") for turn in found[4]["chosen"]]
-    assert said == ["a", "a.3", "a.3.1", "a.3.1.2"], "the unranked answer that the conversation continues"
-    assert [turn["role"] for turn in found[4]["rejected"]] == ["user", "assistant"] * 2
-    assert found[4]["prompt"].startswith("user: Текстa про") and "assistant: Текстa.3 " in found[4]["prompt"]
-    assert (found[4]["chosen_rating"], found[4]["rejected_rating"]) == (-1.0, -4.0)
+    metadata, splits, ledger = load(rows, TURNS="all")
+    result = {len(row["chosen"]): row for row in rows_in(splits)}
+    assert sorted(result) == [2, 4]
+    texts = [turn["content"].split()[0].removeprefix("Текст") for turn in result[4]["chosen"]]
+    assert texts == ["a", "a.3", "a.3.1", "a.3.1.2"], "the unranked answer that the conversation continues"
+    assert [turn["role"] for turn in result[4]["rejected"]] == ["user", "assistant"] * 2
+    assert result[4]["prompt"].startswith("user: Текстa про") and "assistant: Текстa.3 " in result[4]["prompt"]
+    assert (result[4]["chosen_rating"], result[4]["rejected_rating"]) == (-1.0, -4.0)
     assert reasons(ledger) == {5: "between_best_and_worst", 8: "unpaired", 9: "unranked"}
     assert metadata["counts"]["rows_used"] == 7, "messages of the context are used"
-    _, parts, ledger = load(rows)
-    assert len(rows_in(parts)) == 1 and reasons(ledger) == {3: "unranked", **dict.fromkeys(range(4, 10), "later_turn")}
+    _, splits, ledger = load(rows)
+    assert len(rows_in(splits)) == 1 and reasons(ledger) == {3: "unranked", **dict.fromkeys(range(4, 10), "later_turn")}
 
 
 def test_every_dropped_message_has_its_reason(load):
@@ -114,12 +111,12 @@ def test_every_dropped_message_has_its_reason(load):
     ]
     path = Path("source.jsonl").absolute()
     path.write_text("".join(json.dumps(m) + "\n" for m, _ in expected))
-    metadata, parts, ledger = load(path)
-    found = reasons(ledger)
-    assert [(m["message_id"], found.get(i, "used")) for i, (m, _) in enumerate(expected)] == [
+    metadata, splits, ledger = load(path)
+    result = reasons(ledger)
+    assert [(m["message_id"], result.get(i, "used")) for i, (m, _) in enumerate(expected)] == [
         (m["message_id"], reason) for m, reason in expected
     ]
-    assert metadata["counts"]["rows_used"] == 3 and len(rows_in(parts)) == 1
+    assert metadata["counts"]["rows_used"] == 3 and len(rows_in(splits)) == 1
     per_tree = [entry["rows"] for entry in ledger if entry["prompt"].startswith("Текстen ")]
     assert per_tree == [[3, 4, 5]], "one entry for each tree and reason"
 
@@ -138,32 +135,19 @@ def test_nested_trees_and_tables_make_the_same_rows_as_flat_messages(load, tmp_p
 def test_sft_rows_have_all_human_answers_and_the_ids_that_trl_expects(load, tokenizer):
     rows = [*tree("a", 1, None, 0), message("a.4", synthetic=True), message("a.2.1"), message("a.2.1.1", rank=0)]
     rows.append(message("a.5", text=rows[1]["text"], rank=3))
-    metadata, parts, ledger = load(rows, ROWS="sft", TURNS="all", SYSTEM_PROMPT="Ты пират.", MAX_LENGTH=512)
-    found = sorted(rows_in(parts), key=lambda row: row["messages"][-1]["content"])
-    assert [row["rating"] for row in found] == [-1.0, None, 0.0, 0.0]
+    metadata, splits, ledger = load(rows, ROWS="sft", TURNS="all", SYSTEM_PROMPT="Ты пират.", MAX_LENGTH=512)
+    result = sorted(rows_in(splits), key=lambda row: row["messages"][-1]["content"])
+    assert [row["rating"] for row in result] == [-1.0, None, 0.0, 0.0]
     assert reasons(ledger) == {4: "synthetic", 7: "duplicate"} and metadata["counts"]["rows"] == 4
     assert {"rows": "sft", "cut_share": {"prompt": 0.0, "answer": 0.0}}.items() <= metadata.items()
-    for row in found:
+    for row in result:
         assert row["messages"][0] == {"role": "system", "content": "Ты пират."} and "пират" not in row["prompt"]
         assert row["input_ids"] == tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
         learned = [i for i, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
         assert tokenizer.decode(learned) == row["messages"][-1]["content"] + "<|im_end|>\n"
-    _, parts, _ = load([message("a"), message("a.1", text="слово " * 99)], ROWS="sft", MAX_LENGTH=64)
-    for row in rows_in(parts):
+    _, splits, _ = load([message("a"), message("a.1", text="слово " * 99)], ROWS="sft", MAX_LENGTH=64)
+    for row in rows_in(splits):
         assert row["answer_cut"] and len(row["input_ids"]) <= 64 and row["input_ids"][-1] != tokenizer.eos_token_id
-
-
-def test_each_answer_to_a_prompt_is_a_row(load):
-    """The reference joins the top-level prompts of a language with their replies and ignores deeper ones."""
-    rows = [m for i in range(12) for m in tree(f"t{i}", *range(i % 4), lang="ru" if i % 3 else "en")]
-    rows += [message("t1.1.1"), message("t1.1.1.1")]
-    by_id = {m["message_id"]: m for m in rows}
-    tops = [by_id.get(m["parent_id"]) for m in rows]
-    joined = sum(top is not None and top["parent_id"] is None and top["lang"] == "ru" for top in tops)
-    assert load(rows, ROWS="sft")[0]["counts"]["rows"] == joined == 12
-
-
-# the split
 
 
 def test_a_tree_is_never_split(load):
@@ -173,9 +157,9 @@ def test_a_tree_is_never_split(load):
         rows += [message(f"t{i}.1.1.2", rank=1)]
     rows += tree("copy", 0, 1)
     rows[-3]["text"] = rows[0]["text"].upper() + "!"
-    metadata, parts, _ = load(rows, TURNS="all", VALIDATION_SHARE=0.4)
+    metadata, splits, _ = load(rows, TURNS="all", VALIDATION_SHARE=0.4)
     assert (metadata["train_size"], metadata["validation_size"]) == (12, 9)
-    tops = {name: {row["chosen"][0]["content"].lower().strip("!") for row in part} for name, part in parts.items()}
+    tops = {name: {row["chosen"][0]["content"].lower().strip("!") for row in part} for name, part in splits.items()}
     assert not tops["train"] & tops["validation"] and len(tops["train"] | tops["validation"]) == 10
 
 
@@ -193,20 +177,17 @@ def test_the_validation_split_of_the_source_is_kept_and_nothing_like_it_is_in_tr
     alike[0]["text"] = own[0]["text"].upper() + " ?"
     write_lines(tmp_path / "rows" / "train.jsonl", [*tree("a", 0, 1), *alike, *tree("b", 1, 0)])
     write_lines(tmp_path / "rows" / "validation.jsonl", own)
-    metadata, parts, ledger = load("rows", TURNS="all")
+    metadata, splits, ledger = load("rows", TURNS="all")
     assert metadata["split_used"] == {"train": "train", "validation": "validation"}
     assert (metadata["train_size"], metadata["validation_size"], metadata["test_size"]) == (2, 1, 0)
-    assert parts["validation"]["prompt"][:] == [own[0]["text"]] and metadata["split_ratio"] is None
+    assert splits["validation"]["prompt"][:] == [own[0]["text"]] and metadata["split_ratio"] is None
     (entry,) = ledger
     assert (entry["reason"], entry["split"], entry["rows"]) == ("like_validation", "train", [3, 4, 5, 6, 7, 8])
-    check_books(metadata | {"counts": metadata["counts"] | {"dropped": {"one": 1}}}, parts, ledger)
+    check_books(metadata | {"counts": metadata["counts"] | {"dropped": {"one": 1}}}, splits, ledger)
     write_lines(tmp_path / "rows" / "validation.jsonl", tree("en", 0, 1, lang="en"))
     metadata, _, ledger = load("rows")
     assert (metadata["train_size"], metadata["validation_size"]) == (2, 1) and metadata["split_ratio"] == 0.2
     assert [entry["rows"] for entry in ledger if entry["split"] == "validation"] == [[0, 1, 2]]
-
-
-# who reads the folder
 
 
 def test_train_dpo_reads_the_pairs_with_their_system_prompt(load, model_folder, tmp_path):
@@ -233,9 +214,6 @@ def test_a_folder_of_another_tokenizer_is_reported_with_the_command_of_this_load
     command = "python -m extras.load_oasst_dataset --dataset .* --output_dir out --chat_template plain"
     with pytest.raises(SystemExit, match=f"run `{command}` first"):
         run_script(dataset_summary, DATA_DIR="out")
-
-
-# bad input
 
 
 def test_a_tree_without_a_root_is_counted(load):
@@ -268,13 +246,6 @@ def test_user_errors_stop_with_one_message_and_the_old_rows_stay(load, rows, set
         load(rows, **settings)
     assert "\n" not in str(stop.value)
     assert json.loads(Path("out/metadata.json").read_text()) == before and not list(Path().glob(".out*"))
-
-
-def test_a_broken_line_is_reported(load, tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", tree("a", 0, 1))
-    path.write_text(path.read_text() + '{"message_id": \n')
-    with pytest.raises(SystemExit, match="x.jsonl: line 4 is not JSON"):
-        load(path)
 
 
 def test_the_loader_of_pairs_names_the_loader_of_trees(tokenizer_folder):

@@ -31,6 +31,6 @@ def test_runs_that_were_moved_aside_are_left_out(tmp_path, capsys):
     for name in ("a", "a-20260101-101010", "a-20260101-101010-2", "b-20260101-101010"):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "run.json", {})
-    found = find_runs((), (str(tmp_path),))
-    assert [path.name for path in found] == ["a", "b-20260101-101010"], "a run without a successor stays"
+    result = find_runs((), (str(tmp_path),))
+    assert [path.name for path in result] == ["a", "b-20260101-101010"], "a run without a successor stays"
     assert "moved aside, so left out" in capsys.readouterr().out

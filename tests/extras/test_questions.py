@@ -2,14 +2,7 @@
 
 from pathlib import Path
 
-from extras.lib.questions import improved, reward_model_of, why
-
-
-def test_a_reward_model_with_equal_rewards_has_no_correlation_to_quote():
-    models = {"scalar": {"result": {"verdict": "not shown to be better", "length_correlation": None}}}
-    assert why([], models)[0] == "The scalar reward model is not shown to be better."
-    models["scalar"]["result"]["length_correlation"] = 0.25
-    assert "correlate at 0.25" in why([], models)[0]
+from extras.lib.questions import improved, reward_model_of
 
 
 def test_a_reward_model_is_found_by_another_path_of_its_folder():

@@ -1,4 +1,4 @@
-"""The rating page in a real browser: rated by keys and mouse, saved, downloaded, read back; nothing in it ever runs."""
+"""The rating page in a browser: keys and mouse, saving, the download, hostile texts, a phone."""
 
 import json
 import re
@@ -11,14 +11,13 @@ from tests.conftest import ROOT, run_script
 from tests.extras.browser import Browser, chromium
 from utils.runs import write_lines
 
-EVIL = (
-    "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>&\u2028\x1b[2J\x00"
-)
+HOSTILE = "<script>document.title='owned'</script>"
+EVIL = f"</script><img src=x onerror=\"document.title='owned'\">{HOSTILE}&\u2028\x1b[2J\x00"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three pairs, one of them hostile."""
+    """Return a folder with three pairs to rate, one of them hostile."""
     chromium()
     place = tmp_path_factory.mktemp("rating")
     lines = [{"prompt": f"Question {i}", "before": f"old {i}", "after": f"new {i}", "human": "Me"} for i in range(2)]
@@ -34,34 +33,33 @@ def browser(tmp_path_factory):
         yield browser
 
 
-def test_page_is_rated_saved_downloaded_and_read_back(folder, browser, tmp_path):
-    asked, page = ratings.read_items(folder), folder / "rate.html"
+def test_ratings_are_saved_downloaded_and_imported(folder, browser, tmp_path):
+    items, page = ratings.read_items(folder), folder / "rate.html"
     browser.open(page)
     assert browser.texts("#done") == ["0 / 3 rated"] and browser.texts("#place") == ["1 / 3"]
     browser.press(*"1234554321")
-    assert browser.texts("#place") == ["1 / 3"], "the preference is still open"
-    browser.press("ф", code="KeyA")  # the key of an A on a Russian keyboard
+    assert browser.texts("#place") == ["1 / 3"], "the preference is missing"
+    browser.press("ф", code="KeyA")  # the key A of a Russian keyboard
     assert browser.texts("#done") == ["1 / 3 rated"] and browser.texts("#place") == ["2 / 3"]
     browser.click('[data-answer="0 5"]')
-    browser.press("2", "ArrowDown", "4", "ArrowUp", "ArrowUp", "3", "=")  # third left out, fourth 4, then 3 on it
-    browser.open(page)  # closed and opened again: all is there
+    browser.press(
+        "2", "ArrowDown", "4", "ArrowUp", "ArrowUp", "3", "="
+    )  # skip the third criterion, grade the fourth 4, then 3
+    browser.open(page)  # opened again: every grade is saved
     assert browser.texts("#place") == ["2 / 3"] and browser.texts("#done") == ["1 / 3 rated"]
     pressed = browser.value("[...document.querySelectorAll('[aria-pressed=true]')].map((n) => n.dataset.answer)")
     assert pressed == ["0 5", "1 2", "2 3", "3 4", "10 tie"]
-    browser.press(
-        "ArrowRight", "ArrowRight", *"3333322222", "b"
-    )  # at the end the arrow stays; then back to the open one
+    browser.press("ArrowRight", "ArrowRight", *"3333322222", "b")  # to the last item, then back to the open one
     assert browser.texts("#place") == ["2 / 3"] and browser.texts("#done") == ["2 / 3 rated"]
     browser.click("input")
     browser.press(*"Ann/1")
     browser.click('[data-answer="4 1"]')
     saved = browser.download("#download", tmp_path)
     assert re.fullmatch(r"ratings-Ann_1-\d{4}-\d\d-\d\d\.json", saved.name)
-    found = {rating["item"]: rating for rating in json.loads(saved.read_text(encoding="utf-8"))["ratings"]}
-    first, second, third = (found[item["id"]] for item in asked)
-    assert first["grades"] == [
-        dict(zip(ratings.CRITERIA, row, strict=True)) for row in ((1, 2, 3, 4, 5), (5, 4, 3, 2, 1))
-    ]
+    measured = {rating["item"]: rating for rating in json.loads(saved.read_text(encoding="utf-8"))["ratings"]}
+    first, second, third = (measured[item["id"]] for item in items)
+    rows = ((1, 2, 3, 4, 5), (5, 4, 3, 2, 1))
+    assert first["grades"] == [dict(zip(ratings.CRITERIA, row, strict=True)) for row in rows]
     assert (first["preference"], second["preference"], third["preference"]) == ("a", "tie", "b")
     assert second["grades"][0] == dict(zip(ratings.CRITERIA, (5, 2, 3, 4, 1), strict=True)) and not second["grades"][1]
     run_script(rate_answers, IMPORT=saved, OUTPUT_DIR=folder)
@@ -69,7 +67,7 @@ def test_page_is_rated_saved_downloaded_and_read_back(folder, browser, tmp_path)
     assert result["raters"] == ["Ann/1"] and result["incomplete"] == 1 and result["items_rated"] == 3
 
 
-def test_texts_are_shown_and_never_run(folder, browser):
+def test_hostile_texts_are_shown_and_not_run(folder, browser):
     browser.open(folder / "rate.html")
     for _ in range(3):
         browser.press("ArrowLeft")
@@ -78,26 +76,25 @@ def test_texts_are_shown_and_never_run(folder, browser):
         seen += browser.texts(".text")
         browser.press("ArrowRight")
     shown = ratings.visible(EVIL)
-    assert seen.count(shown) == 3 and "[U+001B][2J[U+0000]" in shown, "question, human answer, answer"
+    assert seen.count(shown) == 3 and "[U+001B][2J[U+0000]" in shown, "prompt, human answer and answer"
     assert "<b>bold</b>" in seen and "owned" not in browser.value("document.title")
     assert browser.value("document.querySelectorAll('img, .text *').length") == 0
     browser.value("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))")
-    assert browser.value("window.ran") is None, "the policy of the page lets no other script run"
-    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    assert asked and all(url.startswith("file:") for url in asked)
+    assert browser.value("window.ran") is None, "the page blocks other scripts"
+    items = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert items and all(url.startswith("file:") for url in items)
     text = (folder / "rate.html").read_text(encoding="utf-8")
     assert "Content-Security-Policy" in text and not re.search(r"""(src|href)\s*=\s*["']?http""", text)
 
 
-def test_page_without_data_says_so(folder, browser, tmp_path):
+def test_a_page_without_data_says_so(folder, browser, tmp_path):
     text = (folder / "rate.html").read_text(encoding="utf-8")
     bare = tmp_path / "bare.html"
     for data in ("", "{}", '{"items": []}'):
         bare.write_text(re.sub(r'(id="data">).*?(</script>)', rf"\g<1>{data}\g<2>", text, flags=re.S), encoding="utf-8")
         browser.open(bare)
         assert browser.texts("h1") == ["No answers here"], data
-    template = ROOT / "extras" / "lib" / "page.html.jinja"
-    bare.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    bare.write_text((ROOT / "extras/lib/page.html.jinja").read_text(encoding="utf-8"), encoding="utf-8")
     browser.open(bare)
     assert browser.texts("h1") == ["No answers here"]
 
@@ -113,18 +110,20 @@ def test_the_page_warns_if_the_browser_cannot_save_and_the_download_is_complete(
     assert rating["preference"] == "b" and re.fullmatch(r"rater-[a-z0-9]+", rating["rater"])
     browser.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script["identifier"])
     browser.value("void setTimeout(() => location.reload())")
-    assert browser.wait_for("Page.javascriptDialogOpening")["type"] == "beforeunload", "it asks before all is lost"
+    assert browser.wait_for("Page.javascriptDialogOpening")["type"] == "beforeunload", (
+        "the page warns before grades are lost"
+    )
     browser.send("Page.handleJavaScriptDialog", accept=True)
     browser.wait_for("Page.loadEventFired")
 
 
-def test_page_fits_a_phone_and_follows_the_dark_mode(folder, browser, tmp_path):
+def test_the_page_fits_a_phone_and_follows_dark_mode(folder, browser, tmp_path):
     browser.open(folder / "rate.html")
     for name, width, dark in (("light", 900, False), ("dark", 900, True), ("phone", 360, False)):
         browser.screenshot(tmp_path / f"{name}.png", width, 900, dark)
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
-        assert browser.value("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
+        assert browser.value("document.documentElement.scrollWidth <= innerWidth"), "no horizontal scrolling"
         paper = browser.value("getComputedStyle(document.body).backgroundColor")
         assert paper == ("rgb(21, 24, 27)" if dark else "rgb(255, 255, 255)")
     sides = browser.value("[...document.querySelectorAll('.side')].map((node) => node.getBoundingClientRect().x)")
-    assert sides[0] == sides[1], "on a phone one below the other"
+    assert sides[0] == sides[1], "below each other on a phone"

@@ -1,4 +1,4 @@
-"""Ratings read back: taken whole or refused, turned into rows, and statistics that agree with a calculation."""
+"""Ratings are imported or refused as a whole, become preference rows, and their statistics are right."""
 
 import json
 
@@ -18,51 +18,47 @@ def folder(tmp_path):
     return six_pairs(tmp_path)
 
 
-# what is read back
-
-
-def test_import_says_who_wins_and_whether_the_reward_model_agrees(folder, capsys):
+def test_imported_ratings_show_the_winner_and_the_agreement_of_the_reward_model(folder, capsys):
     names = ["after", "after", "after", "after", "before", "tie"]
-    found = read_back(folder, rated(folder, "Ann", {"before": 2, "after": 4}.get, names))
-    (entry,) = found["win_rates"]
+    result = read_back(folder, rated(folder, "Ann", {"before": 2, "after": 4}.get, names))
+    (entry,) = result["win_rates"]
     assert (entry["first"], entry["second"], entry["prompts"]) == ("before", "after", 6)
     assert entry["win_rate"] == pytest.approx(4.5 / 6) and entry["low"] < 4.5 / 6 < entry["high"]
-    assert entry["p_value"] == pytest.approx(12 / 32)  # 5 signs: 5 or more of +-4, and of +-5, on both sides
-    assert found["means"]["after"]["style"] == {"mean": 4.0, "low": 4.0, "high": 4.0, "prompts": 6}
+    assert entry["p_value"] == pytest.approx(12 / 32)  # both tails of 5 signs: 4 or 5 equal
+    assert result["means"]["after"]["style"] == {"mean": 4.0, "low": 4.0, "high": 4.0, "prompts": 6}
     agree = 0.0
     for item, name in zip(ratings.read_items(folder), names, strict=True):
         model = item["conditions"][int(np.argmax(item["rewards"]))]
         agree += 0.5 if name == "tie" else float(name == model)
-    assert found["reward_model"]["accuracy"] == pytest.approx(agree / 6)
-    assert found["reward_model"]["length"] == pytest.approx(4.5 / 6), "after is always longer"
+    assert result["reward_model"]["accuracy"] == pytest.approx(agree / 6)
+    assert result["reward_model"]["length"] == pytest.approx(4.5 / 6), "after is always longer"
     out = capsys.readouterr().out
     assert "after is preferred to before on 0.75 of 6 prompts" in out and "6 new ratings" in out
 
 
-def test_a_reward_model_is_compared_with_the_person(folder, tmp_path, tokenizer):
+def test_a_reward_model_is_compared_with_the_raters(folder, tmp_path, tokenizer):
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    judge = LlamaForSequenceClassification(
-        LlamaConfig(vocab_size=len(tokenizer), **sizes, num_labels=1, pad_token_id=2)
-    )
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, num_labels=1, pad_token_id=2)
+    judge = LlamaForSequenceClassification(config)
     judge.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     names = ["after"] * 4 + ["before"] * 2
     path = rated(folder, "Ann", lambda name: 3, names)
-    found = read_back(folder, path, REWARD_MODEL=tmp_path / "judge", DEVICE="cpu")
+    result = read_back(folder, path, REWARD_MODEL=tmp_path / "judge", DEVICE="cpu")
     model, agree = RewardModel.load(str(tmp_path / "judge"), "cpu"), 0
     for item, name in zip(ratings.read_items(folder), names, strict=True):
         sides = dict(zip(item["conditions"], item["answers"], strict=True))
-        said = [[*item["turns"], {"role": "assistant", "content": sides[side]}] for side in ("before", "after")]
-        before, after = model.score(said).tolist()
+        talks = [[*item["turns"], {"role": "assistant", "content": sides[side]}] for side in ("before", "after")]
+        before, after = model.score(talks).tolist()
         agree += (after > before) == (name == "after")
-    assert 0 < agree < 6 and found["reward_model"]["accuracy"] == pytest.approx(agree / 6)
+    assert 0 < agree < 6 and result["reward_model"]["accuracy"] == pytest.approx(agree / 6)
 
 
-def test_importing_again_changes_nothing_and_a_later_rating_counts(folder, capsys):
+def test_a_second_import_changes_nothing_and_later_ratings_count(folder, capsys):
     path = rated(folder, "Ann", lambda name: 3, ["tie"] * 6)
     first = read_back(folder, path)
     before = (folder / "ratings.jsonl").read_bytes()
@@ -78,27 +74,27 @@ def test_importing_again_changes_nothing_and_a_later_rating_counts(folder, capsy
     assert sorted(kept) == ["a", *["tie"] * 5]
 
 
-def test_two_raters_and_a_ratings_file_of_another_machine(folder, tmp_path):
+def test_the_agreement_of_two_raters_is_measured(folder, tmp_path):
     ann = rated(folder, "Ann", {"before": 2, "after": 4}.get, ["after"] * 6)
     ben = rated(folder, "Ben", {"before": 3, "after": 4}.get, ["after"] * 3 + ["before"] * 3)
     file = ratings.fingerprint(ratings.read_items(folder))
     moved = tmp_path / "moved.jsonl"
     write_lines(moved, [entry | {"file": file} for entry in json.loads(ben.read_text())["ratings"]])
-    found = read_back(folder, ann, moved)
-    (entry,) = found["agreement"]
+    result = read_back(folder, ann, moved)
+    (entry,) = result["agreement"]
     assert entry["raters"] == ["Ann", "Ben"] and (entry["items"], entry["equal_preferences"]) == (6, 0.5)
     assert entry["kappa"] == pytest.approx(1 - 0.5 / 1.5)  # differences 1, 0; all pairs 1, 4, 1, 0
-    assert found["win_rates"][0]["win_rate"] == pytest.approx(0.75), "of each prompt the mean of its raters"
+    assert result["win_rates"][0]["win_rate"] == pytest.approx(0.75), "the mean over raters of each prompt"
 
 
-def test_ratings_of_other_items_and_broken_files_are_refused_whole(folder, tmp_path):
+def test_wrong_and_broken_files_are_refused_as_a_whole(folder, tmp_path):
     good = rated(folder, "Ann", lambda name: 3, ["tie"] * 6)
     content = json.loads(good.read_text())
     bad = tmp_path / "bad.json"
 
-    def refused(change, said, text=None):
+    def refused(change, message, text=None):
         bad.write_text(text or json.dumps(content | change))
-        with pytest.raises(SystemExit, match=said) as end:
+        with pytest.raises(SystemExit, match=message) as end:
             read_back(folder, good, bad)
         assert "\n" not in end.value.code and not (folder / "ratings.jsonl").exists()
 
@@ -120,7 +116,7 @@ def test_ratings_of_other_items_and_broken_files_are_refused_whole(folder, tmp_p
         read_back(folder, bad)
 
 
-def test_rows_of_the_ratings_load_as_pairs(folder, capsys):
+def test_ratings_become_rows_of_pairs(folder, capsys):
     names = ["after", "before", "after", "after", "tie", "after"]
     path = folder / "preferences.jsonl"
     read_back(folder, rated(folder, "Ann", {"before": 2, "after": 4}.get, names))
@@ -134,19 +130,16 @@ def test_rows_of_the_ratings_load_as_pairs(folder, capsys):
         assert pair["turns"] == [{"role": "user", "content": pair["prompt"]}]
 
 
-def test_preferences_between_equal_grades_are_rows_too(folder, capsys):
+def test_preferences_between_equal_grades_become_rows(folder, capsys):
     path = folder / "preferences.jsonl"
     names = ["after", "before", "after", "after", "tie", "after"]
     read_back(folder, rated(folder, "Ann", lambda name: 3, names))
     assert "5 preference rows; left out: 1 tie" in capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["chosen_rating"], row["rejected_rating"]) for row in rows] == [(1.0, 0.0)] * 5, "shares of the raters"
+    assert [(row["chosen_rating"], row["rejected_rating"]) for row in rows] == [(1.0, 0.0)] * 5, "shares of raters"
 
 
-# statistics
-
-
-def test_kappa_equals_a_calculation_by_hand_and_scikit_learn():
+def test_kappa_equals_scikit_learn():
     from sklearn.metrics import cohen_kappa_score
 
     assert agreement.quadratic_kappa(np.array([1.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx(1 - 0.5 / 1.5)
@@ -158,7 +151,7 @@ def test_kappa_equals_a_calculation_by_hand_and_scikit_learn():
     assert agreement.quadratic_kappa(np.full(3, 2.0), np.full(3, 2.0)) is None
 
 
-def test_preferences_without_grades_count_and_make_rows():
+def test_preferences_without_grades_become_rows():
     item = {"id": "1", "prompt": "x", "turns": [{"role": "user", "content": "x"}], "answers": ["p", "q"]}
     item |= {"conditions": ["after", "before"], "rewards": [None, None]}
     empty = {"item": item["id"], "grades": [{}, {}], "at": "", "file": "f"}

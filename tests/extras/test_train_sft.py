@@ -57,9 +57,6 @@ def finished(model_folder, sample_folder, tmp_path_factory):
     return folder
 
 
-# what is learned
-
-
 def test_only_answers_have_labels_and_a_cut_one_has_no_end_of_turn(model_folder, sample_folder, tokenizer, tmp_path):
     rows = load_answers(sample_folder, "train")
     whole = [i for i, cut in enumerate(rows["answer_cut"]) if not cut][:3]
@@ -102,9 +99,6 @@ def test_answers_below_the_minimum_rating_are_left_out(sample_folder, capsys):
     assert least_rating("") is None and least_rating("-1") == -1.0
 
 
-# the run
-
-
 def test_the_perplexity_equals_a_plain_loop(finished, model_folder, sample_folder):
     result, rows = read(finished / "eval.json"), load_answers(sample_folder, "validation", 24)
     for side, folder in (("before", model_folder), ("after", finished)):
@@ -124,10 +118,10 @@ def test_the_perplexity_equals_a_plain_loop(finished, model_folder, sample_folde
 def test_train_dpo_takes_the_folder_as_start_and_reference(finished, options, tmp_path):
     small = {"MODEL": finished, "MAX_STEPS": 1, "REFERENCE_CACHE": "", "SAMPLE_PROMPTS": 0}
     run_script(train_dpo, **options | small)
-    found, result = read(tmp_path / "run/eval.json"), read(finished / "eval.json")
-    assert found["pairs"] == result["rows"]
+    measured, result = read(tmp_path / "run/eval.json"), read(finished / "eval.json")
+    assert measured["pairs"] == result["rows"]
     mean = -result["nll_after"] * result["tokens"] / result["rows"]
-    assert found["logps_chosen_before"] == pytest.approx(mean, rel=1e-4)
+    assert measured["logps_chosen_before"] == pytest.approx(mean, rel=1e-4)
     assert result["nll_after"] < result["nll_before"] - 1e-3, "far enough from the base model"
 
 
@@ -157,7 +151,7 @@ def test_a_resumed_run_ends_with_the_same_weights(finished, options, tmp_path, m
 def test_adapters_resume_and_a_batch_of_four_equals_four_accumulated_rows(
     model_folder, sample_folder, tokenizer, tmp_path
 ):
-    rows, found = load_answers(sample_folder, "train", 12), {}
+    rows, result = load_answers(sample_folder, "train", 12), {}
     for name, batch, accumulation in (("wide", 4, 1), ("long", 1, 4), ("again", 4, 1)):
         torch.manual_seed(0)
         model = add_lora(load_causal(model_folder), "CAUSAL_LM", 4, 8, 0.0, ("q_proj", "down_proj"))
@@ -169,11 +163,11 @@ def test_adapters_resume_and_a_batch_of_four_equals_four_accumulated_rows(
             shutil.rmtree(folder / "checkpoints/checkpoint-3")
             assert last_checkpoint(folder).endswith("checkpoint-2")
         train(trainer, run)
-        found[name] = trained_state(model)
-    assert any(value.abs().max() > 1e-3 for name, value in found["wide"].items() if "lora_B" in name)
-    for name, value in found["wide"].items():
-        torch.testing.assert_close(found["long"][name], value, atol=2e-5, rtol=1e-3)
-        torch.testing.assert_close(found["again"][name], value, atol=1e-6, rtol=1e-5)
+        result[name] = trained_state(model)
+    assert any(value.abs().max() > 1e-3 for name, value in result["wide"].items() if "lora_B" in name)
+    for name, value in result["wide"].items():
+        torch.testing.assert_close(result["long"][name], value, atol=2e-5, rtol=1e-3)
+        torch.testing.assert_close(result["again"][name], value, atol=1e-6, rtol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(options):
@@ -188,20 +182,17 @@ def test_adapters_learn_with_gradient_checkpointing(options, tmp_path):
     assert (tmp_path / "run/adapter/adapter_config.json").exists()
 
 
-# other sources
-
-
 def test_prompts_with_completions_are_checked_and_split(tokenizer, tmp_path):
     good = [{"prompt": f"What{i} about{i} this{i}?", "completion": f"That {i}.", "rating": i % 3} for i in range(10)]
     bad = [good[0], {"prompt": " ", "completion": "x"}, {"prompt": "p", "completion": " "}]
     bad += [{"prompt": "p", "completion": "\ud800"}, {"prompt": "p"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in good + bad))
-    parts, ledger = answers_of_source(str(path), tokenizer, 128, 42)
-    assert (len(parts["train"]), len(parts["validation"])) == (8, 2)
+    splits, ledger = answers_of_source(str(path), tokenizer, 128, 42)
+    assert (len(splits["train"]), len(splits["validation"])) == (8, 2)
     assert ledger.counts() == {"broken_text": 1, "duplicate": 1, "empty_answer": 2, "empty_prompt": 1}
     assert ledger.totals()["rows_used"] == 10
-    for row in [*parts["train"], *parts["validation"]]:
+    for row in [*splits["train"], *splits["validation"]]:
         number = int(row["messages"][-1]["content"].split()[1].rstrip("."))
         assert row["messages"][0] == {"role": "user", "content": good[number]["prompt"]}
         assert tokenizer.decode(row["chosen_ids"]) == f"That {number}.{END}" and row["rating"] == number % 3
@@ -226,10 +217,10 @@ def test_the_last_answer_of_a_conversation_is_learned(tokenizer, tmp_path):
     (tmp_path / "rows").mkdir()
     write_lines(tmp_path / "rows/train.jsonl", rows)
     write_lines(tmp_path / "rows/test.jsonl", [talk("e", "user", "assistant"), talk("h", "user", "assistant")])
-    parts, ledger = answers_of_source(str(tmp_path / "rows"), tokenizer, 128, 42)
-    said = {name: [row["messages"][-1]["content"] for row in part] for name, part in parts.items()}
-    assert said == {"train": ["a 4 assistanta", "b 1 assistantb"], "validation": ["e 1 assistante", "h 1 assistanth"]}
-    assert [len(row["messages"]) for row in parts["train"]] == [5, 2]
+    splits, ledger = answers_of_source(str(tmp_path / "rows"), tokenizer, 128, 42)
+    texts = {name: [row["messages"][-1]["content"] for row in part] for name, part in splits.items()}
+    assert texts == {"train": ["a 4 assistanta", "b 1 assistantb"], "validation": ["e 1 assistante", "h 1 assistanth"]}
+    assert [len(row["messages"]) for row in splits["train"]] == [5, 2]
     assert ledger.counts() == {"bad_turn": 1, "empty_answer": 1, "empty_prompt": 2, "like_validation": 1}
     assert ledger.totals()["rows_read"] == 9
 

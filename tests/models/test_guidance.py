@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from utils.data.processed import load_pairs
 from utils.models import shared_prompt
-from utils.models.generation import batch_of, float32_head, generate, logps_of, prompts_of, stop_ids
+from utils.models.generation import float32_head, generate, logps_of, prompts_of, stop_ids
 from utils.models.guidance import (
     Guidance,
     guided_rows,
@@ -81,12 +81,6 @@ def test_vectors_take_the_place_of_the_mark_and_nothing_else(sample_folder, toke
                 assert ours[i, side].item() == pytest.approx(expected, abs=2e-3) and tokens[i, side] == len(answer)
 
 
-def test_a_mark_that_is_the_end_of_turn_is_found(tokenizer):
-    guidance = Guidance(mark=2, vectors=torch.zeros(3, 4))
-    assert guidance.find([1, 9, 2, 2, 2, 2, 7]) == 2 and guidance.find([2, 2, 2, 5, 2, 2, 2, 7]) == 4
-    assert Guidance().find([1, 2, 3]) == -1
-
-
 def test_vectors_start_from_the_text(tokenizer, model):
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     weight = model.get_input_embeddings().weight
@@ -103,9 +97,9 @@ def test_every_form_of_a_file_is_read(tmp_path, form):
     else:
         path = tmp_path / "v.pt"
         torch.save(contents.get(form, {form: vectors}), path)
-    found = load_vectors(str(path), 8)
+    result = load_vectors(str(path), 8)
     expected = vectors[:1] if form == "flat" else vectors
-    torch.testing.assert_close(found, expected, atol=1e-2 if form == "half" else 0, rtol=0)
+    torch.testing.assert_close(result, expected, atol=1e-2 if form == "half" else 0, rtol=0)
 
 
 def test_files_that_hold_no_such_vectors_are_named_in_one_line(tmp_path):
@@ -119,9 +113,6 @@ def test_files_that_hold_no_such_vectors_are_named_in_one_line(tmp_path):
         with pytest.raises(SystemExit) as stop:
             load_vectors(str(tmp_path / name), 8)
         assert "PROMPT_EMBEDDING_PATH" in str(stop.value) and "\n" not in str(stop.value), name
-
-
-# log-probs
 
 
 def test_chunked_log_probs_equal_the_models_own(model, monkeypatch):
@@ -149,16 +140,13 @@ def test_an_architecture_that_scales_its_logits_is_refused(model, sample_folder)
     forward = model.forward
 
     def scaled(*arguments, **options):
-        found = forward(*arguments, **options)
-        found.logits = 3 * found.logits
-        return found
+        result = forward(*arguments, **options)
+        result.logits = 3 * result.logits
+        return result
 
     model.forward = scaled
     with pytest.raises(SystemExit, match="changes its logits after the head"):
         check_architecture(model, rows)
-
-
-# sampling
 
 
 def test_greedy_answers_equal_those_of_one_prompt_at_a_time(model, tokenizer):
@@ -205,8 +193,8 @@ def test_log_probs_of_samples_equal_a_plain_loop(model, tokenizer):
     answers = generate(model, tokenizer, prompts, 8, 0.9, seed=0)
     answers[0].ids = [5, 2, 2]  # the end of turn, which is also the padding, counts as often as it was sampled
     for temperature in (1.0, 0.9):
-        found = logps_of(model, answers, temperature)
-        for answer, logp in zip(answers, found.tolist(), strict=True):
+        result = logps_of(model, answers, temperature)
+        for answer, logp in zip(answers, result.tolist(), strict=True):
             with torch.no_grad():
                 logits = model(torch.tensor([answer.prompt.ids + answer.ids])).logits[0] / temperature
             start = len(answer.prompt.ids) - 1
@@ -232,8 +220,8 @@ def test_samples_under_vectors_follow_them(model, tokenizer):
     turns = [[{"role": "user", "content": text}] for text in ("Hi", "Why is the sky blue at noon?")]
     prompts = guidance.prompts(tokenizer, turns, 64)
     answers = generate(model, tokenizer, prompts, 6, 0.0, seed=0, vectors=vectors)
-    found = logps_of(model, answers, vectors=vectors)
-    for prompt, answer, logp in zip(prompts, answers, found.tolist(), strict=True):
+    result = logps_of(model, answers, vectors=vectors)
+    for prompt, answer, logp in zip(prompts, answers, result.tolist(), strict=True):
         ids, total = prompt.ids + answer.ids, 0.0
         embedded = model.get_input_embeddings()(torch.tensor([ids])).detach()
         at = prompt.vectors_at
@@ -257,11 +245,3 @@ def test_the_reference_sees_the_vectors_of_the_start(model):
     after = module(**batch)
     torch.testing.assert_close(after["reference"], before["reference"])
     assert not np.allclose(after["logps"].detach(), before["logps"].detach(), atol=1e-4)
-
-
-def test_batches_of_samples_have_no_second_answer(model, tokenizer):
-    (prompt,) = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64)
-    (answer,) = generate(model, tokenizer, [prompt], 4, 0.0, seed=0)
-    batch = batch_of([answer], multiple=8)
-    sums, tokens = answer_logps(model, batch)
-    assert tokens.tolist() == [[len(answer.ids), 0]] and sums[0, 1] == 0 and sums[0, 0] < 0

@@ -13,12 +13,12 @@ from utils.training import trainer as training
 
 
 @pytest.mark.parametrize(
-    "device, capability, found",
+    "device, capability, result",
     [("cuda", (9, 0), "bf16"), ("cuda", (8, 0), "bf16"), ("cuda", (7, 5), "fp16"), ("mps", None, "fp32")],
 )
-def test_precision_is_what_the_device_does_natively(monkeypatch, device, capability, found):
+def test_precision_is_what_the_device_does_natively(monkeypatch, device, capability, result):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert choose_precision("", torch.device(device))[0] == found
+    assert choose_precision("", torch.device(device))[0] == result
     assert choose_precision("fp32", torch.device(device))[0] == "fp32"
 
 
@@ -28,9 +28,9 @@ def test_head_and_rewards_are_float32_under_autocast(model_folder):
     torch.nn.init.normal_(model.score.weight)
     hidden = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        found = apply_head(model, hidden)
-    assert found.dtype == torch.float32 and len(found.unique()) > 490
-    torch.testing.assert_close(found, model.score(hidden))
+        result = apply_head(model, hidden)
+    assert result.dtype == torch.float32 and len(result.unique()) > 490
+    torch.testing.assert_close(result, model.score(hidden))
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -52,13 +52,13 @@ def test_the_scorer_equals_plain_transformers(folders, sample_folder, head):
     weights = torch.tensor(ours.head.weights)
     texts = [render(ours.tokenizer, messages, ask=False) for messages in conversations]
     pipe = pipeline("text-classification", model=str(folders[head]), device="cpu", top_k=None)
-    for text, score, found in zip(texts, scores, pipe(texts, batch_size=3), strict=True):
+    for text, score, result in zip(texts, scores, pipe(texts, batch_size=3), strict=True):
         batch = ours.tokenizer([text, text + " and more"], return_tensors="pt", padding=True, add_special_tokens=False)
         logits = model(**batch).logits[0]
         values = torch.softmax(logits, -1) if head == "distribution" else logits
         means = torch.tensor(ours.head.means or 0.0)  # a regression on attributes is about their means
         assert ((values + means) @ weights).item() == pytest.approx(score.item(), abs=1e-4)
-        piped = {entry["label"]: entry["score"] for entry in found}
+        piped = {entry["label"]: entry["score"] for entry in result}
         assert [piped[name] for name in HEADS[head].names] == pytest.approx(values.tolist(), abs=1e-4)
 
 
@@ -72,9 +72,6 @@ def test_the_folder_has_the_settings_of_the_head(folders):
     assert figures == pytest.approx((np.mean(rewards), np.std(rewards)))
     assert all(1 <= reward <= 10 for reward in rewards) and all(line["chosen_spread"] > 0 for line in lines)
     assert read(folders["attributes"] / "reward_config.json")["weights"] == pytest.approx([0.2] * 5)
-
-
-# where a head starts
 
 
 def test_a_new_head_starts_at_equal_rewards_or_at_the_means_of_the_attributes(model_folder, sample_folder, tokenizer):
@@ -101,15 +98,12 @@ def test_a_warm_start_from_attributes_keeps_their_ranking(folders, sample_folder
     scalar = start_model(str(folders["attributes"]), old.tokenizer, new_reward_head("scalar", "", [], MEANS)).eval()
     batch = PairCollator(0, 8)(list(rows))
     with torch.no_grad():
-        found = RewardPairs(scalar)(**batch)["outputs"][..., 0]
-        torch.testing.assert_close(found - found.mean(), expected - expected.mean(), atol=1e-4, rtol=0)
+        result = RewardPairs(scalar)(**batch)["outputs"][..., 0]
+        torch.testing.assert_close(result - result.mean(), expected - expected.mean(), atol=1e-4, rtol=0)
         again = start_model(str(folders["scalar"]), old.tokenizer, new_reward_head("scalar", "", [], MEANS))
         assert again.score.weight.any(), "a trained head of the same kind goes on"
         other = start_model(str(folders["scalar"]), old.tokenizer, new_reward_head("distribution", "", [], MEANS))
         assert not other.score.weight.any() and other.score.weight.shape[0] == 10
-
-
-# the scorer
 
 
 def test_scores_of_conversations_equal_those_of_tokenised_pairs(folders, sample_folder, tokenizer):

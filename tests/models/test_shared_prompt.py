@@ -12,7 +12,6 @@ from utils.models.shared_prompt import (
     CHOSEN,
     REJECTED,
     PairCollator,
-    batches_by_length,
     check_shared_rows,
     forward_pairs,
     pair_lengths,
@@ -81,11 +80,11 @@ def test_the_rejected_answer_does_not_see_the_chosen_one(model_folder):
 @pytest.mark.parametrize("tokens, rows", [(1, [1, 1, 1]), (24, [1, 1, 1]), (34, [2, 1]), (1000, [3])])
 def test_parts_of_a_batch_have_the_same_outputs_and_less_padding(model_folder, tokens, rows):
     batch = PairCollator(2, 64)(ROWS)
-    parts = split_batch(batch, tokens, multiple=1)
-    assert [len(part["row"]) for part in parts] == rows and parts[0]["input_ids"].shape[1] in (12, 15)
+    pieces = split_batch(batch, tokens, multiple=1)
+    assert [len(part["row"]) for part in pieces] == rows and pieces[0]["input_ids"].shape[1] in (12, 15)
     module = RewardPairs(load(model_folder))
     with torch.no_grad():
-        whole, split = module(**batch)["outputs"], torch.cat([module(**part)["outputs"] for part in parts])
+        whole, split = module(**batch)["outputs"], torch.cat([module(**part)["outputs"] for part in pieces])
     torch.testing.assert_close(whole, split, atol=1e-5, rtol=0)
 
 
@@ -125,17 +124,11 @@ def test_every_row_is_scored_once_and_in_order(model_folder, sample_folder, toke
 def test_a_model_in_which_answers_see_each_other_is_refused(model_folder, sample_folder):
     row, model = load_pairs(sample_folder, "train")[0], load(model_folder)
     check_shared_rows(model, row, PairCollator(2, 8))
-    leaks = model.model.layers[0].mlp.register_forward_hook(lambda layer, given, found: found + found.cumsum(dim=1))
+    leaks = model.model.layers[0].mlp.register_forward_hook(lambda layer, given, result: result + result.cumsum(dim=1))
     with pytest.raises(SystemExit, match="an answer sees the other one of its pair"):
         check_shared_rows(model, row, PairCollator(2, 8))
     leaks.remove()
     check_shared_rows(model, row, PairCollator(2, 8))
-
-
-def test_batches_by_length_have_every_row_once():
-    lengths = np.array([5, 90, 30, 31, 29, 6, 200])
-    assert batches_by_length(lengths, 100) == [[6], [1], [3, 2, 4], [5, 0]]
-    assert batches_by_length(lengths, 100, 2) == [[6], [1], [3, 2], [4, 5], [0]]
 
 
 def test_lengths_count_tokens_without_padding(sample_folder):

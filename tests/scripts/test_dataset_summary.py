@@ -59,9 +59,9 @@ def sample_summary(tmp_path_factory, sample_folder):
 
 
 def test_the_bins_have_the_limits_in_their_names():
-    found = dataset_summary.describe_lengths(np.array([63, 64, 127, 128, 255, 256, 9000, 1]))
-    assert found["bins"] == {"<64": 0.25, "64-127": 0.25, "128-255": 0.25, "256+": 0.25}
-    assert (found["mean"], found["median"], found["max"]) == (1236.75, 127.5, 9000)
+    result = dataset_summary.describe_lengths(np.array([63, 64, 127, 128, 255, 256, 9000, 1]))
+    assert result["bins"] == {"<64": 0.25, "64-127": 0.25, "128-255": 0.25, "256+": 0.25}
+    assert (result["mean"], result["median"], result["max"]) == (1236.75, 127.5, 9000)
 
 
 def test_gaps_of_exactly_half_and_one_are_in_the_upper_band():
@@ -91,13 +91,13 @@ def test_list_items_are_counted(text, items):
 
 def test_the_numbers_of_small_rows_are_exact(small, tmp_path, monkeypatch):
     monkeypatch.setitem(dataset_summary.SHOWN, "gaps", (0.4, 0.5, 1.0, 3.0))
-    found = summarise(small, tmp_path / "out")["all"]
-    assert found["pairs"] == 4 and found["multi_turn_share"] == 0
-    gap = found["rating_gap"]
+    result = summarise(small, tmp_path / "out")["all"]
+    assert result["pairs"] == 4 and result["multi_turn_share"] == 0
+    gap = result["rating_gap"]
     assert {name: band["pairs"] for name, band in gap["bands"].items()} == {"<0.5": 1, "0.5-1.0": 1, ">=1.0": 2}
     assert gap["pairs_kept_by_min_rating_gap"] == {"0.4": 4, "0.5": 3, "1.0": 2, "3.0": 1}
     assert (gap["mean"], gap["median"]) == (1.225, 0.75)
-    longer, items = found["shortcuts"]["longer"], found["shortcuts"]["more_list_items"]
+    longer, items = result["shortcuts"]["longer"], result["shortcuts"]["more_list_items"]
     assert (longer["accuracy"], longer["ties"]) == (0.625, 1)
     assert (items["accuracy"], items["ties"]) == (0.625, 3)
     by_gap = {name: part["accuracy"] for name, part in longer["by_gap"].items()}
@@ -123,22 +123,6 @@ def test_the_sample_is_summarised(sample_summary, sample_folder):
         assert tokens["p10"] <= tokens["median"] <= tokens["p90"] <= tokens["p99"] <= tokens["max"]
     for name in ("prompt_raw_cut", "prompt_in_window", "pair_in_window"):
         assert summary["all"]["tokens"][name]["max"] <= metadata["max_length"]
-
-
-def test_cut_texts_are_longer_before_the_window(sample_folder, tokenizer):
-    from tqdm import tqdm
-
-    rows = load_from_disk(f"{sample_folder}/train")
-    m = dataset_summary.measure(rows, tokenizer, tqdm(disable=True))
-    for side in ("prompt", "chosen", "rejected"):
-        before, after, cut = m[side], m[f"{side}_in_window"], m[f"{side}_cut"]
-        assert cut.any() and not cut.all(), side
-        assert (before[~cut] == after[~cut]).all(), side
-        assert (before[cut] > after[cut]).all(), side
-    first = rows[0]
-    assert m["prompt_raw"][0] == len(tokenizer(first["prompt"], add_special_tokens=False)["input_ids"])
-    assert m["prompt_in_window"][0] == first["attention_mask"].count(1)
-    assert m["chosen_longer"][0] == len(first["chosen"][-1]["content"])
 
 
 def test_the_intervals_do_not_depend_on_the_hash_seed(sample_folder, tmp_path):
@@ -172,9 +156,9 @@ def test_every_plot_is_a_picture_and_no_other_file_is_left(sample_summary):
 def test_no_bar_of_the_histogram_crosses_a_band(gaps, step, starts, centres):
     from utils.evaluation.plots import bars_of
 
-    found = bars_of(np.array(gaps, dtype=float))
-    assert (found[0], found[1].tolist()) == (step, starts)
-    assert found[2] == pytest.approx(centres)
+    result = bars_of(np.array(gaps, dtype=float))
+    assert (result[0], result[1].tolist()) == (step, starts)
+    assert result[2] == pytest.approx(centres)
 
 
 def test_a_second_summary_is_equal_and_fits_a_terminal(sample_summary, sample_folder, tokenizer_folder, capsys):
@@ -199,13 +183,13 @@ def test_a_planted_leak_is_reported(small, tmp_path, capsys):
     shutil.rmtree(data / "validation")
     validation.save_to_disk(data / "validation")
     write_json(data / "metadata.json", read_json(data / "metadata.json") | {"validation_size": len(validation)})
-    found = summarise(data, tmp_path / "out")["repeats"]
-    assert found["leaks_into_training"] == 1
-    assert found["leaked_prompts"] == [{"rows": {"train": 1, "validation": 1}, "prompt": train[1]["prompt"]}]
-    assert found["prompts"] == {"within": {"train": 0, "validation": 1}, "across": {"train-validation": 0}}
-    assert found["near_duplicate_prompts"]["across"] == {"train-validation": 1}
-    assert found["answers"]["across"] == {"train-validation": 2}  # both answers of the leaked row
-    assert found["answers"]["in_several_pairs"] == 4  # and both of the row that validation holds twice
+    result = summarise(data, tmp_path / "out")["repeats"]
+    assert result["leaks_into_training"] == 1
+    assert result["leaked_prompts"] == [{"rows": {"train": 1, "validation": 1}, "prompt": train[1]["prompt"]}]
+    assert result["prompts"] == {"within": {"train": 0, "validation": 1}, "across": {"train-validation": 0}}
+    assert result["near_duplicate_prompts"]["across"] == {"train-validation": 1}
+    assert result["answers"]["across"] == {"train-validation": 2}  # both answers of the leaked row
+    assert result["answers"]["in_several_pairs"] == 4  # and both of the row that validation holds twice
     assert "LEAK train row 1 and validation row 1: " in capsys.readouterr().out
 
 
@@ -215,37 +199,21 @@ def test_a_source_can_have_a_test_split_and_no_ratings(small, tmp_path, tokenize
     write_rows(source / "test.jsonl", [("How tall is Everest?", "It is 8,849 metres tall.", "Tall.")])
     run_script(load_helpsteer_dataset, DATASET=source, TOKENIZER=tokenizer_folder, MAX_LENGTH=64, OUTPUT_DIR=data)
     summarise(small, output)
-    found = summarise(data, output)
-    assert found["test"]["pairs"] == 1 and found["all"]["pairs"] == 5
-    assert found["all"]["rating_gap"] is None and found["all"]["shortcuts"]["longer"]["by_gap"] == {}
-    assert found["examples"][0]["gap"] is None
+    result = summarise(data, output)
+    assert result["test"]["pairs"] == 1 and result["all"]["pairs"] == 5
+    assert result["all"]["rating_gap"] is None and result["all"]["shortcuts"]["longer"]["by_gap"] == {}
+    assert result["examples"][0]["gap"] is None
     assert "the source has no ratings" in capsys.readouterr().out
     assert {path.name for path in output.glob("*.png")} == {"token_lengths.png", "shortcuts.png"}  # no old ones
-
-
-def test_one_split_can_have_ratings_and_another_none(small, tmp_path, capsys):
-    data = tmp_path / "data"
-    shutil.copytree(small, data)
-    rows = load_from_disk(str(small / "train"))
-    bare = rows.select([0]).map(lambda _: dict.fromkeys(("chosen_rating", "rejected_rating")), features=rows.features)
-    bare.save_to_disk(data / "test")
-    write_json(data / "metadata.json", read_json(data / "metadata.json") | {"test_size": 1})
-    found, whole = summarise(data, tmp_path / "out"), summarise(small, tmp_path / "whole")
-    assert found["test"]["rating_gap"] is None and found["all"]["pairs"] == 5
-    for split in ("train", "all"):
-        assert found[split]["rating_gap"] == whole[split]["rating_gap"]
-    shown = capsys.readouterr().out
-    assert "no ratings in test\n" in shown and "the source has no ratings" not in shown
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == FIGURES
 
 
 def test_an_empty_validation_split_is_left_out(tmp_path, tokenizer_folder):
     source = write_rows(tmp_path / "rows.jsonl", ROWS)
     options = {"TOKENIZER": tokenizer_folder, "MAX_LENGTH": 64, "VALIDATION_SHARE": 0.0}
     run_script(load_helpsteer_dataset, DATASET=source, OUTPUT_DIR=tmp_path / "data", **options)
-    found = summarise(tmp_path / "data", tmp_path / "out", EXAMPLES=9)
-    assert found["train"]["pairs"] == 4 and "validation" not in found
-    assert found["repeats"]["prompts"]["across"] == {} and len(found["examples"]) == 4
+    result = summarise(tmp_path / "data", tmp_path / "out", EXAMPLES=9)
+    assert result["train"]["pairs"] == 4 and "validation" not in result
+    assert result["repeats"]["prompts"]["across"] == {} and len(result["examples"]) == 4
 
 
 def test_user_errors_stop_with_one_message(small, tmp_path, tokenizer, tokenizer_folder):

@@ -94,56 +94,25 @@ def test_a_tokenizer_without_a_template_is_reported_with_the_remedy(load, old_fo
     tokenizer.save_pretrained(tmp_path / "bare")
     with pytest.raises(SystemExit, match='CHAT_TEMPLATE = "plain"'):
         load(rows_of(3), TOKENIZER=tmp_path / "bare")
-    metadata, parts, _ = load(rows_of(3), TOKENIZER=tmp_path / "bare", CHAT_TEMPLATE="plain", OUTPUT_DIR="plain")
-    length = sum(parts["train"][0]["attention_mask"])
-    assert tokenizer.decode(parts["train"][0]["input_ids"][:length]).endswith("?\nAssistant:")
+    metadata, splits, _ = load(rows_of(3), TOKENIZER=tmp_path / "bare", CHAT_TEMPLATE="plain", OUTPUT_DIR="plain")
+    length = sum(splits["train"][0]["attention_mask"])
+    assert tokenizer.decode(splits["train"][0]["input_ids"][:length]).endswith("?\nAssistant:")
     assert metadata["chat_template"] == "plain"
 
 
 DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def fill_disk_in_pairing(monkeypatch):
-    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.finalize", raising(DISK_FULL))
+def fail_on_the_second_rename(old, new, rename=os.replace):
+    if Path(old).name == "whole":
+        raise PermissionError(errno.EACCES, "Permission denied", str(new))
+    rename(old, new)
 
 
-def fill_disk_in_tokenising(monkeypatch):
-    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_batch", raising(DISK_FULL))
-    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", raising(DISK_FULL))
-
-
-def fill_disk_in_saving(monkeypatch):
-    monkeypatch.setattr("datasets.Dataset.save_to_disk", raising(DISK_FULL))
-
-
-def fill_disk_in_metadata(monkeypatch):
-    monkeypatch.setattr("load_helpsteer_dataset.write_json", raising(DISK_FULL))
-
-
-def fail_in_renaming(monkeypatch):
-    rename = os.replace
-
-    def second_fails(*names):
-        if Path(names[0]).name == "whole":
-            raise PermissionError(errno.EACCES, "Permission denied", str(names[1]))
-        rename(*names)
-
-    monkeypatch.setattr("os.replace", second_fails)
-
-
-def interrupt_between_the_renamings(monkeypatch):
-    rename = os.replace
-
-    def first_is_the_last(*names):
-        rename(*names)
-        if Path(names[1]).name == "old":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", first_is_the_last)
-
-
-def interrupt(monkeypatch):
-    monkeypatch.setattr("load_helpsteer_dataset.describe", raising(KeyboardInterrupt()))
+def interrupt_after_the_first_rename(old, new, rename=os.replace):
+    rename(old, new)
+    if Path(new).name == "old":
+        raise KeyboardInterrupt
 
 
 def raising(error):
@@ -154,29 +123,20 @@ def raising(error):
 
 
 @pytest.mark.parametrize(
-    "accident, code",
+    "function, replacement, code",
     [
-        (fill_disk_in_pairing, "the disk is full, nothing was replaced"),
-        (fill_disk_in_tokenising, "the disk is full, nothing was replaced"),
-        (fill_disk_in_saving, "the disk is full, nothing was replaced"),
-        (fill_disk_in_metadata, "the disk is full, nothing was replaced"),
-        (fail_in_renaming, "cannot write "),
-        (interrupt, 130),
-        (interrupt_between_the_renamings, 130),
+        ("datasets.arrow_writer.ArrowWriter.finalize", raising(DISK_FULL), "the disk is full, nothing was replaced"),
+        ("datasets.arrow_writer.ArrowWriter.write_batch", raising(DISK_FULL), "the disk is full, nothing was replaced"),
+        ("datasets.Dataset.save_to_disk", raising(DISK_FULL), "the disk is full, nothing was replaced"),
+        ("load_helpsteer_dataset.write_json", raising(DISK_FULL), "the disk is full, nothing was replaced"),
+        ("load_helpsteer_dataset.describe", raising(KeyboardInterrupt()), 130),
+        ("os.replace", fail_on_the_second_rename, "cannot write "),
+        ("os.replace", interrupt_after_the_first_rename, 130),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_an_accident_leaves_the_old_rows_unchanged(load, old_folder, monkeypatch, accident, code):
+def test_an_accident_leaves_the_old_rows_unchanged(load, old_folder, monkeypatch, function, replacement, code):
     with monkeypatch.context() as patched:
-        accident(patched)
+        patched.setattr(function, replacement)
         with pytest.raises(SystemExit) as stop:
             load(rows_of(9))
     assert str(stop.value.code).startswith(str(code)) and "\n" not in str(stop.value.code)
-
-
-def test_an_unwritable_folder_is_reported(load, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    if os.access(tmp_path / "locked", os.W_OK):
-        pytest.skip("this user may write everywhere")
-    with pytest.raises(SystemExit, match="cannot write .*locked.*: Permission denied"):
-        load(rows_of(3), OUTPUT_DIR=tmp_path / "locked" / "out")

@@ -12,7 +12,6 @@ import load_helpsteer_dataset
 from tests.conftest import ROOT, SAMPLE
 from tests.data.test_tokens import STRICT
 from tests.source_rows import load_rows, rows_of, write_lines
-from utils.data.split import near_duplicate_groups
 from utils.data.tokens import chat_template_sha256, tokenizer_sha256
 
 REAL = ROOT.parent / "shared" / "data"  # rows of nvidia/HelpSteer2, which are not part of this project
@@ -34,17 +33,14 @@ def load(tmp_path, tokenizer_folder, monkeypatch):
     return partial(load_rows, tokenizer_folder)
 
 
-def check_books(metadata, parts, ledger):
+def check_books(metadata, splits, ledger):
     """Check that rows read = rows used + rows in the ledger, and that the metadata describes the folder."""
     counts = metadata["counts"]
     assert counts["rows_read"] == counts["rows_used"] + sum(len(entry["rows"]) for entry in ledger)
     assert sum(counts["dropped"].values()) == len(ledger)
-    assert counts["pairs"] == sum(map(len, parts.values()))
+    assert counts["pairs"] == sum(map(len, splits.values()))
     for name in ("train", "validation", "test"):
-        assert metadata[f"{name}_size"] == len(parts.get(name, ()))
-
-
-# what is written
+        assert metadata[f"{name}_size"] == len(splits.get(name, ()))
 
 
 def pair_of(*turns, answers=("good", "bad")):
@@ -58,21 +54,21 @@ def test_rows_that_never_fit_the_window_are_dropped_with_their_reason(load, toke
     long = {"role": "system", "content": "Be brief. " * (60 // len(tokenizer("Be brief. ")["input_ids"]) + 2)}
     rows = [pair_of(turn) for turn in ask[:5]]
     rows += [pair_of(long, ask[5]), pair_of(long, ask[6], answers=("good " * 200, "bad"))]
-    metadata, parts, ledger = load(rows)
-    check_books(metadata, parts, ledger)
+    metadata, splits, ledger = load(rows)
+    check_books(metadata, splits, ledger)
     assert [(entry["reason"], entry["rows"]) for entry in ledger] == [("long_system_turn", [6])]
     assert metadata["counts"]["pairs"] == 6
     strict = deepcopy(tokenizer)
     strict.chat_template = STRICT
     strict.save_pretrained(tmp_path / "strict")
-    metadata, parts, ledger = load([*rows, pair_of(ask[0], ask[7])], TOKENIZER=tmp_path / "strict")
-    check_books(metadata, parts, ledger)
+    metadata, splits, ledger = load([*rows, pair_of(ask[0], ask[7])], TOKENIZER=tmp_path / "strict")
+    check_books(metadata, splits, ledger)
     assert [(entry["reason"], entry["rows"]) for entry in ledger] == [("refused_by_template", [i]) for i in (5, 6, 7)]
 
 
 def test_the_metadata_describe_the_sample(load, tokenizer, tokenizer_folder, capsys):
-    metadata, parts, ledger = load(SAMPLE, MAX_ROWS=160)
-    check_books(metadata, parts, ledger)
+    metadata, splits, ledger = load(SAMPLE, MAX_ROWS=160)
+    check_books(metadata, splits, ledger)
     assert set(metadata) == METADATA
     assert {"dataset_name": str(SAMPLE), "revision": "", "split_used": {"train": "train"}}.items() <= metadata.items()
     assert metadata["rating"] == "average" and metadata["seed"] == 42 and metadata["split_ratio"] == 0.2
@@ -80,21 +76,21 @@ def test_the_metadata_describe_the_sample(load, tokenizer, tokenizer_folder, cap
     assert metadata["tokenizer_sha256"] == tokenizer_sha256(tokenizer)
     assert metadata["chat_template_sha256"] == chat_template_sha256(tokenizer)
     assert metadata["settings"]["MAX_ROWS"] == 160 and "datasets" in metadata["versions"]
-    assert metadata["columns"] == parts["train"].column_names == parts["validation"].column_names == COLUMNS
+    assert metadata["columns"] == splits["train"].column_names == splits["validation"].column_names == COLUMNS
     assert metadata["counts"]["rows_read"] == 160 and metadata["counts"]["prompts"] == 80
     for side in ("prompt", "chosen", "rejected"):
-        flags = [flag for part in parts.values() for flag in part[f"{side}_cut"]]
+        flags = [flag for part in splits.values() for flag in part[f"{side}_cut"]]
         assert metadata["cut_share"][side] == pytest.approx(sum(flags) / len(flags), abs=1e-4)
     shown = capsys.readouterr().out
     assert "read 160 rows of 80 prompts" in shown and shown.endswith("next: python dataset_summary.py --data_dir out\n")
-    assert sorted(path.name for path in Path("out").iterdir()) == sorted(["dropped.jsonl", "metadata.json", *parts])
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted(["dropped.jsonl", "metadata.json", *splits])
     assert [path.name for path in Path().glob(".*")] == [], "no temporary folder is left"
 
 
 def test_a_row_has_the_pair_and_its_ids(load, tokenizer):
-    metadata, parts, _ = load(rows_of(10), MAX_LENGTH=64)
+    metadata, splits, _ = load(rows_of(10), MAX_LENGTH=64)
     assert (metadata["train_size"], metadata["validation_size"]) == (8, 2)
-    for row in [*parts["train"], *parts["validation"]]:
+    for row in [*splits["train"], *splits["validation"]]:
         number = row["prompt"].split()[0].removeprefix("Question")
         assert row["chosen"] == [
             {"role": "user", "content": row["prompt"]},
@@ -111,11 +107,11 @@ def test_a_row_has_the_pair_and_its_ids(load, tokenizer):
 def test_the_mask_separates_padding_from_end_tokens(load, tokenizer):
     import torch
 
-    _, parts, _ = load(SAMPLE, MAX_ROWS=80)
-    ids, mask = torch.tensor(parts["train"]["input_ids"][:]), torch.tensor(parts["train"]["attention_mask"][:])
-    assert ids.shape == mask.shape == (len(parts["train"]), 128)
+    _, splits, _ = load(SAMPLE, MAX_ROWS=80)
+    ids, mask = torch.tensor(splits["train"]["input_ids"][:]), torch.tensor(splits["train"]["attention_mask"][:])
+    assert ids.shape == mask.shape == (len(splits["train"]), 128)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    for row, row_ids, row_mask in zip(parts["train"], ids, mask, strict=True):
+    for row, row_ids, row_mask in zip(splits["train"], ids, mask, strict=True):
         length = int(row_mask.sum())
         assert row_mask.tolist() == [1] * length + [0] * (128 - length)
         assert set(row_ids[length:].tolist()) <= {tokenizer.pad_token_id}
@@ -130,15 +126,15 @@ def test_answers_that_are_equal_after_the_cut_stay_and_are_counted(load, capsys)
     rows = list(rows_of(4))
     for row in rows[:2]:
         row["response"] = "word " * 200 + row["response"]
-    metadata, parts, _ = load(rows, MAX_LENGTH=64)
-    equal = [row["prompt"] for part in parts.values() for row in part if row["equal_after_cut"]]
+    metadata, splits, _ = load(rows, MAX_LENGTH=64)
+    equal = [row["prompt"] for part in splits.values() for row in part if row["equal_after_cut"]]
     assert equal == [rows[0]["prompt"]] and metadata["equal_after_cut"] == 1 and metadata["counts"]["pairs"] == 4
     assert "1 pairs are equal" in capsys.readouterr().out
 
 
 def test_the_broken_rows_are_loaded_with_complete_books(load):
-    metadata, parts, ledger = load(ROOT / "sample_data" / "broken_rows.jsonl")
-    check_books(metadata, parts, ledger)
+    metadata, splits, ledger = load(ROOT / "sample_data" / "broken_rows.jsonl")
+    check_books(metadata, splits, ledger)
     counts = metadata["counts"]
     assert counts["dropped"] == Counter(entry["reason"] for entry in ledger) and len(counts["dropped"]) == 9
     assert counts["pairs"] == 8 and counts["rows_read"] == 38
@@ -149,28 +145,28 @@ def test_the_test_split_is_separate_and_nothing_like_it_is_in_training(load, tmp
     held_out = [*rows_of(3, start=18), *rows_of(2, start=50, gap=0)]
     held_out += [{**row, "prompt": row["prompt"].upper() + " !"} for row in rows_of(1, start=5)]
     write_lines(tmp_path / "rows" / "validation.jsonl", held_out)
-    metadata, parts, ledger = load("rows")
-    check_books(metadata, parts, ledger)
+    metadata, splits, ledger = load("rows")
+    check_books(metadata, splits, ledger)
     assert metadata["split_used"] == {"train": "train", "test": "validation"}
     assert [metadata[f"{name}_size"] for name in ("train", "validation", "test")] == [16, 4, 4]
     assert [(entry["split"], entry["reason"]) for entry in ledger] == [("test", "tie")] * 2
     assert [entry["rows"] for entry in ledger] == [[6, 7], [8, 9]]
-    prompts = {name: [prompt.upper().rstrip(" !?") for prompt in part["prompt"]] for name, part in parts.items()}
+    prompts = {name: [prompt.upper().rstrip(" !?") for prompt in part["prompt"]] for name, part in splits.items()}
     assert not set(prompts["train"]) & set(prompts["test"])
     assert {f"QUESTION{i} ASKS{i} ABOUT{i}" for i in (18, 19, 5)} <= set(prompts["validation"])
-    assert parts["test"].features == parts["train"].features
+    assert splits["test"].features == splits["train"].features
 
 
 def test_settings_change_the_rows(load):
     rows = [*rows_of(10), *rows_of(10, start=10, gap=2)]
-    metadata, parts, _ = load(rows, MIN_RATING_GAP=0.4, VALIDATION_SHARE=0.0, SYSTEM_PROMPT="Be a pirate.")
+    metadata, splits, _ = load(rows, MIN_RATING_GAP=0.4, VALIDATION_SHARE=0.0, SYSTEM_PROMPT="Be a pirate.")
     assert metadata["counts"]["dropped"] == {"small_gap": 10}
-    assert (len(parts["train"]), len(parts["validation"])) == (10, 0)
-    assert parts["validation"].column_names == COLUMNS, "an empty split has the columns too"
-    assert all(row["chosen"][0] == {"role": "system", "content": "Be a pirate."} for row in parts["train"])
-    metadata, parts, _ = load(rows, RATING="goodness", MAX_ROWS=6)
+    assert (len(splits["train"]), len(splits["validation"])) == (10, 0)
+    assert splits["validation"].column_names == COLUMNS, "an empty split has the columns too"
+    assert all(row["chosen"][0] == {"role": "system", "content": "Be a pirate."} for row in splits["train"])
+    metadata, splits, _ = load(rows, RATING="goodness", MAX_ROWS=6)
     assert metadata["counts"]["rows_read"] == 6 and metadata["rating"] == "goodness"
-    assert parts["train"]["chosen_rating"][0] == pytest.approx(0.65 * 3 + 0.8 * 2 + 0.45 * 2)
+    assert splits["train"]["chosen_rating"][0] == pytest.approx(0.65 * 3 + 0.8 * 2 + 0.45 * 2)
     assert load(rows, MAX_ROWS=10**20)[0]["counts"]["rows_read"] == 40, "more than 64 bits"
     assert [len(load(list(rows_of(1)))[1][name]) for name in ("train", "validation")] == [1, 0]
 
@@ -188,9 +184,9 @@ def test_the_fingerprint_depends_on_the_rows_alone(load):
 
 def test_a_source_without_ratings_has_nulls_and_its_folder_can_be_loaded(load):
     rows = [{"prompt": f"Question{i} asks{i}", "chosen": "yes", "rejected": "no"} for i in range(5)]
-    metadata, parts, _ = load(rows)
-    assert metadata["rating"] == "" and parts["train"]["chosen_rating"][:] == [None] * 4
-    assert parts["train"]["chosen_attributes"][:] == [None] * 4
+    metadata, splits, _ = load(rows)
+    assert metadata["rating"] == "" and splits["train"]["chosen_rating"][:] == [None] * 4
+    assert splits["train"]["chosen_attributes"][:] == [None] * 4
     again, _, _ = load("out", OUTPUT_DIR="again", MAX_LENGTH=64)
     assert (again["train_size"] + again["validation_size"], again["test_size"]) == (4, 1), "validation is held out"
 
@@ -208,21 +204,3 @@ def test_the_public_functions_take_a_plain_dataset(tokenizer_folder):
     assert (len(train), len(validation)) == (8, 2)
     assert train.column_names == [name for name in COLUMNS if "rating" not in name and "attributes" not in name]
     assert tokenizer.decode(train[0]["chosen_ids"]) == "yes<|im_end|>\n" and len(train[0]["input_ids"]) == 64
-
-
-@pytest.mark.skipif(not REAL.exists(), reason="needs rows of nvidia/HelpSteer2")
-def test_the_real_rows_make_the_published_pairs(load):
-    metadata, parts, ledger = load(REAL / "helpsteer2_rows.parquet", MAX_LENGTH=256)
-    check_books(metadata, parts, ledger)
-    assert metadata["counts"]["dropped"] == {"tie": 57} and metadata["counts"]["pairs"] == 443
-    assert metadata["counts"]["rows_read"] == 1000
-    assert (metadata["train_size"], metadata["validation_size"]) == (354, 89)
-    groups = near_duplicate_groups([*parts["train"]["prompt"], *parts["validation"]["prompt"]])
-    assert not set(groups[:354].tolist()) & set(groups[354:].tolist())
-    assert not any("<extra_id_1>" in turn["content"] for row in parts["train"] for turn in row["chosen"])
-    binarised, rows, ledger = load(REAL / "helpsteer2_binarized.jsonl", MAX_LENGTH=256, OUTPUT_DIR="binarised")
-    assert binarised["counts"]["pairs"] == 200 and ledger == []
-    ours = {row["prompt"] + row["chosen"][-1]["content"]: row for part in parts.values() for row in part}
-    for row in (row for part in rows.values() for row in part):
-        same = ours[row["prompt"] + row["chosen"][-1]["content"]]
-        assert same | dict.fromkeys(("chosen_attributes", "rejected_attributes")) == row, "the published pair"

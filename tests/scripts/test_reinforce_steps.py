@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, se
 import train_reinforce
 from tests.toys import sample_of, toy_run
 from train_reinforce import advantages, rewards, rollout, update
-from utils.models.generation import Answer, batch_of, generate, logps_and_entropies_of, logps_of, parts_of
+from utils.models.generation import Answer, batch_of, generate, logps_and_entropies_of, logps_of
 from utils.models.loading import add_lora, use_gradient_checkpointing, without_dropout
 from utils.models.policies import reference_of
 from utils.models.shared_prompt import TOKENS_AT_ONCE, Prompt, answer_logps, answer_logps_and_entropies
@@ -20,9 +20,6 @@ from utils.training.reinforce import Actor, Baseline, Policy, Sample, start_engi
 def engine_of(model, folder, rate=1e-2, steps=100):
     run = toy_run(folder, learning_rate=rate, max_steps=steps, schedule="constant")
     return start_engine(Policy(model, 1.0), run)
-
-
-# the gradient
 
 
 def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path, monkeypatch):
@@ -69,19 +66,19 @@ def test_the_gradient_equals_a_numerical_one_on_a_bandit_with_two_arms(tmp_path,
 def test_micro_batches_do_not_change_the_step(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(reinforce, "MAX_GRAD_NORM", 1e9)
     answers = [[9, 8, 2], [7], [20, 21, 22, 23], [30, 2]]
-    found = []
+    result = []
     for size in (1, 20, 1000):  # positions: each answer alone, two parts, one part
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         engine = engine_of(model, tmp_path / f"{size}")
         engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", size)
         loss, norm = update(engine, [sample_of(ids) for ids in answers], [1.0, -2.0, 0.5, 3.0])
-        found.append((loss, norm, model.model.layers[0].mlp.up_proj.weight.detach().clone()))
+        result.append((loss, norm, model.model.layers[0].mlp.up_proj.weight.detach().clone()))
     sums = logps_of(AutoModelForCausalLM.from_pretrained(model_folder), [sample_of(ids).answer for ids in answers])
-    assert found[0][0] == pytest.approx(-(sums @ torch.tensor([1.0, -2.0, 0.5, 3.0])).item() / 4, rel=1e-4)
-    for loss, norm, weight in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-4) and norm == pytest.approx(found[0][1], rel=1e-3)
-        torch.testing.assert_close(weight, found[0][2], atol=1e-5, rtol=1e-3)
+    assert result[0][0] == pytest.approx(-(sums @ torch.tensor([1.0, -2.0, 0.5, 3.0])).item() / 4, rel=1e-4)
+    for loss, norm, weight in result[1:]:
+        assert loss == pytest.approx(result[0][0], rel=1e-4) and norm == pytest.approx(result[0][1], rel=1e-3)
+        torch.testing.assert_close(weight, result[0][2], atol=1e-5, rtol=1e-3)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(model_folder, tmp_path):
@@ -99,12 +96,12 @@ def test_entropies_and_log_probs_equal_a_plain_loop(model_folder, tokenizer):
     answers[0].ids = [5, 2, 2]
     logps, entropies = logps_and_entropies_of(model, answers, 0.8, "fp32")
     torch.testing.assert_close(logps, logps_of(model, answers, 0.8))
-    for answer, found in zip(answers, entropies.tolist(), strict=True):
+    for answer, result in zip(answers, entropies.tolist(), strict=True):
         with torch.no_grad():
             p = (model(torch.tensor([answer.prompt.ids + answer.ids])).logits[0] / 0.8).softmax(-1)
         start = len(answer.prompt.ids) - 1
         expected = -sum((row * row.log()).sum().item() for row in p[start : start + len(answer.ids)])
-        assert found == pytest.approx(expected, rel=1e-4)
+        assert result == pytest.approx(expected, rel=1e-4)
     sums, _ = answer_logps_and_entropies(model, batch_of(answers), 0.8)
     assert not sums.requires_grad
 
@@ -123,7 +120,7 @@ def test_a_models_own_repetition_penalty_and_cuts_are_not_used(model_folder, tok
 @pytest.mark.parametrize("lora", [False, True])
 def test_gradient_checkpointing_computes_again_and_changes_no_gradient(model_folder, lora):
     answers = [Answer(Prompt([1, 4, 5]), [6, 7, 8, 9], "", True), Answer(Prompt([1, 5]), [7, 2], "", True)]
-    found = {}
+    result = {}
     for again in (False, True):
         set_seed(0)
         model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -133,13 +130,10 @@ def test_gradient_checkpointing_computes_again_and_changes_no_gradient(model_fol
         if again:
             use_gradient_checkpointing(model)
         answer_logps(model.train(), batch_of(answers))[0].sum().backward()
-        found[again] = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        result[again] = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
         assert len(calls) == 1 + again, "the second time in the backward pass"
-    assert found[False] and found[True].keys() == found[False].keys()
-    torch.testing.assert_close(found[True], found[False])
-
-
-# learning
+    assert result[False] and result[True].keys() == result[False].keys()
+    torch.testing.assert_close(result[True], result[False])
 
 
 @pytest.fixture
@@ -229,10 +223,3 @@ def test_a_grad_scaler_may_skip_a_step(model_folder, tmp_path):
     engine = engine_of(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "run")
     engine.accelerator = SimpleNamespace(scaler=object(), clip_grad_norm_=lambda *_: float("inf"))
     assert engine.step() == 0.0
-
-
-def test_parts_hold_so_many_positions_and_every_answer_once():
-    lengths = ((3, 2), (10, 10), (1, 1), (4, 3), (30, 9))  # of prompt and answer
-    answers = [Answer(Prompt([1] * prompt), [5] * answer, "", True) for prompt, answer in lengths]
-    assert parts_of(answers, 14) == [[4], [1], [3, 0], [2]]
-    assert parts_of(answers, 1000) == [[4, 1, 3, 0, 2]] and parts_of([], 10) == []

@@ -44,8 +44,8 @@ def test_model_names_are_shortened(name, short):
 
 
 def test_run_names_show_dataset_mode_model_and_loss(tmp_path):
-    found = run_names("nvidia/HelpSteer2", "Text", "Qwen2.5-1.5B", "new_pref_po", 0.05, 0.1)
-    assert found == ("HelpSteer_new_pref_po_Text", "HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.05-alpha0.1")
+    result = run_names("nvidia/HelpSteer2", "Text", "Qwen2.5-1.5B", "new_pref_po", 0.05, 0.1)
+    assert result == ("HelpSteer_new_pref_po_Text", "HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.05-alpha0.1")
     names = ("esfrankel17/HelpSteer2_binarized", "HuggingFaceH4/ultrafeedback_binarized", "OpenAssistant/oasst1", "x")
     assert [short_dataset(name) for name in names] == ["HelpSteer", "UFB", "OASST", "Custom"]
     rows = tmp_path / "helpsteer-things" / "mine.jsonl"
@@ -161,24 +161,24 @@ def test_a_preference_must_fit_beside_the_system_turn(tokenizer, capsys):
     from utils.data.tokens import prompt_ids
     from utils.models import guidance
 
-    said = guidance.text_guidance("Please be brief and kind.")
+    preference = guidance.text_guidance("Please be brief and kind.")
     system = {"role": "system", "content": "You are a teacher. " * 8}
     whole = {"chosen_ids": [5] * 9, "rejected_ids": [5], "chosen_cut": False, "rejected_cut": False}
     hi = {"role": "user", "content": "Hi"}
-    needed = len(prompt_ids(tokenizer, said.add([system, hi])))
+    needed = len(prompt_ids(tokenizer, preference.add([system, hi])))
     personas = [system, system, system, {"role": "user", "content": "So"}]
     rows = [{"chosen": [persona, hi], **whole} for persona in personas]
     rows[1] |= {"chosen_ids": [5] * 10}  # one token too many beside this persona
     rows[2] |= {"rejected_cut": True}
     window = needed + 9
-    kept = guidance.with_room(tokenizer, said, window, Dataset.from_list(rows))
+    kept = guidance.with_room(tokenizer, preference, window, Dataset.from_list(rows))
     assert [row["chosen"][0]["role"] for row in kept] == ["system", "user"]
     assert "2 of 4 pairs have no room for the preference beside their system turn" in capsys.readouterr().out
-    assert len(guidance.with_room(tokenizer, said, 2 * needed, Dataset.from_list(rows))) == 4
+    assert len(guidance.with_room(tokenizer, preference, 2 * needed, Dataset.from_list(rows))) == 4
     with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit: a short prompt with it takes"):
-        guidance.with_room(tokenizer, said, 40, Dataset.from_list(rows))
+        guidance.with_room(tokenizer, preference, 40, Dataset.from_list(rows))
     with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit beside the system turn of any row"):
-        guidance.with_room(tokenizer, said, window, Dataset.from_list(rows[1:3]))
+        guidance.with_room(tokenizer, preference, window, Dataset.from_list(rows[1:3]))
 
 
 def test_training_can_start_from_an_adapter_which_is_also_the_reference(options, tmp_path):
@@ -199,11 +199,11 @@ def test_a_reward_model_compares_before_and_after(options, tmp_path):
     reward = {"MAX_STEPS": 2, "MAX_ROWS": 20, "DEVICE": "cpu", "CONTROL_PAIRS": 0, "OUTPUT_DIR": tmp_path / "judge"}
     run_script(train_reward_model, **reward, DATA_DIR=options["DATA_DIR"], MODEL=options["MODEL"])
     run_script(train_dpo, **options | {"REWARD_MODEL": tmp_path / "judge"})
-    found = read(tmp_path / "run/eval.json")["comparison"]
+    result = read(tmp_path / "run/eval.json")["comparison"]
     samples = lines_of(tmp_path / "run/samples.jsonl")
-    assert found["prompts"] == 3 and found["verdict"] in ("grew", "fell", "not shown")
-    assert found["mean_reward_after"] == pytest.approx(np.mean([s["reward_after"] for s in samples]))
-    assert found["win_rate_low"] <= found["win_rate"] <= found["win_rate_high"]
+    assert result["prompts"] == 3 and result["verdict"] in ("grew", "fell", "not shown")
+    assert result["mean_reward_after"] == pytest.approx(np.mean([s["reward_after"] for s in samples]))
+    assert result["win_rate_low"] <= result["win_rate"] <= result["win_rate_high"]
 
 
 @pytest.mark.slow
@@ -250,12 +250,3 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
 )
 def test_user_errors_stop_with_one_message(options, tmp_path, constants, message):
     assert message in error_of(train_dpo, **options | constants) and not (tmp_path / "run").exists()
-
-
-def test_the_hash_of_weights_depends_on_every_value():
-    model = torch.nn.Linear(2, 2)
-    model.register_buffer("scale", torch.tensor(1.0))  # no dimensions
-    first = policies.weights_digest(model)
-    assert first == policies.weights_digest(model)
-    model.scale += 1
-    assert policies.weights_digest(model) != first

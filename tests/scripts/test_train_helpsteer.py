@@ -65,8 +65,8 @@ def test_the_shell_script_trains(sample_folder, model_folder, tmp_path):
 def test_accelerate_reads_the_configuration(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    found = load_config_from_file(str(path))
+    result = load_config_from_file(str(path))
     kinds = {"multi_gpu": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
-    assert found.distributed_type.value == kinds[path.stem] and found.num_processes == 2
+    assert result.distributed_type.value == kinds[path.stem] and result.num_processes == 2
     if "zero" in path.stem:
-        assert found.deepspeed_config["zero_stage"] == int(path.stem[-1])
+        assert result.deepspeed_config["zero_stage"] == int(path.stem[-1])

@@ -35,9 +35,9 @@ def test_the_run_folder_is_complete_and_loads_in_plain_transformers(options, jud
     result, metrics = read(folder / "eval.json"), lines_of(folder / "metrics.jsonl")
     fields = "prompts mean_reward_before mean_reward_after difference difference_low difference_high p_value win_rate"
     fields += " win_rate_low win_rate_high kl kl_error length_before length_after ended_after repetition_after verdict"
-    for found in (result, result["judge"]):
-        assert set(fields.split()) <= set(found) and found["prompts"] == 6
-        assert found["verdict"] in ("grew", "fell", "not shown")
+    for measured in (result, result["judge"]):
+        assert set(fields.split()) <= set(measured) and measured["prompts"] == 6
+        assert measured["verdict"] in ("grew", "fell", "not shown")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     names = "loss reward reward_std baseline advantage kl entropy grad_norm learning_rate tokens_per_second"
     assert all(set(names.split()) <= set(line) for line in metrics) and metrics[0]["kl"] == 0.0
@@ -57,8 +57,8 @@ def test_no_prompt_of_the_evaluation_is_trained_on(options, sample_folder, tmp_p
     monkeypatch.setattr(reinforce, "SAMPLE_EVERY_STEPS", 1)
     run_script(train_reinforce, **options | {"MAX_NEW_TOKENS": 2})
     train = {messages[-2]["content"] for messages in load_from_disk(f"{sample_folder}/train")["chosen"]}
-    asked = {line["prompt"] for line in lines_of(tmp_path / "run/samples.jsonl")}
-    assert len(asked) == 4 and asked <= train
+    sampled = {line["prompt"] for line in lines_of(tmp_path / "run/samples.jsonl")}
+    assert len(sampled) == 4 and sampled <= train
     held_out = {line["prompt"] for line in lines_of(tmp_path / "run/predictions.jsonl")}
     assert held_out <= set(load_from_disk(f"{sample_folder}/validation")["prompt"]) and not held_out & train
 

@@ -105,9 +105,6 @@ def test_new_pref_po_has_no_gradient_from_the_guided_side_but_the_kl():
     assert two_way_kl(same, same).abs().max() == 0 and (two_way_kl(same, torch.tensor(REFERENCE)) >= 0).all()
 
 
-# on a model
-
-
 def make(model_folder, name, guidance="none", lora=False, reference=True, beta=0.0, train_policy=True, fresh=True):
     """(module, loss of a pair) for toy rows."""
     set_seed(0)
@@ -228,7 +225,7 @@ def test_losses_without_a_reference_equal_a_plain_implementation_on_a_model(mode
     rows = list(toy_rows(5))
     module, loss = make(model_folder, name, fresh=False)
     losses, _ = loss(module(**PairCollator(2, 8)(rows)), {})
-    for row, found in zip(rows, losses.tolist(), strict=True):
+    for row, result in zip(rows, losses.tolist(), strict=True):
         prompt, means = row["input_ids"][: sum(row["attention_mask"])], []
         for answer in (row["chosen_ids"], row["rejected_ids"]):
             logits = module.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
@@ -239,7 +236,7 @@ def test_losses_without_a_reference_equal_a_plain_implementation_on_a_model(mode
         else:
             odds = [math.exp(m) / (1 - math.exp(m)) for m in means]
             expected = -means[0] - 0.1 * math.log(sigma(math.log(odds[0] / odds[1])))
-        assert found == pytest.approx(expected, abs=1e-4)
+        assert result == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "simpo"])

@@ -25,9 +25,6 @@ def test_risk_needs_a_spread():
         check_risk(RewardHead("scalar"), 0.5, "x")
 
 
-# baselines
-
-
 def test_a_moving_average_begins_at_the_first_step_and_moves_after_it_was_used():
     baseline = Baseline("moving_average", decay=0.9)
     first = baseline.advantages(torch.tensor([1.0, 3.0]))
@@ -42,19 +39,19 @@ def test_a_moving_average_begins_at_the_first_step_and_moves_after_it_was_used()
 def test_a_running_mean_is_that_of_all_rewards_before():
     baseline, past = Baseline("running_mean"), []
     for step, values in enumerate(([1.0, 3.0], [10.0], [4.0, 4.0, 7.0])):
-        found = baseline.advantages(torch.tensor(values))
+        result = baseline.advantages(torch.tensor(values))
         mean = sum(past) / len(past) if step else sum(values) / len(values)
-        assert found.tolist() == pytest.approx([value - mean for value in values])
+        assert result.tolist() == pytest.approx([value - mean for value in values])
         past += values
     assert baseline.value == pytest.approx(sum(past) / len(past))
 
 
 def test_leave_one_out_is_its_formula_and_none_takes_nothing_off():
     values = [1.0, 2.0, 6.0, 4.0, 4.0, 5.0]
-    found = Baseline("leave_one_out").advantages(torch.tensor(values), 3).tolist()
+    result = Baseline("leave_one_out").advantages(torch.tensor(values), 3).tolist()
     for i, value in enumerate(values):
         group = values[i // 3 * 3 : i // 3 * 3 + 3]
-        assert found[i] == pytest.approx(value - (sum(group) - value) / 2)
+        assert result[i] == pytest.approx(value - (sum(group) - value) / 2)
     assert Baseline("none").advantages(torch.tensor(values)).tolist() == values
 
 
@@ -83,15 +80,12 @@ def test_leave_one_out_equals_the_advantages_of_rloo_trainer(model_folder, tmp_p
 
 def test_normalised_advantages_have_unit_size_and_equal_ones_do_not_grow():
     values = torch.tensor([1.0, -1.0, 3.0])
-    found = normalised(values, "std")
-    assert found.square().mean().item() == pytest.approx(1.0, abs=1e-3)
+    result = normalised(values, "std")
+    assert result.square().mean().item() == pytest.approx(1.0, abs=1e-3)
     off_the_baseline = normalised(torch.tensor([0.5, 0.5, 0.5, 0.51]), "std")
     assert off_the_baseline.tolist() == pytest.approx([1.0, 1.0, 1.0, 1.02], abs=0.02)
     assert torch.equal(normalised(values, "none"), values)
     assert normalised(torch.zeros(4), "std").tolist() == [0.0] * 4
-
-
-# rewards
 
 
 class Judge:
@@ -116,8 +110,8 @@ def test_the_cut_penalty_is_taken_off_cut_answers_only():
     prompts = [[{"role": "user", "content": "Hi"}]] * 2
     cut = [*answered("abc"), *answered("a" * 9, ended=False)]
     assert Scoring(Judge())(prompts, cut).tolist() == [3.0, 9.0]
-    found = Scoring(Judge(), cut_penalty=0.25)(prompts, cut)
-    assert found.tolist() == pytest.approx([3.0, 9.0 - 0.25])
+    result = Scoring(Judge(), cut_penalty=0.25)(prompts, cut)
+    assert result.tolist() == pytest.approx([3.0, 9.0 - 0.25])
 
 
 def test_risk_takes_the_spread_off():
@@ -130,11 +124,8 @@ def test_risk_takes_the_spread_off():
             return torch.zeros(len(prompts), 1, 10)
 
     spread = sum((grade - 5.5) ** 2 / 10 for grade in range(1, 11)) ** 0.5
-    found = Scoring(Unsure("distribution"), risk=0.5)(prompts, texts)
-    assert found.tolist() == pytest.approx([5.5 - 0.5 * spread] * 2, abs=1e-4)
-
-
-# the order of prompts, figures, alarms
+    result = Scoring(Unsure("distribution"), risk=0.5)(prompts, texts)
+    assert result.tolist() == pytest.approx([5.5 - 0.5 * spread] * 2, abs=1e-4)
 
 
 def test_each_prompt_comes_once_an_epoch_in_an_order_of_its_own():
@@ -144,14 +135,19 @@ def test_each_prompt_comes_once_an_epoch_in_an_order_of_its_own():
     assert [prompt_of(number, 1, 7, 4) for number in range(7)] != epochs[0], "the seed decides"
 
 
-def test_figures_of_a_step():
+def test_the_metrics_of_a_step_are_means_over_answers():
     samples = [sample_of([5, 6], reward=1.0), sample_of([5] * 6, ended=False, reward=3.0)]
     samples[0].logp, samples[0].reference, samples[0].entropy, samples[1].entropy = -3.0, -5.0, 4.0, 12.0
-    found = step_metrics(samples, torch.tensor([-1.0, 1.0]), Baseline("none"), 0.5, 2.0, seconds=2.0)
-    assert found["reward"] == 2.0 and found["reward_std"] == 1.0 and found["kl"] == 1.0 and found["entropy"] == 2.0
-    assert found["kl_error"] == pytest.approx(1.0), "of 2 and 0"
-    assert found["completions/mean_length"] == 4.0 and found["completions/ended"] == found["completions/clipped_ratio"]
-    assert found["completions/repetition"] == pytest.approx((0 + 3 / 4) / 2) and found["tokens_per_second"] == 4.0
+    metrics = step_metrics(samples, torch.tensor([-1.0, 1.0]), Baseline("none"), 0.5, 2.0, seconds=2.0)
+    assert (
+        metrics["reward"] == 2.0 and metrics["reward_std"] == 1.0 and metrics["kl"] == 1.0 and metrics["entropy"] == 2.0
+    )
+    assert metrics["kl_error"] == pytest.approx(1.0), "of 2 and 0"
+    assert (
+        metrics["completions/mean_length"] == 4.0
+        and metrics["completions/ended"] == metrics["completions/clipped_ratio"]
+    )
+    assert metrics["completions/repetition"] == pytest.approx((0 + 3 / 4) / 2) and metrics["tokens_per_second"] == 4.0
 
 
 @pytest.mark.parametrize(
