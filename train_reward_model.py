@@ -55,7 +55,7 @@ LEARNING_RATE = 5e-5  # peak learning rate
 HEAD_LEARNING_RATE = 1e-3  # peak learning rate of a new head, 0 = LEARNING_RATE
 SCHEDULE = "cosine"  # cosine | linear | constant
 WARMUP_SHARE = 0.1  # share of the steps in which the rate rises from 0
-SEED = 42  # of new adapters and the order of rows
+SEED = 42  # seeds new adapters and the order of rows
 DEVICE = ""  # cuda | mps | cpu, "" = best available
 PRECISION = ""  # fp32 | bf16 | fp16, "" = by device
 # evaluation

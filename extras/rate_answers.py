@@ -64,7 +64,7 @@ def has_items(folder: Path, recipe: dict[str, Any]) -> bool:
     before = read_json(folder / "settings.json").get("recipe")
     if before is None:
         if folder.exists() and any(folder.iterdir()):
-            stop(f"OUTPUT_DIR = '{folder}' holds files but no items of this script: choose another name")
+            stop(f"OUTPUT_DIR = '{folder}' contains files that this script did not write: choose another folder")
         return False
     if {name: before.get(name) for name in recipe} == recipe:
         return (folder / ratings.ITEMS_FILE).exists()
@@ -215,7 +215,7 @@ def main(settings: dict) -> None:
     # 3. or make the items and their page
     recipe = recipe_of(settings)
     if has_items(folder, recipe):
-        say(f"{folder} holds the items of an earlier start with the same settings: they are kept")
+        say(f"{folder} contains the items of an earlier start with the same settings: they are kept")
     else:
         write_items(folder, recipe)
     write_text(folder / "rate.html", page_of(ratings.read_items(folder)))

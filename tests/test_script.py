@@ -27,9 +27,9 @@ def test_an_unknown_choice_is_reported_with_the_known_ones():
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/folder/x"), "cannot write /folder/x: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), "cannot write /x: Read-only file system"),
-        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory: take a smaller model"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: take a smaller model"),
-        (MemoryError(), "out of memory: take a smaller model"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory: use a smaller model"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: use a smaller model"),
+        (MemoryError(), "out of memory: use a smaller model"),
         (ModuleNotFoundError("No module named 'tqdm'", name="tqdm"), "No module named 'tqdm' in "),
         (ModuleNotFoundError("No module named 'utils.hedas'", name="utils.hedas"), ""),
         (ModuleNotFoundError("No module named 'extras'", name="extras"), ""),
@@ -44,11 +44,11 @@ def test_errors_of_the_machine_have_a_message(error, line):
 def test_the_message_on_memory_names_the_constants_of_the_script():
     reward = {"DATA_DIR": "rows", "GRADIENT_CHECKPOINTING": False, "USE_LORA": True, "BATCH_SIZE": 4, "ACCUMULATION": 1}
     assert user_line(MemoryError(), reward) == (
-        "out of memory: set GRADIENT_CHECKPOINTING to true, or lower BATCH_SIZE, or take a smaller model, "
+        "out of memory: set GRADIENT_CHECKPOINTING to true, or lower BATCH_SIZE, or use a smaller model, "
         "or load the data with a smaller MAX_LENGTH"
     )
     loader = {"MAX_LENGTH": 512, "BATCH_SIZE": 1}
-    assert user_line(MemoryError(), loader) == "out of memory: lower MAX_LENGTH, or take a smaller model"
+    assert user_line(MemoryError(), loader) == "out of memory: lower MAX_LENGTH, or use a smaller model"
 
 
 def test_a_script_ends_with_one_message_or_a_traceback(monkeypatch):

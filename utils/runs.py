@@ -27,7 +27,7 @@ class Run:
 
     A folder with a finished run, or an unfinished one with other settings, is moved aside to NAME-<time>. With
     `resume`, an unfinished run with the same settings and READ facts continues. Only the first process writes.
-    began: time.monotonic() at the start of the work, if that was earlier than now.
+    began: time.monotonic() when the work started; 0 means now.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Run:
         before = read_json(self.folder / "run.json")
         same = before and all(before.get(name, self.record.get(name)) == self.record.get(name) for name in READ)
         if same and not before["finished"] and resume and same_work(before["settings"], settings):
-            say(f"{self.folder} holds an unfinished run with the same settings: resuming from its last checkpoint")
+            say(f"{self.folder} contains an unfinished run with the same settings: resuming from its last checkpoint")
             self.record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
         elif before:
             aside = free_name(f"{self.folder.resolve()}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -95,16 +95,16 @@ class Run:
 
 
 def check_run_folder(folder: str | Path, settings: dict[str, Any]) -> None:
-    """Stop if OUTPUT_DIR is or contains an input of the run, or holds files that are not a run."""
+    """Stop if OUTPUT_DIR is or contains an input of the run, or contains files that do not belong to a run."""
     folder = Path(folder)
     for name in INPUTS:
         value = settings.get(name) or ()
         for item in (value,) if isinstance(value, str) else value:
             path = Path(item).resolve()
             if folder.exists() and path.exists() and any(map(folder.samefile, (path, *path.parents))):
-                stop(f"the run folder '{folder}' is or holds {name}, which this run reads: choose another name")
+                stop(f"the run folder '{folder}' is or contains {name}, which this run reads: choose another folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
-        stop(f"OUTPUT_DIR = '{folder}' holds files that are not a run: choose another name")
+        stop(f"OUTPUT_DIR = '{folder}' contains files that do not belong to a run: choose another folder")
 
 
 def free_name(name: str) -> Path:
@@ -141,7 +141,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Return the objects of a .jsonl file, without a last line that was cut off by a kill."""
+    """Return the objects of a .jsonl file, except a last line left incomplete by a killed process."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]  # splitlines() would also split at U+2028
     return [json.loads(line) for line in lines]
 

@@ -50,7 +50,7 @@ def say(message: str) -> None:
 
 
 def bar_off(shown: bool = True) -> bool | None:
-    """Return tqdm's `disable`: None shows a bar on terminals only. TQDM_DISABLE has no effect on an explicit value."""
+    """Return tqdm's `disable`: None shows a bar on terminals only. tqdm ignores TQDM_DISABLE if it is given."""
     return True if not (shown and first_process()) or os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
 
 
@@ -69,7 +69,7 @@ def needs(path: str | Path, made_by: str) -> Path:
 def explain_missing(constant: str, name: str, error: Exception) -> NoReturn:
     """Stop because a model or tokenizer cannot be loaded, and say why."""
     if Path(name).is_dir():
-        stop(f"{constant} = {name!r}: this folder holds no complete model ({str(error).splitlines()[0][:160]})")
+        stop(f"{constant} = {name!r}: this folder contains no complete model ({str(error).splitlines()[0][:160]})")
     stop(
         f"{constant} = {name!r} cannot be loaded: it is neither a folder, nor in the cache, nor available from the "
         "hub; `python -m extras.get_offline_model` makes models/SmolLM2-135M-Instruct without the hub"
@@ -93,7 +93,7 @@ def check(settings: dict[str, Any]) -> None:
 
 
 def script(main: Callable[[dict], None]) -> Callable[[dict], None]:
-    """Decorate main(): set ENVIRONMENT before torch is imported, and end with one message where the user can help.
+    """Decorate main(): set ENVIRONMENT before torch is imported, and turn errors that a user can fix into one message.
 
     That covers Ctrl-C (exit code 130), a full disk, too little memory and missing permissions. Other exceptions are
     bugs and keep their traceback.
@@ -143,7 +143,7 @@ def out_of_memory(settings: dict[str, Any]) -> str:
     """Return the message, with the constants of this script that save memory when changed."""
     off = " or ".join(name for name in SAVE_MEMORY if settings.get(name) is False)
     lower = " or ".join(name for name in TAKE_MEMORY if settings.get(name, 0) > 1)
-    cures = [f"set {off} to true"] * bool(off) + [f"lower {lower}"] * bool(lower) + ["take a smaller model"]
+    cures = [f"set {off} to true"] * bool(off) + [f"lower {lower}"] * bool(lower) + ["use a smaller model"]
     if "DATA_DIR" in settings and "MAX_LENGTH" not in settings:
         cures.append("load the data with a smaller MAX_LENGTH")
     return f"out of memory: {', or '.join(cures)}"

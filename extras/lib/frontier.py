@@ -35,7 +35,7 @@ def names_of(folders: tuple[str, ...]) -> dict[str, str]:
     short = tuple(Path(folder).name for folder in folders)
     names = short if len({*short, START}) == len(short) + 1 else folders
     if len(set(names)) < len(names) or START in names:
-        stop(f"POLICIES = {','.join(folders)}: name each policy once, and none {START!r}")
+        stop(f"POLICIES = {','.join(folders)}: list each policy once, and call none of them {START!r}")
     return dict(zip(names, folders, strict=True))
 
 
@@ -155,7 +155,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def p_over_seeds(one: list[float], other: list[float]) -> float | None:
-    """Return the two-sided p of Welch's test of two recipes' gains, a value a run; None if no spread is known."""
+    """Return the two-sided p of Welch's test of two recipes' gains, one value per run; None if no spread is known."""
     from scipy.stats import ttest_ind
 
     if min(len(one), len(other)) < 2 or len({*one}) == len({*other}) == 1:
@@ -224,7 +224,7 @@ def plot_frontier(metrics: dict[str, dict], judge: str, prompts: int) -> Figure:
         "Above: against the KL to the start (for best of n, a bound). Below: against the length of the answers.",
         height=8.0, rows=2, left=0.13, gap=0.32, one_x=False,
     )  # fmt: skip
-    for axes, key, label in zip(panels, ("kl", "length"), ("KL to the start (nats an answer)", "tokens"), strict=True):
+    for axes, key, label in zip(panels, ("kl", "length"), ("KL to the start (nats per answer)", "tokens"), strict=True):
         dots = {}
         for name, row in metrics.items():
             color = MUTED if name == START else ORANGE if "kl_bound" in row else BLUE

@@ -145,7 +145,7 @@ def read_ratings(path: Path, items: dict[str, dict], file: str) -> list[dict]:
         if kind != PAGE_KIND:
             stop(f"{path} is not a download of a rating page")
     if any(rating.get("file") != file for rating in ratings):
-        stop(f"{path} holds ratings of other items than OUTPUT_DIR: set OUTPUT_DIR to the folder of its page")
+        stop(f"{path} has ratings of other items than OUTPUT_DIR: set OUTPUT_DIR to the folder of its page")
     return check_ratings(path, ratings, items)
 
 

@@ -189,7 +189,7 @@ def test_pairs_of_a_prompt_stay_in_one_half():
     assert list(unique_prompts(rows)["row"]) == [0, 1, 3, 5] and list(unique_prompts(rows, 2)["row"]) == [0, 1]
     alone = pairs_of(*"abcdef")
     assert list(half(alone, "odd")["row"]) == [1, 3, 5], "with one pair for each prompt, every second pair"
-    with pytest.raises(SystemExit, match="HALF = 'odd' holds no pair"):
+    with pytest.raises(SystemExit, match="HALF = 'odd' has no pair"):
         half(pairs_of("a", "a"), "odd")
 
 

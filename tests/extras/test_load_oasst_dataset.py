@@ -203,7 +203,7 @@ def test_train_dpo_reads_the_pairs_with_their_system_prompt(load, model_folder, 
 def test_readers_of_pairs_refuse_sft_rows(load):
     load(tree("a", 0, 1), ROWS="sft")
     for read in (lambda: load_pairs("out", "train"), lambda: run_script(dataset_summary, DATA_DIR="out")):
-        with pytest.raises(SystemExit, match="^out holds sft rows, not pairs: use them in .*extras.train_sft"):
+        with pytest.raises(SystemExit, match="^out contains sft rows, not pairs: use them in .*extras.train_sft"):
             read()
 
 

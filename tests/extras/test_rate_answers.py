@@ -49,7 +49,7 @@ def test_old_items_and_their_ratings_are_moved_aside(folder, capsys):
     assert ratings.fingerprint(ratings.read_items(aside)) != ratings.fingerprint(ratings.read_items(folder))
     (folder.parent / "mine").mkdir()
     (folder.parent / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(SystemExit, match="holds files but no items of this script"):
+    with pytest.raises(SystemExit, match="contains files that this script did not write"):
         run_script(rate_answers, SAMPLES=folder.parent / "samples.jsonl", OUTPUT_DIR=folder.parent / "mine")
 
 

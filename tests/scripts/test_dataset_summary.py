@@ -228,7 +228,7 @@ def test_user_errors_stop_with_one_message(small, tmp_path, tokenizer, tokenizer
     shutil.copytree(tokenizer_folder, other)
     template = other / "chat_template.jinja"
     template.write_text(template.read_text().replace("im_start", "im_begin"))
-    assert "another chat template" in line(TOKENIZER=other)
+    assert "different chat template" in line(TOKENIZER=other)
     damaged = tmp_path / "damaged"
     shutil.copytree(small, damaged)
     (damaged / "metadata.json").write_text((damaged / "metadata.json").read_text()[:100])

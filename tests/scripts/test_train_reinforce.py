@@ -229,5 +229,5 @@ def test_a_reward_model_worse_than_a_coin_is_refused(options, judges, tmp_path):
     policy = tmp_path / "policy"
     shutil.copytree(options["MODEL"], policy)
     write_json(policy / "eval.json", {"difference": 0.1, "verdict": "grew"})
-    with pytest.raises(SystemExit, match="is no reward model with one output"):
+    with pytest.raises(SystemExit, match="is not a reward model with one output"):
         run_script(train_reinforce, **options | {"REWARD_MODEL": policy})

@@ -148,7 +148,7 @@ def test_a_tokenizer_other_than_that_of_the_data_is_refused(sample_folder, model
     other = AutoTokenizer.from_pretrained(tokenizer_folder)
     other.chat_template = other.chat_template.replace("<|im_start|>", "<|im_start|>:")
     other.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match=r"another chat template than that of MODEL = ") as end:
+    with pytest.raises(SystemExit, match=r"a different chat template from that of MODEL = ") as end:
         run_script(train_reward_model, DATA_DIR=sample_folder, MODEL=tmp_path)
     options = f"--dataset {SAMPLE} --tokenizer {tmp_path} --max_length 128 --output_dir {sample_folder} --max_rows 160"
     assert end.value.code.endswith(f"run `python load_helpsteer_dataset.py {options}` first"), "for the same rows"
@@ -181,5 +181,5 @@ def test_a_folder_without_validation_pairs_is_reported(model_folder, tokenizer_f
 
     options = {"DATASET": SAMPLE, "TOKENIZER": tokenizer_folder, "MAX_ROWS": 20, "MAX_LENGTH": 128}
     run_script(load_helpsteer_dataset, **options, VALIDATION_SHARE=0, OUTPUT_DIR=tmp_path / "data")
-    with pytest.raises(SystemExit, match="validation has no pair to use"):
+    with pytest.raises(SystemExit, match="validation has no usable pair"):
         run_script(train_reward_model, DATA_DIR=tmp_path / "data", MODEL=model_folder, DEVICE="cpu")

@@ -141,7 +141,7 @@ def check_folder(folder: Path, dataset: str, constant: str = "DATASET") -> None:
     names -= CLUTTER
     foreign = names if not is_processed(folder) else names - CONTENT
     if foreign:
-        stop(f"OUTPUT_DIR = '{folder}' holds {', '.join(sorted(foreign)[:5])}, not made here: choose another name")
+        stop(f"OUTPUT_DIR = '{folder}' contains {', '.join(sorted(foreign)[:5])}, not made here: choose another folder")
 
 
 def splits_of(folder: str | Path) -> dict[str, Path]:
@@ -150,7 +150,7 @@ def splits_of(folder: str | Path) -> dict[str, Path]:
 
 
 def is_processed(folder: Path) -> bool:
-    """Return True if the folder has metadata of ours. It gets its name when complete, so they are never missing."""
+    """Return True if a script here wrote the folder: a folder is renamed when complete, so its metadata is there."""
     try:
         metadata = read_json(folder / "metadata.json")
     except (OSError, ValueError):
@@ -215,9 +215,9 @@ def print_summary(metadata: dict[str, Any], folder: Path, next_step: str) -> Non
 
 
 def refuse_sft_rows(folder: str | Path, metadata: dict[str, Any]) -> None:
-    """Stop if the folder holds single answers, where pairs are needed."""
+    """Stop if the folder contains single answers instead of pairs."""
     if metadata.get("rows") == "sft":
-        stop(f"{folder} holds sft rows, not pairs: use them in `python -m extras.train_sft`, or load with ROWS = pairs")
+        stop(f"{folder} contains sft rows, not pairs: use them in `python -m extras.train_sft`, or set ROWS = pairs")
 
 
 def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
@@ -238,7 +238,7 @@ def load_pairs(data_dir: str, split: str, max_rows: int = 0) -> Dataset:
         say(f"{split}: {len(rows) - len(different)} of {len(rows)} pairs are equal in the window and are left out")
         rows = rows.select(different)
     if not len(rows):
-        stop(f"{data_dir}/{split} has no pair to use: run load_helpsteer_dataset.py with a larger share or more rows")
+        stop(f"{data_dir}/{split} has no usable pair: load it again with a larger VALIDATION_SHARE or more rows")
     return rows
 
 
@@ -255,7 +255,7 @@ def matching_tokenizer(data_dir: str, constant: str, name: str) -> tuple[PreTrai
     for kind, value in hashes.items():
         if metadata[f"{kind}_sha256"] != value:
             stop(
-                f"{data_dir} was made with another {kind.replace('_', ' ')} than that of {constant} = {name!r}: "
+                f"{data_dir} was made with a different {kind.replace('_', ' ')} from that of {constant} = {name!r}: "
                 f"run `{reload_command(metadata, data_dir, name)}` first"
             )
     return tokenizer, metadata
@@ -308,5 +308,5 @@ def half(rows: Dataset, name: str) -> Dataset:
     number = np.unique(same_prompt(rows), return_inverse=True)[1]
     pairs = rows.select(np.flatnonzero(number % 2 == HALVES[name]))
     if not len(pairs):
-        stop(f"HALF = {name!r} holds no pair: the {len(rows)} rows have {number.max() + 1} prompt(s)")
+        stop(f"HALF = {name!r} has no pair: the {len(rows)} rows have {number.max() + 1} prompt(s)")
     return pairs

@@ -70,7 +70,7 @@ def rarest_first(sets: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
 def join_similar(sets: list[np.ndarray], unshared: int, groups: DisjointSet) -> None:
     """Merge the groups of all sets with a similarity of SIMILAR. sets, unshared: see rarest_first.
 
-    Similar sets share one of their few rarest elements, so only sets that do are compared, once per two: PPJoin
+    Similar sets share one of their few rarest elements, so only those sets are compared, once per pair: PPJoin
     (Xiao et al. 2008, https://doi.org/10.1145/1367497.1367516). A template in thousands of prompts is not rare.
     """
     elements_of = cache(lambda i: frozenset(sets[i].tolist()))
@@ -115,8 +115,8 @@ def split_indices(
     """Return (train rows, validation rows) in random order, with ceil(share x rows) in validation.
 
     groups: the group number of each row; a group is never divided. never_train: groups with prompts of the test
-    split, which all go to validation. Train gets at least one other group, and validation too if there are several:
-    the smallest, if all are too large. The validation size is exact if the groups allow it, as single rows do.
+    split, which all go to validation. Train always gets at least one of the other groups. Validation gets one too
+    if there are several: the smallest if none fits. Its size is exact if every row is a group of its own.
     """
     rows_of = defaultdict(list)
     for row, group in enumerate(groups):
@@ -170,7 +170,7 @@ def count_within(keys: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def count_across(keys: dict[str, np.ndarray]) -> dict[str, int]:
-    """Return for each two splits the number of distinct entries in both."""
+    """Return the number of distinct entries that each pair of splits shares."""
     return {f"{one}-{two}": len(np.intersect1d(keys[one], keys[two])) for one, two in combinations(keys, 2)}
 
 

@@ -33,7 +33,7 @@ class Answers:
     """The answers of a policy to some prompts, in their order.
 
     kl [prompts]: log pi - log start of each answer. None if its mean is not the KL: for greedy answers, and for the
-    best of several answers, where only a bound is known (kl_bound, nats an answer).
+    best of several answers, where only a bound is known (kl_bound, nats per answer).
     """
 
     answers: list[Answer]
@@ -226,7 +226,7 @@ def format_summary(result: dict[str, Any]) -> str:
         )
     if result.get("kl") is not None:
         error = "" if result["kl_error"] is None else f" +- {result['kl_error']:.2f}"
-        lines.append(f"KL to the start {result['kl']:.2f}{error} nats an answer")
+        lines.append(f"KL to the start {result['kl']:.2f}{error} nats per answer")
     reward = result.get("comparison", result)
     for name, side in (("reward", reward), ("a judge's reward", result.get("judge", {}))):
         if "mean_reward_after" in side:

@@ -277,7 +277,7 @@ def plot_coverage(result: dict[str, Any]) -> Figure:
     """Plot accuracy on the surest share of the pairs, by margin and, for distributions, by spread."""
     tenth = result["coverage_by_margin"][0]["accuracy"]
     figure, (axes,) = new_figure(
-        f"On the tenth of the pairs that it is surest of, it is right on {percent(tenth)}",
+        f"It ranks {percent(tenth)} of its most confident tenth of the pairs correctly",
         f"Pair accuracy if the model abstains on all but its surest pairs; on all {result['pairs']:,} it is "
         f"{result['accuracy']:.2f}.\nAt the left end there are {max(1, round(result['pairs'] / 10))} pairs.",
         height=4.6,

@@ -104,7 +104,7 @@ def calibration(win: np.ndarray, groups: np.ndarray | None = None) -> dict[str, 
     The confidence in the preferred answer is max(win, 1 - win); a calibrated model is right with that probability.
     The curve has an entry for each of BINS equal bins of confidence from 0.5 to 1 that has pairs: mean confidence,
     accuracy (a win of 0.5 is half right) and pairs.
-    ece: mean distance of confidence and accuracy over the bins, weighted by pairs.
+    ece: mean distance between confidence and accuracy over the bins, weighted by pairs.
     brier: mean of (1 - win)^2; 0.25 for a coin.
     ece_of_chance: the 95 % quantile of the ece of a perfectly calibrated model with these confidences, which is not
     small for a hundred pairs. The pairs of a group [pairs] share their random number.
@@ -135,7 +135,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, Any
 
 
 def calibration_error(curve: list[dict[str, Any]], pairs: int) -> float:
-    """Return the mean distance of confidence and accuracy, weighted by pairs."""
+    """Return the mean distance between confidence and accuracy, weighted by pairs."""
     return sum(entry["pairs"] * abs(entry["confidence"] - entry["accuracy"]) for entry in curve) / pairs
 
 
@@ -206,7 +206,7 @@ def at_equal_length(differences: np.ndarray, longer: np.ndarray) -> dict[str, fl
 
 
 def mean_kl(kl: np.ndarray | None) -> dict[str, float | None]:
-    """Return kl, the mean [nats an answer], and kl_error, its standard error (None for one answer).
+    """Return kl, the mean [nats per answer], and kl_error, its standard error (None for one answer).
 
     Both are None for answers that were not sampled.
     """

@@ -279,7 +279,7 @@ class RewardModel:
         """Load a run folder of train_reward_model.py, or a classifier with one output (folder or hub name).
 
         precision: fp32 gives the same scores as transformers; see choose_precision for faster ones. Stop if there is
-        no such model, or if its chat template is not the one of its training.
+        no such model, or if its chat template differs from the one it was trained with.
         """
         config = read_json(Path(name) / CONFIG_FILE)
         if config:
@@ -347,10 +347,10 @@ def load_hub_model(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, R
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
-        stop(f"{constant} = {name!r} is not there: run `python train_reward_model.py` first, or name {expected}")
+        stop(f"{constant} = {name!r} is not there: run `python train_reward_model.py` first, or use {expected}")
     architectures = getattr(config, "architectures", None) or []
     if config.num_labels != 1 or not any("SequenceClassification" in one for one in architectures):
-        stop(f"{constant} = {name!r} is no reward model with one output: name {expected}")
+        stop(f"{constant} = {name!r} is not a reward model with one output: use {expected}")
     try:
         template = from_tokenizer_json(name).chat_template
     except (OSError, ValueError) as error:

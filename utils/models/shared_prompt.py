@@ -97,7 +97,7 @@ def collator_for(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Pa
 
 
 def row_multiple(device: torch.device) -> int:
-    """Return the multiple that rows are padded to: GPUs want few round shapes, a CPU pays for each token."""
+    """Return the multiple that rows are padded to: GPUs run best on few round lengths, a CPU on short rows."""
     return 1 if device.type == "cpu" else 64
 
 
@@ -312,8 +312,8 @@ def check_shared_rows(model: nn.Module, row: dict[str, Any], collator: PairColla
     difference = ((states[0] - states[1]).abs().max() / states[1].abs().max()).item()
     if not difference <= 1e-2:  # NaN too
         stop(
-            f"in this architecture an answer sees the other one of its pair (states differ by {difference:.2g}): it is "
-            "not supported, because both answers share a row here"
+            "this architecture is not supported: both answers of a pair share a row, and one of them can see the other "
+            f"(hidden states differ by {difference:.2g})"
         )
 
 

@@ -182,8 +182,8 @@ class Baseline:
 def normalised(advantages: torch.Tensor, norm: str) -> torch.Tensor:
     """Return the advantages [answers], divided by their root mean square for norm = std.
 
-    Their mean is not 0 under a baseline of earlier steps. Division by the standard deviation would push answers with
-    nearly equal rewards without limit.
+    With a baseline from earlier steps their mean is not 0. The standard deviation nears 0 if rewards are almost equal,
+    and dividing by it would blow the advantages up.
     """
     if norm == "none" or len(advantages) < 2:
         return advantages
@@ -271,8 +271,8 @@ class Engine:
     def step(self) -> float:
         """Clip the gradients, take an optimizer step and clear them. Return the norm before clipping.
 
-        A gradient that is not finite moves nothing. Under fp16 the GradScaler then lowers its scale and training
-        continues; the norm returned is 0.
+        If the gradient is not finite, the weights stay as they are. Under fp16 the GradScaler then lowers its scale,
+        training continues, and the norm returned is 0.
         """
         norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM))
         if self.accelerator.scaler is not None:
@@ -341,7 +341,7 @@ class Engine:
             return 0
         state = torch.load(Path(checkpoint) / "state.pt", weights_only=True, map_location="cpu")
         module = self.accelerator.unwrap_model(self.policy)
-        assert set(state["weights"]) == set(trained_state(module)), "checkpoint of another model"
+        assert set(state["weights"]) == set(trained_state(module)), "checkpoint from a different model"
         module.load_state_dict(state["weights"], strict=False)
         for name, value in self.stateful().items():
             if name in state:  # not every kind of GPU has a GradScaler

@@ -43,7 +43,7 @@ class LengthSampler(Sampler[int]):
     """Yield each row once per epoch, in random order, with rows of similar length in each optimizer step.
 
     The order depends only on seed, epoch and rows per step: a resumed run sees the same rows, and batches of 4x1 see
-    those of 1x4. The longest step comes first, so that a lack of memory shows at once.
+    those of 1x4. The longest step comes first, so that running out of memory shows at once.
     """
 
     def __init__(self, lengths: np.ndarray, rows_per_step: int, seed: int, steps_sorted_together: int = 32):
@@ -199,7 +199,7 @@ class PairTrainer(PortableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = torch.load(Path(resume_from_checkpoint) / "trained_weights.pt", weights_only=True, map_location="cpu")
-        assert set(state) == set(trained_state(self.model)), "checkpoint of another model"
+        assert set(state) == set(trained_state(self.model)), "checkpoint from a different model"
         self.model.load_state_dict(state, strict=False)
 
 
@@ -324,7 +324,7 @@ def cache_reference(trainer: PairTrainer, folder: str, weights: str) -> None:
 
 
 def training_arguments(run: Run, kind: type[TrainingArguments] = TrainingArguments, **named: Any) -> TrainingArguments:
-    """Return the arguments of a Trainer for the settings of a run; `named` are for `kind` alone, a class of TRL."""
+    """Return the arguments of a Trainer for the settings of a run. named: what only `kind`, a class of TRL, takes."""
     record, settings = run.record, run.record["settings"]
     if "project" in record:  # trackio reads the argument, wandb the variable
         os.environ.setdefault("WANDB_PROJECT", record["project"])
