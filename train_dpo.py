@@ -100,10 +100,10 @@ def load_preference(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Gui
 
     if GUIDANCE != "embedding":
         return guidance.text_guidance(PREFERENCE_TEXT) if GUIDANCE == "text" else guidance.Guidance()
-    vectors = guidance.start_vectors(model, tokenizer, PREFERENCE_TEXT)
     if PROMPT_EMBEDDING_PATH:
         vectors = guidance.load_vectors(PROMPT_EMBEDDING_PATH, model.config.hidden_size)
-    return guidance.vector_guidance(tokenizer, vectors)
+        return guidance.vector_guidance(tokenizer, vectors)
+    return guidance.vector_guidance(tokenizer, guidance.start_vectors(model, tokenizer, PREFERENCE_TEXT))
 
 
 def load_rows(tokenizer: PreTrainedTokenizerBase, preference: Guidance, window: int) -> dict:
@@ -186,7 +186,7 @@ def main(settings: dict) -> None:
     check_loss(loss)
     training.check_training(settings)
     device, precision = loading.choose_device_and_precision(DEVICE, PRECISION)
-    judges = reward_model.load_judges(REWARD_MODEL, "", DEVICE, precision)
+    judges = reward_model.load_judges(REWARD_MODEL, "", DEVICE, precision) if REWARD_MODEL else {}
     # 2. load
     tokenizer, metadata = matching_tokenizer(DATA_DIR, "MODEL", MODEL)
     set_seed(SEED)

@@ -34,7 +34,7 @@ VARIABLES = {"make": set(re.findall(r"^(\w+) \?=", MAKEFILE, re.M)), "sh": set(r
 MODULES = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "utils").rglob("*.py"))
 TABLES = set(re.findall(r"^([A-Z_]+)\b.*=", MODULES, re.M))  # CONTRIBUTING.md names these as well
 PLACEHOLDERS = {"ADDRESS", "BASE", "NAME"}
-REMOVED = {"FREEZE_LAYERS", "LENGTH_BALANCED", "LENGTH_PENALTY"}  # only docs/results.md may name them
+REMOVED = {"CENTRING", "FREEZE_LAYERS", "LENGTH_BALANCED", "LENGTH_PENALTY"}  # only docs/results.md may name them
 TOOLS = {"pip", "pytest", "ruff", "venv"}  # modules of other packages
 
 

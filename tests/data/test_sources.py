@@ -55,9 +55,9 @@ def test_messages_in_csv_cells_are_read_as_messages(tmp_path, as_text):
 
 
 def test_an_answer_that_only_begins_like_messages_stays_text(tmp_path):
-    answer = "[{'role': 'user'}] is how a list of messages begins."
-    write_rows(tmp_path / "rows.csv", [{"chosen": answer, "rejected": "x"}])
-    assert [row["chosen"] for row in read(open_source(str(tmp_path / "rows.csv"), "average"))] == [answer]
+    answers = ["[{'role': 'user'}] is how a list of messages begins.", '[{"content": ' + "[" * 99999]
+    write_rows(tmp_path / "rows.csv", [{"chosen": answer, "rejected": "x"} for answer in answers])
+    assert [row["chosen"] for row in read(open_source(str(tmp_path / "rows.csv"), "average"))] == answers
 
 
 def test_messages_printed_by_numpy_are_refused(tmp_path):

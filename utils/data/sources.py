@@ -204,7 +204,7 @@ def reader_of(files: list[Path]) -> Callable[[], Iterator[Record]]:
         for file in files:
             try:
                 yield from READERS[suffix_of(file)](file)
-            except (OSError, EOFError, ValueError, zlib.error) as error:  # truncated, not UTF-8, another format
+            except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:  # truncated, or another format
                 stop(f"{file} cannot be read: {type(error).__name__} {str(error).partition(chr(10))[0][:160]}")
 
     return read
@@ -217,7 +217,7 @@ def read_json_lines(path: Path) -> Iterator[Record]:
             if line.strip():
                 try:
                     record = json.loads(line.rstrip())
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets
                     stop(f"{path}: line {number} is not JSON ({str(error).replace('line 1 column', 'at column')})")
                 if not isinstance(record, dict):
                     stop(f"{path}: line {number} is not a JSON object")
@@ -252,7 +252,7 @@ def read_csv(path: Path) -> Iterator[Record]:
 def messages_in_cell(cell: str, place: str) -> Any:
     """Return the messages that a cell holds as JSON or (from pandas) Python, else its text."""
     for parse in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(cell)
     if NUMPY_LIST.search(cell):
         stop(f"{place} holds messages that are neither JSON nor Python (numpy's?): write .parquet or .jsonl instead")

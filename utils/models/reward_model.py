@@ -364,8 +364,6 @@ def load_hub_model(name: str, constant: str) -> tuple[PreTrainedTokenizerBase, R
 
 def load_judges(reward_model: str, judge_model: str, device: str, precision: str) -> dict[str, RewardModel]:
     """Return {"reward": the model that a policy is trained on, "judge": JUDGE_MODEL if it is set}."""
-    if not reward_model:
-        return {}
     if judge_model and Path(judge_model).resolve() == Path(reward_model).resolve():
         stop(f"JUDGE_MODEL = {judge_model!r} is REWARD_MODEL itself: name one that the policy is not trained on")
     judges = {"reward": RewardModel.load(reward_model, device, precision)}
