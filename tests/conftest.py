@@ -7,6 +7,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_TELEMETRY
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def run_script(module, **constants):
         module.main(override_constants(vars(module), argv))
     finally:
         vars(module).update(before)
+
+
+def run_process(script, constants, *launcher):
+    """Run a script in a process of its own, which must succeed."""
+    options = [f"--{name.lower()}={value}" for name, value in constants.items()]
+    done = subprocess.run([sys.executable, *launcher, script, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def error_of(module, **constants):

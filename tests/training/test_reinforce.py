@@ -10,19 +10,11 @@ from utils.models.shared_prompt import Prompt
 from utils.training.reinforce import (
     Baseline,
     Scoring,
-    check_risk,
     divergence_alarm,
     normalised,
     prompt_of,
     step_metrics,
 )
-
-
-def test_risk_needs_a_spread():
-    check_risk(RewardHead("distribution", [float(grade) for grade in range(1, 11)]), 0.5, "x")
-    check_risk(RewardHead("scalar"), 0.0, "x")
-    with pytest.raises(SystemExit, match="RISK = 0.5 needs the spread of a distribution: 'x' has a scalar head"):
-        check_risk(RewardHead("scalar"), 0.5, "x")
 
 
 def test_a_moving_average_starts_at_the_first_batch_and_is_updated_after_use():
