@@ -7,6 +7,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_HUB_DISABLE_TELEMETRY
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,6 +112,13 @@ def run_script(module, **constants):
         vars(module).update(before)
 
 
+def run_process(script, constants, *launcher):
+    """Run a script in a process of its own, which must succeed."""
+    options = [f"--{name.lower()}={value}" for name, value in constants.items()]
+    done = subprocess.run([sys.executable, *launcher, script, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def error_of(module, **constants):
     """Run a script that must stop with a message to the user, and return this message: one line, exit code 1."""
     with pytest.raises(SystemExit) as stop:
@@ -138,38 +146,21 @@ def sample_folder(tmp_path_factory, tokenizer_folder):
 
 
 @pytest.fixture(scope="session")
-def judges(tmp_path_factory, model_folder, sample_folder):
-    """Return {head: folder of a reward model with a random head}."""
-    import torch
-
-    from utils.data.processed import load_pairs
-    from utils.data.tokens import load_tokenizer
-    from utils.models import reward_model
-    from utils.models.reward_model import new_reward_head
-    from utils.models.shared_prompt import PairCollator
-
-    tokenizer = load_tokenizer(model_folder)
-    folders, rows = {}, load_pairs(sample_folder, "train", 8)
-    for kind in ("scalar", "distribution"):
-        head, folder = new_reward_head(kind, "average", [], None), tmp_path_factory.mktemp("judge") / kind
-        torch.manual_seed(1)
-        model = reward_model.start_model(model_folder, tokenizer, head)
-        torch.nn.init.normal_(model.score.weight, std=0.3)
-        reward_model.save_reward_model(model, tokenizer, folder, head, rows, PairCollator(2, 8), max_length=128)
-        folders[kind] = str(folder)
-    return folders
-
-
-@pytest.fixture(scope="session")
 def reward_models(tmp_path_factory, model_folder, sample_folder):
     """Train a reward model with each head, and return {head: run folder}; the distribution is trained with LoRA."""
     import train_reward_model
     from utils.models.reward_model import HEADS
 
     options = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp32", "DEVICE": "cpu"}
-    options |= {"LEARNING_RATE": 1e-3, "CONTROL_PAIRS": 6, "DATA_DIR": sample_folder, "MODEL": model_folder}
+    options |= {"LEARNING_RATE": 1e-2, "CONTROL_PAIRS": 6, "DATA_DIR": sample_folder, "MODEL": model_folder}
     root = tmp_path_factory.mktemp("reward_models")
     for head in HEADS:
         more = {"USE_LORA": "true", "LORA_RANK": 4, "RATING_WEIGHT": 0.3} if head == "distribution" else {}
         run_script(train_reward_model, **options | more, HEAD=head, OUTPUT_DIR=root / head)
     return {head: root / head for head in HEADS}
+
+
+@pytest.fixture(scope="session")
+def judges(reward_models):
+    """Return {head: folder of a reward model} for policies."""
+    return {head: str(reward_models[head]) for head in ("scalar", "distribution")}

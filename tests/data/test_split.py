@@ -89,13 +89,6 @@ def test_many_prompts_of_one_template_are_grouped_quickly():
     assert time.monotonic() - began < 20, "0.2 s on two cores"
 
 
-def test_similarity_is_the_jaccard_index():
-    one, other = shingle_sets(["a b c d e", "b c d e f"])
-    assert len(one) == 3 and similarity(one, other) == pytest.approx(2 / 4) and similarity(one, one) == 1
-    assert len(shingles(["a"])) == len(shingles([])) == 1
-    assert len(near_duplicate_groups([])) == 0
-
-
 def test_groups_are_never_split():
     groups = [0] * 7 + [1] * 5 + [2] * 3 + list(range(3, 30))
     for seed in range(20):
@@ -103,12 +96,8 @@ def test_groups_are_never_split():
         assert sorted([*train, *validation]) == list(range(len(groups)))
         assert not {groups[i] for i in train} & {groups[i] for i in validation}
         assert len(validation) == 11, "ceil of 42 / 4: single rows fill the gap that groups leave"
-
-
-def test_a_few_large_groups_leave_neither_side_empty():
-    for seed in range(5):
         train, validation = split_indices([0] * 5 + [1] * 3 + [2] * 5, 0.1, seed)
-        assert sorted(validation) == [5, 6, 7] and len(train) == 10
+        assert sorted(validation) == [5, 6, 7] and len(train) == 10, "neither side is empty"
         assert split_indices([0] * 5 + [1] * 3, 0.0, seed)[1] == [], "no share, no validation"
 
 

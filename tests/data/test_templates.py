@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import TEMPLATE
 from tests.data.test_tokens import LONG, encode
 from tests.source_rows import dialogue
-from utils.data.tokens import PLAIN_TEMPLATE, end_of_turn, ids_of, render
+from utils.data.tokens import PLAIN_TEMPLATE, end_of_turn, render
 
 LLAMA = (  # the template of Llama 2
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] | trim }} [/INST]"
@@ -66,11 +66,3 @@ def test_answers_do_not_begin_with_a_prefix_space(sentencepiece, template, prepe
         kept = cut.answer_ids[0]
         assert cut.prompt_cut and cut.answer_cut[0] and kept == ids[1][len(ids[0]) :][: len(kept)]
         assert len(cut.prompt_ids) >= window // 2 - 8 and len(kept) == window - len(cut.prompt_ids)
-
-
-def test_answers_are_tokenised_alone_if_the_tokenizer_adds_no_prefix(tokenizer, monkeypatch):
-    """Rendering the whole conversation for each answer would take three times as long."""
-    rendered = []
-    monkeypatch.setattr("utils.data.tokens.ids_of", lambda t, texts: rendered.extend(texts) or ids_of(t, texts))
-    encode(tokenizer, dialogue(LONG), "yes", "no", 200)
-    assert sum(LONG in text for text in rendered) == 1

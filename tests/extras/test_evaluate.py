@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy.stats import ttest_ind
 
 from extras import evaluate, make_report
 from extras.lib.frontier import names_of, over_seeds, p_over_seeds, recipes, spread
-from extras.lib.questions import questions
+from extras.lib.questions import questions, reward_model_of
 from tests.conftest import error_of, run_script
 from tests.extras.browser import Browser
 from utils.runs import write_json
@@ -192,6 +193,13 @@ def test_the_draft_quotes_the_measured_numbers():
     result = questions([*runs, reward_model("scalar"), elsewhere, *comparisons])
     assert "were not measured on the same pairs" in result[1][1][-1]
     assert result[3][1] == ["a: by the reward +0.200 (one run) against the start; by themselves grew."], "the later one"
+
+
+def test_a_reward_model_is_found_by_another_path_of_its_folder():
+    run = {"record": {"settings": {"REWARD_MODEL": "outputs/../outputs/reward_model"}}}
+    other = {"name": str(Path("outputs/reward_model").resolve()), "kind": "reward"}
+    assert reward_model_of([run], [run | {"name": "a", "kind": "reinforce"}, other]) is other
+    assert reward_model_of([run], [other | {"kind": "policy"}]) is None
 
 
 def test_the_draft_names_missing_runs():

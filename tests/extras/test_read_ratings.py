@@ -149,15 +149,3 @@ def test_kappa_equals_scikit_learn():
     expected = cohen_kappa_score(one, other, weights="quadratic")
     assert agreement.quadratic_kappa(one.astype(float), other.astype(float)) == pytest.approx(expected)
     assert agreement.quadratic_kappa(np.full(3, 2.0), np.full(3, 2.0)) is None
-
-
-def test_preferences_without_grades_become_rows():
-    item = {"id": "1", "prompt": "x", "turns": [{"role": "user", "content": "x"}], "answers": ["p", "q"]}
-    item |= {"conditions": ["after", "before"], "rewards": [None, None]}
-    empty = {"item": item["id"], "grades": [{}, {}], "at": "", "file": "f"}
-    given = [empty | {"rater": name, "preference": side} for name, side in (("A", "a"), ("B", "b"), ("C", "a"))]
-    duels = agreement.over_raters(agreement.duels_of({"1": item}, given, ["before", "after"]))
-    assert [duel["outcome"] for duel in duels] == [pytest.approx(2 / 3)] and duels[0]["answers"] == ("q", "p")
-    rows, left_out = agreement.preference_rows(duels)
-    assert rows[0]["chosen"] == "p" and rows[0]["chosen_rating"] == pytest.approx(2 / 3) and left_out == {}
-    assert agreement.reward_agreement(duels) == {}

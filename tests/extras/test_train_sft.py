@@ -14,7 +14,7 @@ import train_dpo
 from extras import load_oasst_dataset, train_sft
 from extras.lib import sft
 from extras.lib.sft import answers_of_source, as_answers, learnable, least_rating, load_answers
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, error_of, run_script
 from tests.source_rows import tree, write_lines
 from tests.toys import toy_run
 from utils.models.loading import add_lora, load_causal
@@ -26,10 +26,6 @@ SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 24, "PRECISION": "fp3
 SMALL |= {"LEARNING_RATE": 1e-3}
 SAVED = {"EVAL_EVERY_STEPS": 2, "SAVE_EVERY_STEPS": 2}
 END = "<|im_end|>\n"
-
-
-def trainer_of(folder, model, tokenizer, rows, **options):
-    return sft.answer_trainer(model, rows, tokenizer, toy_run(folder, **options), dict)
 
 
 def plain_nll(folder, rows):
@@ -62,7 +58,7 @@ def test_only_answers_have_labels_and_a_cut_one_has_no_end_of_turn(model_folder,
     whole = [i for i, cut in enumerate(rows["answer_cut"]) if not cut][:3]
     cut = [i for i, cut in enumerate(rows["answer_cut"]) if cut][:3]
     rows = rows.select(whole + cut)
-    trainer = trainer_of(tmp_path / "run", load_causal(model_folder), tokenizer, rows)
+    trainer = sft.answer_trainer(load_causal(model_folder), rows, tokenizer, toy_run(tmp_path / "run"), dict)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
     for i, row in enumerate(rows):
         learned = batch["labels"][i][batch["labels"][i] != -100].tolist()
@@ -92,8 +88,9 @@ def test_answers_below_the_minimum_rating_are_left_out(sample_folder, capsys):
     ratings = sorted(rows["rating"])
     middle = ratings[len(ratings) // 2]
     kept, left_out = learnable(rows, middle, "here")
-    assert min(kept["rating"]) == middle and left_out == {"low_rating": sum(rating < middle for rating in ratings)}
-    assert f"here: left out of {len(rows)} rows: {left_out['low_rating']} low_rating" in capsys.readouterr().out
+    low = sum(rating < middle for rating in ratings)
+    assert min(kept["rating"]) == middle and left_out == {"low_rating": low}
+    assert f"here: left out of {len(rows)} rows: {low} low_rating" in capsys.readouterr().out
     unrated = rows.map(lambda row: {"rating": None if row["row"] < 3 else row["rating"]}, keep_in_memory=True)
     assert learnable(unrated, 0.0, "here")[1] == {"no_rating": 3} and learnable(unrated, None, "here")[1] == {}
     assert least_rating("") is None and least_rating("-1") == -1.0
@@ -199,11 +196,9 @@ def test_prompts_with_completions_are_checked_and_split(tokenizer, tmp_path):
 
 
 def test_too_few_answers_are_reported(tokenizer, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "p", "completion": "x"}\n{"prompt": "q", "completion": " "}\n')
-    with pytest.raises(
-        SystemExit, match="too few answers: 1 for train, 0 for validation; left out: {'empty_answer': 1"
-    ):
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": text} for text in ("x", " ")])
+    message = "too few answers: 1 for train, 0 for validation; left out: {'empty_answer': 1"
+    with pytest.raises(SystemExit, match=message):
         answers_of_source(str(path), tokenizer, 128, 42)
 
 
@@ -247,9 +242,7 @@ def test_a_file_can_replace_the_data_folder(model_folder, tmp_path):
     ],
 )
 def test_user_errors_stop_with_one_message(options, tmp_path, constants, message):
-    with pytest.raises(SystemExit) as stop:
-        run_script(train_sft, **options | constants)
-    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+    assert message in error_of(train_sft, **options | constants) and not (tmp_path / "run").exists()
 
 
 def test_an_empty_split_has_all_columns(sample_folder):

@@ -1,12 +1,10 @@
-"""The example runs on what the steps leave behind."""
-
-import pytest
+"""extras/usage_example.py runs on the folders of the steps."""
 
 from extras import usage_example
-from tests.conftest import run_script
+from tests.conftest import error_of, run_script
 
 
-def test_the_example_filters_rows_scores_answers_and_names_the_best(sample_folder, model_folder, judges, capsys):
+def test_the_example_filters_rows_and_scores_answers(sample_folder, model_folder, judges, capsys):
     where = {"DATA_DIR": sample_folder, "POLICY": model_folder, "REWARD_MODEL": judges["scalar"]}
     run_script(usage_example, **where, MAX_NEW_TOKENS=4, DEVICE="cpu")
     printed = capsys.readouterr().out
@@ -17,11 +15,7 @@ def test_the_example_filters_rows_scores_answers_and_names_the_best(sample_folde
     assert printed.rstrip().endswith(f"by {judges['scalar']}: {rewards[max(rewards)]}")
 
 
-def test_pairs_that_are_all_too_close_end_with_one_message(sample_folder):
-    with pytest.raises(SystemExit, match="lower MIN_RATING_GAP"):
-        run_script(usage_example, DATA_DIR=sample_folder, MIN_RATING_GAP=9.0)
-
-
-def test_a_missing_folder_is_named(judges):
-    with pytest.raises(SystemExit, match="nowhere is not there yet: run `python load_helpsteer_dataset.py` first"):
-        run_script(usage_example, DATA_DIR="nowhere", REWARD_MODEL=judges["scalar"])
+def test_user_errors_stop_with_one_message(sample_folder, judges):
+    assert "lower MIN_RATING_GAP" in error_of(usage_example, DATA_DIR=sample_folder, MIN_RATING_GAP=9.0)
+    message = error_of(usage_example, DATA_DIR="nowhere", REWARD_MODEL=judges["scalar"])
+    assert "nowhere is not there yet: run `python load_helpsteer_dataset.py` first" in message

@@ -1,4 +1,4 @@
-"""Guided prompts keep the preference, vectors lie at its place, log-probs and samples agree with plain loops."""
+"""Guided prompts keep the preference, and log-probs and samples with vectors equal plain loops."""
 
 import math
 
@@ -35,7 +35,7 @@ def prompt_of(row):
     return row["input_ids"][: sum(row["attention_mask"])]
 
 
-def test_a_text_joins_the_last_user_turn_and_survives_every_cut(sample_folder, tokenizer):
+def test_a_preference_follows_the_last_user_turn_and_is_never_cut(sample_folder, tokenizer):
     rows = load_pairs(sample_folder, "train", 60)
     guided = guided_rows(rows, tokenizer, 128, text_guidance(TEXT), both=False)
     assert any(rows["prompt_cut"]), "some prompts are cut"
@@ -46,7 +46,7 @@ def test_a_text_joins_the_last_user_turn_and_survives_every_cut(sample_folder, t
         assert row["vectors_at"] == -1
 
 
-def test_both_sides_see_the_same_answers_in_one_window(sample_folder, tokenizer):
+def test_plain_and_guided_prompts_have_the_same_answers(sample_folder, tokenizer):
     rows = load_pairs(sample_folder, "train", 60)
     guided = guided_rows(rows, tokenizer, 128, text_guidance(TEXT), both=True)
     before = {row["row"]: row for row in rows}
@@ -58,7 +58,7 @@ def test_both_sides_see_the_same_answers_in_one_window(sample_folder, tokenizer)
         assert old["chosen_ids"][: len(row["chosen_ids"])] == row["chosen_ids"]
 
 
-def test_vectors_take_the_place_of_the_mark_and_nothing_else(sample_folder, tokenizer, model):
+def test_vectors_replace_the_embeddings_of_their_marks_only(sample_folder, tokenizer, model):
     vectors = torch.randn(5, 32)
     guidance = vector_guidance(tokenizer, vectors)
     rows = guided_rows(load_pairs(sample_folder, "train", 20), tokenizer, 128, guidance, both=False)
@@ -81,14 +81,14 @@ def test_vectors_take_the_place_of_the_mark_and_nothing_else(sample_folder, toke
                 assert ours[i, side].item() == pytest.approx(expected, abs=2e-3) and tokens[i, side] == len(answer)
 
 
-def test_vectors_start_from_the_text(tokenizer, model):
+def test_vectors_start_as_the_embeddings_of_the_text(tokenizer, model):
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     weight = model.get_input_embeddings().weight
     assert torch.equal(start_vectors(model, tokenizer, TEXT), weight[ids])
 
 
 @pytest.mark.parametrize("form", ["tensor", "flat", "prompt_embeddings", "embeddings", "safetensors", "half"])
-def test_every_form_of_a_file_is_read(tmp_path, form):
+def test_vectors_are_read_from_every_kind_of_file(tmp_path, form):
     vectors = torch.randn(3, 8)
     contents = {"tensor": vectors, "flat": vectors[0], "half": vectors.half()}
     if form == "safetensors":
@@ -102,7 +102,7 @@ def test_every_form_of_a_file_is_read(tmp_path, form):
     torch.testing.assert_close(result, expected, atol=1e-2 if form == "half" else 0, rtol=0)
 
 
-def test_files_that_hold_no_such_vectors_are_named_in_one_line(tmp_path):
+def test_files_without_vectors_of_the_right_shape_are_reported(tmp_path):
     cases = {"width.pt": torch.zeros(3, 9), "cube.pt": torch.zeros(2, 2, 8), "list.pt": [1, 2], "none.pt": {"x": 1}}
     cases |= {"empty.pt": torch.zeros(0, 8), "nan.pt": torch.full((1, 8), math.nan), "code.pt": Guidance()}
     for name, content in cases.items():
@@ -115,7 +115,7 @@ def test_files_that_hold_no_such_vectors_are_named_in_one_line(tmp_path):
         assert "PROMPT_EMBEDDING_PATH" in str(stop.value) and "\n" not in str(stop.value), name
 
 
-def test_chunked_log_probs_equal_the_models_own(model, monkeypatch):
+def test_log_probs_in_chunks_equal_those_of_the_model(model, monkeypatch):
     ids = torch.randint(3, 600, (1, 40))
     assert check_head(model, ids) < 1e-4
     monkeypatch.setattr(shared_prompt, "ROWS_AT_ONCE", 7)
@@ -132,7 +132,7 @@ def test_chunked_log_probs_equal_the_models_own(model, monkeypatch):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_an_architecture_that_scales_its_logits_is_refused(model, sample_folder):
+def test_a_model_that_scales_its_logits_is_refused(model, sample_folder):
     from utils.models.policies import check_architecture
 
     rows = load_pairs(sample_folder, "train", 2)
@@ -149,7 +149,7 @@ def test_an_architecture_that_scales_its_logits_is_refused(model, sample_folder)
         check_architecture(model, rows)
 
 
-def test_greedy_answers_equal_those_of_one_prompt_at_a_time(model, tokenizer):
+def test_greedy_answers_equal_a_plain_loop(model, tokenizer):
     turns = [[{"role": "user", "content": text}] for text in ("Hi", "Why is the sky blue at noon?", "Say yes or no.")]
     prompts = prompts_of(tokenizer, turns, 64)
     together = generate(model, tokenizer, prompts, 12, 0.0, seed=0, batch_size=3)
@@ -162,7 +162,7 @@ def test_greedy_answers_equal_those_of_one_prompt_at_a_time(model, tokenizer):
             ids.append(token)
 
 
-def test_answers_are_drawn_from_logits_in_float32_whatever_the_body(model, tokenizer):
+def test_answers_are_sampled_from_float32_logits(model, tokenizer):
     (prompt,) = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64)
     ids, seen = torch.tensor([prompt.ids]), []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -174,7 +174,7 @@ def test_answers_are_drawn_from_logits_in_float32_whatever_the_body(model, token
     assert rounded.dtype == torch.bfloat16 and "forward" not in vars(model.get_output_embeddings())
 
 
-def test_sampling_is_of_the_whole_distribution_and_repeats_with_its_seed(model, tokenizer):
+def test_sampling_uses_the_whole_distribution_and_depends_only_on_the_seed(model, tokenizer):
     prompts = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64) * 2000
     first, again = (generate(model, tokenizer, prompts, 1, 2.0, seed=3, batch_size=size) for size in (2000, 700))
     assert [answer.ids for answer in first] == [answer.ids for answer in again], "whatever the batches are"
@@ -203,7 +203,7 @@ def test_log_probs_of_samples_equal_a_plain_loop(model, tokenizer):
             assert logp == pytest.approx(expected, abs=1e-3)
 
 
-def test_answers_end_at_the_end_of_turn(model, tokenizer):
+def test_answers_stop_at_the_end_of_turn(model, tokenizer):
     assert stop_ids(tokenizer) == [2]
     (prompt,) = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64)
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
@@ -214,7 +214,7 @@ def test_answers_end_at_the_end_of_turn(model, tokenizer):
     assert answer.ids == [2] and answer.ended and answer.text == ""
 
 
-def test_samples_under_vectors_follow_them(model, tokenizer):
+def test_answers_with_vectors_equal_a_plain_loop(model, tokenizer):
     vectors = torch.randn(4, 32) * 3
     guidance = vector_guidance(tokenizer, vectors)
     turns = [[{"role": "user", "content": text}] for text in ("Hi", "Why is the sky blue at noon?")]
@@ -235,7 +235,7 @@ def test_samples_under_vectors_follow_them(model, tokenizer):
         assert logp == pytest.approx(total, abs=1e-3)
 
 
-def test_the_reference_sees_the_vectors_of_the_start(model):
+def test_the_reference_uses_the_first_vectors(model):
     vectors = torch.randn(3, 32)
     module = PolicyPairs(model, vectors, True, reference=model)
     batch = PairCollator(2, 8).shared_rows([Prompt([4, 0, 0, 0, 9], vectors_at=1)], [([5, 6], [7])])

@@ -1,4 +1,4 @@
-"""Weights, heads and rewards are float32, whatever computes; the precision is what the device does natively."""
+"""The precision is native to the device, and weights, heads and rewards are always float32."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ from utils.training import trainer as training
     "device, capability, result",
     [("cuda", (9, 0), "bf16"), ("cuda", (8, 0), "bf16"), ("cuda", (7, 5), "fp16"), ("mps", None, "fp32")],
 )
-def test_precision_is_what_the_device_does_natively(monkeypatch, device, capability, result):
+def test_the_precision_is_native_to_the_device(monkeypatch, device, capability, result):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert choose_precision("", torch.device(device))[0] == result
     assert choose_precision("fp32", torch.device(device))[0] == "fp32"
 
 
-def test_head_and_rewards_are_float32_under_autocast(model_folder):
-    """A head in bfloat16 gives rewards in steps of 0.03: many answers would tie."""
+def test_heads_and_rewards_are_float32_under_autocast(model_folder):
+    """A head in bfloat16 gives rewards in steps of 0.03, so that many answers tie."""
     model = load_classifier(model_folder, 1)
     torch.nn.init.normal_(model.score.weight)
     hidden = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
@@ -34,7 +34,7 @@ def test_head_and_rewards_are_float32_under_autocast(model_folder):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_weights_stay_float32_where_bf16_computes(model_folder, sample_folder, tmp_path, lora, monkeypatch):
+def test_weights_stay_float32_in_a_bf16_training(model_folder, sample_folder, tmp_path, lora, monkeypatch):
     kinds = []
     monkeypatch.setattr(training.StepCallback, "on_step_end", spy(training.StepCallback.on_step_end, kinds))
     options = SMALL | {"PRECISION": "bf16", "MAX_STEPS": 2, "CONTROL_PAIRS": 0, "USE_LORA": lora}
@@ -53,7 +53,7 @@ def spy(method, kinds):
     return looked
 
 
-def test_the_judges_of_the_hub_that_are_encoders_score_in_float32(tokenizer, tmp_path):
+def test_encoders_score_in_float32(tokenizer, tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

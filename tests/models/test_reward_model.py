@@ -1,6 +1,5 @@
 """Reward models: scores equal plain transformers, new heads, the warm start, saved folders that are refused."""
 
-import json
 import shutil
 
 import numpy as np
@@ -20,18 +19,11 @@ from utils.models.reward_model import (
     start_model,
 )
 from utils.models.shared_prompt import PairCollator
-from utils.runs import write_json
+from utils.runs import read_json as read
+from utils.runs import read_lines, write_json
 from utils.training.losses import RewardPairLoss
 
 MEANS = [3.0, 3.0, 3.5, 2.0, 2.0]  # of the attributes
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -66,7 +58,7 @@ def test_the_folder_has_the_settings_of_the_head(folders):
     config = read(folders["distribution"] / "reward_config.json")
     assert config["head"] == "distribution" and config["grades"] == list(range(1, 11)) and config["max_length"] == 128
     assert (config["lowest_rating"], config["highest_rating"]) == (0.0, 4.0) and len(config["surface_weights"]) == 9
-    lines = lines_of(folders["distribution"])
+    lines = read_lines(folders["distribution"] / "predictions.jsonl")
     rewards = [line[side] for line in lines for side in ("chosen", "rejected")]
     figures = (config["reward_mean"], config["reward_std"])
     assert figures == pytest.approx((np.mean(rewards), np.std(rewards)))
@@ -162,30 +154,21 @@ def test_a_model_with_another_chat_template_is_refused(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "high, verdict, outcome",
+    "result, outcome",
     [
-        (0.45, "worse than x", "stop"),
-        (0.62, "not shown to be better than x", "WARNING"),
-        (0.8, "better than x by 0.1", ""),
+        ({"accuracy_high": 0.45, "pairs": 100, "verdict": "worse than x"}, "is worse than a coin"),
+        ({"accuracy_high": 0.62, "pairs": 100, "verdict": "not shown to be better than x"}, "WARNING"),
+        ({"accuracy_high": 0.8, "pairs": 100, "verdict": "better than x by 0.1"}, ""),
+        ({"accuracy_high": 0.0, "pairs": 6, "verdict": "worse than x"}, "is worse than a coin"),
+        ({"accuracy_high": 0.0, "pairs": 5, "verdict": "worse than x"}, "WARNING"),
+        ({"accuracy_high": 0.0, "pairs": 60, "prompts": 5, "verdict": "worse than x"}, "WARNING"),
     ],
 )
-def test_a_reward_model_worse_than_a_coin_is_refused_for_policies(tmp_path, capsys, high, verdict, outcome):
-    result = {"accuracy": high - 0.05, "accuracy_high": high, "pairs": 100, "verdict": verdict}
-    (tmp_path / "eval.json").write_text(json.dumps(result))
-    if outcome == "stop":
-        with pytest.raises(SystemExit, match="is worse than a coin"):
+def test_a_reward_model_worse_than_a_coin_is_refused_for_policies(tmp_path, capsys, result, outcome):
+    write_json(tmp_path / "eval.json", result | {"accuracy": result["accuracy_high"] / 2})
+    if outcome.startswith("is"):
+        with pytest.raises(SystemExit, match=outcome):
             check_better_than_chance(str(tmp_path))
     else:
         check_better_than_chance(str(tmp_path))
     assert ("WARNING" in capsys.readouterr().out) == (outcome == "WARNING")
-
-
-def test_a_few_pairs_do_not_show_that_a_model_is_worse_than_a_coin(tmp_path):
-    result = {"accuracy": 0.0, "accuracy_high": 0.0, "pairs": 5, "verdict": "not shown to be better than x"}
-    (tmp_path / "eval.json").write_text(json.dumps(result))
-    check_better_than_chance(str(tmp_path))
-    (tmp_path / "eval.json").write_text(json.dumps(result | {"pairs": 60, "prompts": 5}))
-    check_better_than_chance(str(tmp_path))
-    (tmp_path / "eval.json").write_text(json.dumps(result | {"pairs": 6}))
-    with pytest.raises(SystemExit, match="is worse than a coin"):
-        check_better_than_chance(str(tmp_path))

@@ -1,9 +1,6 @@
 """Reward model runs: the best epoch, losses that need ratings, resuming, what the report finds in planted data."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 
 import train_reward_model
-from tests.conftest import ROOT, run_script
+from tests.conftest import run_process, run_script
 from tests.source_rows import write_lines
 from utils.data.processed import load_pairs, ratings_of
 from utils.evaluation import predictions
@@ -135,11 +132,7 @@ def test_two_processes_choose_the_epoch_that_one_chooses(model_folder, sample_fo
     launchers = {"two": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"], "one": []}
     for name, launcher in launchers.items():
         mine = options | {"OUTPUT_DIR": tmp_path / name, "BATCH_SIZE": 2 if launcher else 4}
-        words = [f"--{key.lower()}={value}" for key, value in mine.items()]
-        command = [sys.executable, *launcher, "train_reward_model.py", *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_process("train_reward_model.py", mine, *launcher)
     two, one = (read(tmp_path / name / "eval.json")["epochs"] for name in launchers)
     assert two == one and len(one["accuracies"]) == 3
     weights = [load_file(tmp_path / name / "model.safetensors") for name in launchers]
@@ -181,18 +174,15 @@ def test_the_report_finds_what_was_planted_in_the_rows(kind, model_folder, token
 
 def test_attributes_are_learned_from_rows_that_have_them(sample_folder, tokenizer):
     rows = load_pairs(sample_folder, "train", 8)
-    kinds = rows.features
     gaps = [None if i % 2 else given for i, given in enumerate(rows["chosen_attributes"])]
-    rows = rows.remove_columns("chosen_attributes").add_column(
-        "chosen_attributes", gaps, feature=kinds["chosen_attributes"]
-    )
+    kind = rows.features["chosen_attributes"]
+    rows = rows.remove_columns("chosen_attributes").add_column("chosen_attributes", gaps, feature=kind)
     _, means = ratings_of(rows)
     given = [row for side in ("chosen", "rejected") for row in rows[f"{side}_attributes"] if row]
     assert len(given) == 12 and means == pytest.approx(np.mean(given, axis=0))
     batch = PairCollator(0, 8)(list(rows))
-    losses, _ = RewardPairLoss(new_reward_head("attributes", "average", [], means), "squared_error")(
-        {"outputs": torch.zeros(8, 2, 5)}, batch
-    )
+    loss = RewardPairLoss(new_reward_head("attributes", "average", [], means), "squared_error")
+    losses, _ = loss({"outputs": torch.zeros(8, 2, 5)}, batch)
     rejected = (torch.tensor(rows["rejected_attributes"]) - torch.tensor(means)).square().mean(1) / 2
     torch.testing.assert_close(losses[1::2], rejected[1::2])
     assert (losses[::2] > rejected[::2]).all()

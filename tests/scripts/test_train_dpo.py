@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dpo
-from tests.conftest import ROOT, SAMPLE, error_of, run_script
+from tests.conftest import SAMPLE, error_of, run_process, run_script
 from utils.models import policies
 from utils.runs import read_json as read
 from utils.runs import read_lines as lines_of
@@ -213,11 +211,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(options, tmp_path):
     runs = {"two": (launcher, 1), "one": ((), 2)}
     for name, (how, accumulation) in runs.items():
         mine = options | {"OUTPUT_DIR": tmp_path / name, "ACCUMULATION": accumulation}
-        words = [f"--{name.lower()}={value}" for name, value in mine.items()]
-        command = [sys.executable, *how, "train_dpo.py", *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_process("train_dpo.py", mine, *how)
     assert read(tmp_path / "two/run.json")["processes"] == 2
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in runs)
     for name in one:

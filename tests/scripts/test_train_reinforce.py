@@ -1,9 +1,6 @@
 """train_reinforce.py from end to end: its folder, held-out prompts, resuming, alarms, two processes, user errors."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import train_reinforce
 from extras.lib.frontier import check_judge
-from tests.conftest import ROOT, error_of, run_script
+from tests.conftest import error_of, run_process, run_script
 from utils.runs import read_json as read
 from utils.runs import read_lines as lines_of
 from utils.runs import write_json
@@ -108,22 +105,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path, monkeypatc
     assert lines_of(tmp_path / "run/samples.jsonl") == lines_of(tmp_path / "whole/samples.jsonl")
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(options, tmp_path, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    alarm = reinforce.divergence_alarm
-    monkeypatch.setattr(reinforce, "SAMPLE_EVERY_STEPS", 1)
-    monkeypatch.setattr(reinforce, "divergence_alarm", killed)
-    options |= {"MAX_STEPS": 2, "SAVE_EVERY_STEPS": 0}
-    with pytest.raises(SystemExit):
-        run_script(train_reinforce, **options)
-    monkeypatch.setattr(reinforce, "divergence_alarm", alarm)
-    run_script(train_reinforce, **options)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert [line["step"] for line in lines_of(tmp_path / "run" / name)] == [1, 2], name
-
-
 def test_an_alarm_saves_the_state_and_ends_the_run(options, tmp_path, monkeypatch):
     from accelerate import Accelerator
 
@@ -156,11 +137,7 @@ def test_two_processes_equal_one(options, tmp_path):
     options = options | {"GENERATION_BATCH": 2, "BATCH_SIZE": 4}
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29562")
     for name, how in {"two": launcher, "one": ()}.items():
-        words = [f"--{key.lower()}={value}" for key, value in (options | {"OUTPUT_DIR": tmp_path / name}).items()]
-        command = [sys.executable, *how, "train_reinforce.py", *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_process("train_reinforce.py", options | {"OUTPUT_DIR": tmp_path / name}, *how)
     assert read(tmp_path / "two/run.json")["processes"] == 2
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     start = load_file(f"{options['MODEL']}/model.safetensors")

@@ -39,7 +39,7 @@ def test_the_run_folder_is_complete_and_its_metrics_agree(trained, sample_folder
     assert result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] and result["verdict"]
     record = read_json(trained / "run.json")
     assert record["finished"] and record["seconds"] > 0 and record["peak_memory_gb"] > 0
-    assert record["settings"]["LEARNING_RATE"] == 1e-3 and record["data_fingerprint"] and record["device"] == "cpu"
+    assert record["settings"]["LEARNING_RATE"] == 1e-2 and record["data_fingerprint"] and record["device"] == "cpu"
     assert f"{result['accuracy']:.3f}" in (trained / "README.md").read_text()
     assert (trained / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
     config = read_json(trained / "config.json")

@@ -1,4 +1,4 @@
-"""Policy losses against plain Python, their values at the start, and the toy problem for each with each guidance."""
+"""Policy losses equal plain Python and TRL, and each solves the toy problem with each guidance."""
 
 import copy
 import json
@@ -79,7 +79,7 @@ def test_each_loss_equals_its_formula(name, smoothing):
     assert loss.function(inputs(loss)[0], constants).tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_values_where_the_policy_is_the_reference():
+def test_losses_have_known_values_at_the_reference():
     sums = torch.tensor(REFERENCE)
     means = sums / torch.tensor(TOKENS)
     at = {"sum": LogProbs(sums, means[:, 0], sums), "mean": LogProbs(means, means[:, 0], means, means, means)}
@@ -95,7 +95,7 @@ def test_values_where_the_policy_is_the_reference():
         )
 
 
-def test_new_pref_po_has_no_gradient_from_the_guided_side_but_the_kl():
+def test_only_the_kl_of_new_pref_po_has_a_gradient_through_the_guided_side():
     loss = POLICY_LOSSES["new_pref_po"]
     for lambda_kl, moves in ((0.0, False), (0.1, True)):
         x, (policy, reference, guided, guided_reference) = inputs(loss, requires_grad=True)
@@ -138,7 +138,7 @@ def test_every_loss_with_every_guidance_solves_the_toy_problem(model_folder, tmp
     _, logged = loss({key: torch.tensor(value) for key, value in outputs.items()}, batch)
     assert logged["rewards/accuracies"].mean().item() > 0.9
     after = module.state_dict()
-    assert all(not torch.equal(after[key], before[key]) for key in before), "all that is trained has moved"
+    assert all(not torch.equal(after[key], before[key]) for key in before), "every trained weight moved"
     for model, state in zip(module.frozen, held, strict=True):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()), "the reference moved"
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -146,7 +146,7 @@ def test_every_loss_with_every_guidance_solves_the_toy_problem(model_folder, tmp
 
 
 @pytest.mark.parametrize("name", ["dpo", "new_pref_po"])
-def test_with_a_frozen_policy_only_the_vectors_move_and_the_loss_falls(model_folder, tmp_path, name):
+def test_only_the_vectors_move_if_the_policy_is_frozen(model_folder, tmp_path, name):
     both = name == "new_pref_po"
     module, loss = make(model_folder, name, "embedding", train_policy=False, beta=1.0)
     before = copy.deepcopy(module.state_dict())
@@ -162,11 +162,11 @@ def test_with_a_frozen_policy_only_the_vectors_move_and_the_loss_falls(model_fol
     trainer.train()
     after = module.state_dict()
     assert {key for key in before if not torch.equal(after[key], before[key])} == {"vectors"}
-    assert torch.equal(module.start, before["vectors"]), "the reference keeps the vectors of the start"
+    assert torch.equal(module.start, before["vectors"]), "the reference keeps the first vectors"
     assert guided_loss() < start - 0.01
 
 
-def test_the_policy_gets_no_gradient_from_the_vectors_own_term(model_folder):
+def test_the_loss_of_the_vectors_gives_the_policy_no_gradient(model_folder):
     gradients = []
     for train_vectors in (True, False):
         module, loss = make(model_folder, "new_pref_po", "embedding")
@@ -182,7 +182,7 @@ def test_the_policy_gets_no_gradient_from_the_vectors_own_term(model_folder):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", DPO_LOSSES)
-def test_ours_and_trl_give_equal_losses_and_equal_weights(model_folder, tokenizer, tmp_path, name, lora):
+def test_losses_and_weights_equal_those_of_trl(model_folder, tokenizer, tmp_path, name, lora):
     rows = toy_rows(1 if name == "sipa" else 6)
     results = []
     for engine in ("ours", "trl"):
@@ -204,8 +204,8 @@ def test_ours_and_trl_give_equal_losses_and_equal_weights(model_folder, tokenize
         torch.testing.assert_close(value, results[1][1][key], atol=1e-3, rtol=0, msg=key)
 
 
-def test_the_reference_of_trl_is_the_model_as_it_is_given(model_folder, tokenizer, tmp_path):
-    """TRL would read one from the disk, where other weights may be."""
+def test_the_reference_of_trl_is_the_given_model(model_folder, tokenizer, tmp_path):
+    """TRL would load the reference from disk, where other weights may be."""
     module, _ = make(model_folder, "dpo", reference=False)
     with torch.no_grad():
         module.model.model.norm.weight += 0.5
@@ -220,8 +220,8 @@ def test_the_reference_of_trl_is_the_model_as_it_is_given(model_folder, tokenize
 
 
 @pytest.mark.parametrize("name", ["orpo", "simpo"])
-def test_losses_without_a_reference_equal_a_plain_implementation_on_a_model(model_folder, name):
-    """Two rows a pair, full logits, log_softmax: nothing shared with the code that trains."""
+def test_losses_without_a_reference_equal_a_plain_loop(model_folder, name):
+    """The plain version uses two rows for each pair, full logits and log_softmax."""
     rows = list(toy_rows(5))
     module, loss = make(model_folder, name, fresh=False)
     losses, _ = loss(module(**PairCollator(2, 8)(rows)), {})
@@ -240,7 +240,7 @@ def test_losses_without_a_reference_equal_a_plain_implementation_on_a_model(mode
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "simpo"])
-def test_a_run_that_does_not_start_at_its_reference_stops(model_folder, name):
+def test_a_policy_that_does_not_start_at_its_reference_is_refused(model_folder, name):
     module, loss = make(model_folder, name)
     batch = PairCollator(2, 8)(list(toy_rows(4)))
     loss(module(**batch), batch)  # as it should be

@@ -1,4 +1,4 @@
-"""What weighs an answer: baselines, rewards, penalties; the figures of a step, and what raises an alarm."""
+"""REINFORCE: baselines, rewards with penalties, the metrics of a step, alarms."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from utils.models.shared_prompt import Prompt
 from utils.training.reinforce import (
     Baseline,
     Scoring,
-    check_risk,
     divergence_alarm,
     normalised,
     prompt_of,
@@ -18,25 +17,18 @@ from utils.training.reinforce import (
 )
 
 
-def test_risk_needs_a_spread():
-    check_risk(RewardHead("distribution", [float(grade) for grade in range(1, 11)]), 0.5, "x")
-    check_risk(RewardHead("scalar"), 0.0, "x")
-    with pytest.raises(SystemExit, match="RISK = 0.5 needs the spread of a distribution: 'x' has a scalar head"):
-        check_risk(RewardHead("scalar"), 0.5, "x")
-
-
-def test_a_moving_average_begins_at_the_first_step_and_moves_after_it_was_used():
+def test_a_moving_average_starts_at_the_first_batch_and_is_updated_after_use():
     baseline = Baseline("moving_average", decay=0.9)
     first = baseline.advantages(torch.tensor([1.0, 3.0]))
     assert first.tolist() == [-1.0, 1.0] and baseline.value == baseline.used == 2.0
     second = baseline.advantages(torch.tensor([10.0, 12.0]))
-    assert second.tolist() == [8.0, 10.0], "its own reward is not in it yet"
+    assert second.tolist() == [8.0, 10.0], "updated after use"
     assert baseline.value == pytest.approx(0.9 * 2.0 + 0.1 * 11.0) and baseline.seen == 4 and baseline.used == 2.0
     baseline.advantages(torch.tensor([float("nan"), 1.0]))
-    assert baseline.value == pytest.approx(2.9), "a bad step leaves a state to go on from"
+    assert baseline.value == pytest.approx(2.9), "a step with NaN does not change it"
 
 
-def test_a_running_mean_is_that_of_all_rewards_before():
+def test_a_running_mean_covers_all_earlier_rewards():
     baseline, past = Baseline("running_mean"), []
     for step, values in enumerate(([1.0, 3.0], [10.0], [4.0, 4.0, 7.0])):
         result = baseline.advantages(torch.tensor(values))
@@ -46,7 +38,7 @@ def test_a_running_mean_is_that_of_all_rewards_before():
     assert baseline.value == pytest.approx(sum(past) / len(past))
 
 
-def test_leave_one_out_is_its_formula_and_none_takes_nothing_off():
+def test_leave_one_out_equals_its_formula():
     values = [1.0, 2.0, 6.0, 4.0, 4.0, 5.0]
     result = Baseline("leave_one_out").advantages(torch.tensor(values), 3).tolist()
     for i, value in enumerate(values):
@@ -55,7 +47,7 @@ def test_leave_one_out_is_its_formula_and_none_takes_nothing_off():
     assert Baseline("none").advantages(torch.tensor(values)).tolist() == values
 
 
-def test_leave_one_out_equals_the_advantages_of_rloo_trainer(model_folder, tmp_path):
+def test_leave_one_out_equals_trl(model_folder, tmp_path):
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import RLOOConfig, RLOOTrainer
@@ -78,7 +70,7 @@ def test_leave_one_out_equals_the_advantages_of_rloo_trainer(model_folder, tmp_p
     assert len(theirs) == 8 and scores.std() > 0 and ours.tolist() == pytest.approx(theirs, abs=1e-5)
 
 
-def test_normalised_advantages_have_unit_size_and_equal_ones_do_not_grow():
+def test_normalised_advantages_have_unit_size_unless_they_are_equal():
     values = torch.tensor([1.0, -1.0, 3.0])
     result = normalised(values, "std")
     assert result.square().mean().item() == pytest.approx(1.0, abs=1e-3)
@@ -89,7 +81,7 @@ def test_normalised_advantages_have_unit_size_and_equal_ones_do_not_grow():
 
 
 class Judge:
-    """A reward model whose output is the number of characters, or logits that put all on one grade."""
+    """Reward the number of characters, as a scalar or as a certain grade."""
 
     def __init__(self, kind="scalar"):
         self.head = RewardHead(kind, [1.0] if kind == "scalar" else [float(grade) for grade in range(1, 11)])
@@ -106,7 +98,7 @@ def answered(*texts, ended=True):
     return [Answer(Prompt([1]), [5] * 10, text, ended) for text in texts]
 
 
-def test_the_cut_penalty_is_taken_off_cut_answers_only():
+def test_the_cut_penalty_applies_to_cut_answers_only():
     prompts = [[{"role": "user", "content": "Hi"}]] * 2
     cut = [*answered("abc"), *answered("a" * 9, ended=False)]
     assert Scoring(Judge())(prompts, cut).tolist() == [3.0, 9.0]
@@ -114,7 +106,7 @@ def test_the_cut_penalty_is_taken_off_cut_answers_only():
     assert result.tolist() == pytest.approx([3.0, 9.0 - 0.25])
 
 
-def test_risk_takes_the_spread_off():
+def test_risk_subtracts_the_spread():
     prompts = [[{"role": "user", "content": "Hi"}]] * 2
     texts = answered("abc", "abcdef")
     assert Scoring(Judge("distribution"))(prompts, texts).tolist() == pytest.approx([3.0, 6.0], abs=1e-3)
@@ -128,11 +120,11 @@ def test_risk_takes_the_spread_off():
     assert result.tolist() == pytest.approx([5.5 - 0.5 * spread] * 2, abs=1e-4)
 
 
-def test_each_prompt_comes_once_an_epoch_in_an_order_of_its_own():
+def test_each_prompt_comes_once_per_epoch_in_random_order():
     epochs = [[prompt_of(number, 2, 7, seed=3) for number in range(14 * e, 14 * e + 14, 2)] for e in range(3)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
-    assert prompt_of(0, 2, 7, 3) == prompt_of(1, 2, 7, 3), "both answers of a prompt"
-    assert [prompt_of(number, 1, 7, 4) for number in range(7)] != epochs[0], "the seed decides"
+    assert prompt_of(0, 2, 7, 3) == prompt_of(1, 2, 7, 3), "two answers of one prompt"
+    assert [prompt_of(number, 1, 7, 4) for number in range(7)] != epochs[0], "the seed changes the order"
 
 
 def test_the_metrics_of_a_step_are_means_over_answers():
@@ -160,7 +152,7 @@ def test_the_metrics_of_a_step_are_means_over_answers():
         ({"entropy": 0.01}, "entropy has collapsed to 0.010 nats"),
     ],
 )
-def test_alarms(change, message):
+def test_alarms_name_their_reason(change, message):
     healthy = {"loss": 1.0, "grad_norm": 1.0, "reward": 1.0, "kl": 3.0, "entropy": 1.0, "completions/mean_length": 30.0}
     reason = divergence_alarm(healthy | change, 50.0)
     assert message in reason and bool(reason) == bool(message)

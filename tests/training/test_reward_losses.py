@@ -1,4 +1,4 @@
-"""Pair losses and heads against slow plain-Python versions; values at known points; gradients."""
+"""Losses and heads of reward models equal plain Python and have the right gradients."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_scalar_losses_equal_plain_python(function, plain, smoothing):
     assert result.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_values_at_equal_rewards():
+def test_losses_have_known_values_at_equal_rewards():
     zero, gap = torch.zeros(1), torch.tensor([0.8])
     assert bradley_terry(zero, zero).item() == pytest.approx(math.log(2))
     assert margin(zero, zero, gap).item() == pytest.approx(math.log(1 + math.exp(0.8)))
@@ -76,7 +76,7 @@ def test_win_and_tie_probability_equal_plain_loops(logits):
     torch.testing.assert_close(total, torch.ones(4))
 
 
-def test_certain_grades_win_and_lose_the_right_way_round():
+def test_certain_grades_win_or_lose_for_sure():
     best, worst = torch.full((1, GRADES), -1e4), torch.full((1, GRADES), -1e4)
     best[0, 9], worst[0, 0] = 1e4, 1e4
     assert win_probability(best, worst).item() == 0.0
@@ -84,7 +84,7 @@ def test_certain_grades_win_and_lose_the_right_way_round():
     assert wrong.item() > 1e4 and torch.isfinite(torch.autograd.grad(wrong.sum(), worst)[0]).all()
 
 
-def test_gradients_of_the_distribution_losses_are_numerical(logits):
+def test_gradients_of_the_distribution_losses_equal_numerical_ones(logits):
     double = [x[:2].double().requires_grad_() for x in logits]
     gap, grade = torch.tensor([0.4, 1.2]).double(), torch.tensor([3.3, 10.0]).double()
     for smoothing in (0.0, 0.1):
@@ -92,7 +92,7 @@ def test_gradients_of_the_distribution_losses_are_numerical(logits):
     assert torch.autograd.gradcheck(lambda a: grade_cross_entropy(a, grade), double[:1])
 
 
-def test_smoothing_turns_labels_round(logits):
+def test_smoothing_mixes_in_the_reversed_label(logits):
     expected = 0.9 * win_probability(*logits) + 0.1 * win_probability(*reversed(logits))
     torch.testing.assert_close(win_probability(*logits, smoothing=0.1), expected)
 
@@ -107,7 +107,7 @@ def test_soft_labels_have_the_grade_as_their_mean():
     assert one_hot.item() == pytest.approx(-math.log(softmax(list(range(10)))[3]), rel=1e-5)
 
 
-def test_squared_error_leaves_out_what_is_not_known():
+def test_the_squared_error_ignores_unknown_attributes():
     nan = float("nan")
     outputs = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 1.0, 1.0, 1.0, 1.0]], requires_grad=True)
     loss = masked_squared_error(outputs, torch.tensor([[0.0, nan, 3.0, nan, 3.0], [nan] * 5]))
@@ -134,7 +134,7 @@ def test_expected_grade_spread_and_entropy_equal_plain_loops(logits):
     assert head.win(uniform, uniform).item() == pytest.approx(0.5), "a tie counts half"
 
 
-def test_the_map_from_rating_to_grade():
+def test_ratings_are_mapped_to_grades():
     average = new_reward_head("distribution", "average", [1.0, 2.0], MEANS)
     assert average.grade(torch.tensor([0.0, 2.0, 4.0])).tolist() == pytest.approx([1.0, 5.5, 10.0])
     goodness = new_reward_head("distribution", "goodness", [], MEANS)
@@ -148,7 +148,7 @@ def test_the_map_from_rating_to_grade():
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, losses in PAIR_LOSSES.items() for name in losses])
-def test_every_loss_of_every_head_has_a_gradient_that_favours_the_chosen(kind, name):
+def test_the_gradient_of_every_loss_favours_the_chosen_answer(kind, name):
     head = new_reward_head(kind, "average", [], MEANS)
     outputs = torch.zeros(3, 2, HEADS[kind].outputs, requires_grad=True)
     attributes = torch.tensor([[[3.0] * 5, [1.0] * 5]] * 3)

@@ -1,4 +1,4 @@
-"""The trainer learns, equals TRL's, goes on after a kill, and stops at a bad loss."""
+"""The trainer learns, equals TRL, resumes after a kill, and stops at a loss that is not finite."""
 
 import json
 import math
@@ -106,8 +106,8 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_stops_before_the_step(mode
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
 
 
-def test_trackers_get_the_names_and_keep_their_files(tmp_path, monkeypatch):
-    """transformers would write tensorboard's files among the checkpoints, which are removed at the end."""
+def test_trackers_get_the_run_names_and_keep_their_files(tmp_path, monkeypatch):
+    """transformers writes tensorboard files into the checkpoints, which are removed at the end."""
     for name in ("WANDB_PROJECT", "TENSORBOARD_LOGGING_DIR"):
         monkeypatch.delenv(name, raising=False)
     names = {"project": "HelpSteer_dpo_Plain", "run_name": "HelpSteer-Plain-x"}
@@ -118,10 +118,10 @@ def test_trackers_get_the_names_and_keep_their_files(tmp_path, monkeypatch):
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "run/tensorboard")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     training.training_arguments(run)
-    assert os.environ["WANDB_PROJECT"] == "mine", "the user's wins"
+    assert os.environ["WANDB_PROJECT"] == "mine", "the user's value wins"
 
 
-def test_a_half_written_checkpoint_is_not_taken(tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(tmp_path):
     for step, complete in ((5, True), (10, True), (15, False)):
         (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
         if complete:
@@ -141,7 +141,7 @@ def command(**options):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(model_folder, sample_folder, tmp_path):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(model_folder, sample_folder, tmp_path):
     options = OPTIONS | {"DATA_DIR": sample_folder, "MODEL": model_folder, "MAX_ROWS": 40}
     run_script(train_reward_model, **options, OUTPUT_DIR=tmp_path / "whole")
     killed = tmp_path / "killed"
@@ -150,7 +150,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(model_folder, 
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (killed / "model.safetensors").exists(), "killed too late to show anything"
+    assert not (killed / "model.safetensors").exists(), "it was killed too late"
     again = subprocess.run(command(**options, OUTPUT_DIR=killed), cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "resuming from its last checkpoint" in again.stdout, again.stderr
     one, other = load_file(tmp_path / "whole/model.safetensors"), load_file(killed / "model.safetensors")
@@ -162,7 +162,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(model_folder, 
     assert not (killed / "checkpoints").exists()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(model_folder, sample_folder, tmp_path):
+def test_ctrl_c_saves_and_prints_how_to_resume(model_folder, sample_folder, tmp_path):
     options = OPTIONS | {"DATA_DIR": sample_folder, "MODEL": model_folder, "SAVE_EVERY_STEPS": 0, "MAX_STEPS": 5000}
     process = subprocess.Popen(
         command(**options, OUTPUT_DIR=tmp_path / "run"),
@@ -181,7 +181,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_folder, sample_folder, tmp_pat
     assert last_checkpoint(tmp_path / "run")
 
 
-def test_curves_show_what_was_measured_on_validation():
+def test_curves_show_the_validation_values():
     lines = [{"step": step, "loss": 0.7, "rewards/accuracies": 0.5} for step in (2, 4)]
     lines += [{"step": 4, "eval_loss": 0.6, "eval_accuracy": 0.75}]
     figure = plot_curves(lines, ("loss", "rewards/accuracies"), {}, "A run", "a step")
