@@ -8,13 +8,10 @@ import pytest
 from utils.script import ENVIRONMENT, bar_off, needs, pick, script, user_line
 
 
-def test_a_missing_step_is_named(tmp_path):
+def test_missing_steps_and_unknown_choices_are_reported(tmp_path):
     with pytest.raises(SystemExit, match="run `python load_helpsteer_dataset.py` first"):
         needs(tmp_path / "rows", made_by="load_helpsteer_dataset.py")
     assert needs(tmp_path, made_by="x.py") == tmp_path
-
-
-def test_an_unknown_choice_is_reported_with_the_known_ones():
     with pytest.raises(SystemExit, match="LOSS = 'hnge' is not known, choose one of: sigmoid, ipo"):
         pick({"sigmoid": 1, "ipo": 2}, "LOSS", "hnge")
     assert pick({"sigmoid": 1, "ipo": 2}, "LOSS", "ipo") == 2

@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from tests.conftest import ROOT
-from tests.source_rows import content_of, load_rows, rows_of, write_lines
-from utils.data.processed import next_command, reload_command
+from tests.source_rows import content_of, dialogue, load_rows, rows_of, write_lines
+from utils.data.processed import HALVES, closed_answers, half, load_pairs, next_command, reload_command, unique_prompts
+from utils.data.tokens import end_of_turn
 
 
 @pytest.fixture
@@ -20,15 +22,11 @@ def load(tmp_path, tokenizer_folder, monkeypatch):
     return partial(load_rows, tokenizer_folder)
 
 
-def test_an_output_folder_may_be_a_link(load, tmp_path):
+def test_an_output_folder_may_be_a_link_and_hold_hidden_files(load, tmp_path):
     (tmp_path / "big_disk" / "rows").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "big_disk" / "rows")
     load(rows_of(5))
     assert (tmp_path / "out").is_symlink() and (tmp_path / "big_disk" / "rows" / "metadata.json").exists()
-
-
-def test_hidden_files_of_the_system_are_ignored(load, tmp_path):
-    load(rows_of(5))
     (tmp_path / "out" / ".DS_Store").write_bytes(b"")
     (tmp_path / "out" / "._metadata.json").write_bytes(b"")
     assert load(rows_of(7))[0]["counts"]["pairs"] == 7 and not list(tmp_path.glob(".out-*"))
@@ -131,3 +129,30 @@ def test_the_next_command_names_the_folder_and_the_model_if_they_are_not_the_def
     assert other == "python x.py --data_dir 'my rows' --model models/copy"
     (tmp_path / "reward_config.json").write_text("{}")
     assert next_command("python x.py", "processed_helpsteer", str(tmp_path), "owner/y") == "python x.py --model owner/y"
+
+
+def pairs_of(*prompts):
+    return Dataset.from_list([{"row": i, "chosen": dialogue(text, str(i))} for i, text in enumerate(prompts)])
+
+
+def test_pairs_of_a_prompt_stay_in_one_half():
+    rows = pairs_of("a", "b", "a", "c", "b", "d")
+    halves = [half(rows, name)["row"] for name in HALVES]
+    assert [list(one) for one in halves] == [[0, 2, 3], [1, 4, 5]]
+    assert list(unique_prompts(rows)["row"]) == [0, 1, 3, 5] and list(unique_prompts(rows, 2)["row"]) == [0, 1]
+    alone = pairs_of(*"abcdef")
+    assert list(half(alone, "odd")["row"]) == [1, 3, 5], "with one pair for each prompt, every second pair"
+    with pytest.raises(SystemExit, match="HALF = 'odd' has no pair"):
+        half(pairs_of("a", "a"), "odd")
+
+
+def test_cut_answers_get_an_end_of_turn_for_reward_models(sample_folder, tokenizer):
+    """Otherwise the last token shows whether an answer was cut, and a reward model learns that."""
+    rows, closing = load_pairs(sample_folder, "train", 60), end_of_turn(tokenizer)
+    closed = closed_answers(rows, tokenizer)
+    assert any(rows["chosen_cut"]) and not all(rows["chosen_cut"])
+    for before, after in zip(rows, closed, strict=True):
+        for side in ("chosen", "rejected"):
+            old, new = before[f"{side}_ids"], after[f"{side}_ids"]
+            assert new[-len(closing) :] == closing and len(new) == len(old)
+            assert new == old if not before[f"{side}_cut"] else new[:-2] == old[:-2] != old

@@ -48,19 +48,14 @@ def test_json_lines_are_read_under_the_suffix_json_and_with_empty_lines(tmp_path
 
 
 @pytest.mark.parametrize("as_text", [json.dumps, repr])
-def test_messages_in_csv_cells_are_read_as_messages(tmp_path, as_text):
+def test_messages_in_csv_cells_are_read_unless_numpy_printed_them(tmp_path, as_text):
     write_rows(tmp_path / "rows.csv", [{"chosen": as_text(MESSAGES), "rejected": "[{see} the list]"}])
     (row,) = read(open_source(str(tmp_path / "rows.csv"), "average"))
     assert row == {"chosen": MESSAGES, "rejected": "[{see} the list]"}
-
-
-def test_an_answer_that_only_begins_like_messages_stays_text(tmp_path):
+    # text that only begins like messages stays text
     answers = ["[{'role': 'user'}] is how a list of messages begins.", '[{"content": ' + "[" * 99999]
     write_rows(tmp_path / "rows.csv", [{"chosen": answer, "rejected": "x"} for answer in answers])
     assert [row["chosen"] for row in read(open_source(str(tmp_path / "rows.csv"), "average"))] == answers
-
-
-def test_messages_printed_by_numpy_are_refused(tmp_path):
     cell = "[{'role': 'user', 'content': 'Why?'}\n {'role': 'assistant', 'content': 'So.'}]"
     write_rows(tmp_path / "rows.csv", [{"chosen": cell, "rejected": "x"}])
     fails(tmp_path / "rows.csv", "line 3: chosen holds messages that are neither JSON nor Python")

@@ -6,19 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from tests.source_rows import dialogue
-from utils.data.processed import HALVES, closed_answers, half, load_pairs, unique_prompts
-from utils.data.tokens import end_of_turn
-from utils.evaluation.baselines import (
-    SHORTCUT_NAMES,
-    SURFACE,
-    fit_logistic,
-    shortcuts_right,
-    shuffled_prompts,
-    surface,
-    surface_weights,
-    without_prompts,
-)
+from utils.evaluation.baselines import SHORTCUT_NAMES, fit_logistic, shortcuts_right, surface_weights
 from utils.evaluation.predictions import fit_win_scale, prediction_lines
 from utils.evaluation.reward_report import format_summary, length_bands, report
 from utils.models.reward_model import RewardHead
@@ -142,57 +130,6 @@ def test_equal_rewards_and_missing_ratings_can_be_reported():
     json.dumps(result, allow_nan=False)
 
 
-def test_surface_measures_count_marks_and_words():
-    answer = "I'm sorry, **no**.\n\n- one\n- two\n\n```\ncode\n```\nWhy? Why?"
-    result = dict(zip(SURFACE, surface("Why is the code red?", answer), strict=True))
-    assert result["log_length"] == pytest.approx(np.log1p(len(answer))) and result["apology"] == 1.0
-    counts = {"line_breaks": 8, "list_items": 2, "code_fences": 2, "bold_marks": 2, "question_marks": 2}
-    assert {name: result[name] for name in counts} == pytest.approx({n: np.log1p(c) for n, c in counts.items()})
-    assert result["words_of_the_prompt"] == pytest.approx(2 / 5) and 0.5 < result["distinct_words"] < 1
-    assert surface("", "") == [0.0] * 9
-    assert surface("x", "I cannot say, can't I?")[7] == 1.0 and surface("x", "A candid can of paint")[7] == 0.0
-
-
-def test_logistic_regression_equals_scikit_learn():
-    from sklearn.linear_model import LogisticRegression
-
-    random = np.random.default_rng(0)
-    x = random.normal(size=(200, 3)) * np.array([1.0, 5.0, 0.0])
-    x = np.where((random.random(200) < 1 / (1 + np.exp(-x @ [1.0, -0.3, 0.0])))[:, None], x, -x)
-    scale = np.where(x.any(0), np.sqrt((x**2).mean(0)), 1.0)
-    both, label = np.concatenate([x, -x]) / scale, np.repeat([1, 0], 200)
-    theirs = LogisticRegression(fit_intercept=False, C=0.5, tol=1e-8).fit(both, label).coef_[0] / scale  # rows twice
-    assert fit_logistic(x, ridge=1.0) == pytest.approx(theirs, abs=1e-4)
-    assert fit_logistic(x)[0] > 0.5 and fit_logistic(x)[1] < -0.1 and fit_logistic(x)[2] == 0.0
-
-
-def test_prompts_are_removed_or_shuffled_and_answers_stay(sample_folder, tokenizer):
-    rows = load_pairs(sample_folder, "train", 30)
-    empty, shuffled = without_prompts(rows, tokenizer), shuffled_prompts(rows)
-    prompts = [row["input_ids"][: sum(row["attention_mask"])] for row in empty]
-    assert tokenizer.decode(prompts[0]) == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
-    assert all(prompt == prompts[0] for prompt in prompts)
-    assert all(ids != other for ids, other in zip(rows["input_ids"], shuffled["input_ids"], strict=True))
-    assert sorted(map(tuple, rows["input_ids"])) == sorted(map(tuple, shuffled["input_ids"]))
-    for changed in (empty, shuffled):
-        assert list(changed["chosen_ids"]) == list(rows["chosen_ids"]) and list(changed["row"]) == list(rows["row"])
-
-
-def pairs_of(*prompts):
-    return Dataset.from_list([{"row": i, "chosen": dialogue(text, str(i))} for i, text in enumerate(prompts)])
-
-
-def test_pairs_of_a_prompt_stay_in_one_half():
-    rows = pairs_of("a", "b", "a", "c", "b", "d")
-    halves = [half(rows, name)["row"] for name in HALVES]
-    assert [list(one) for one in halves] == [[0, 2, 3], [1, 4, 5]]
-    assert list(unique_prompts(rows)["row"]) == [0, 1, 3, 5] and list(unique_prompts(rows, 2)["row"]) == [0, 1]
-    alone = pairs_of(*"abcdef")
-    assert list(half(alone, "odd")["row"]) == [1, 3, 5], "with one pair for each prompt, every second pair"
-    with pytest.raises(SystemExit, match="HALF = 'odd' has no pair"):
-        half(pairs_of("a", "a"), "odd")
-
-
 def test_pairs_that_share_a_prompt_count_as_one_draw():
     """Sixty pairs of ten prompts are fewer draws than sixty prompts."""
     rows = planted_rows(60, 0.5)
@@ -212,15 +149,3 @@ def test_the_scale_of_attributes_is_fitted_to_pairs():
     backwards = RewardHead("attributes")
     fit_win_scale(backwards, rows, lambda pairs: -outputs[: len(pairs)])
     assert backwards.win_scale == 1.0, "a reward that prefers the rejected answers has no scale"
-
-
-def test_cut_answers_get_an_end_of_turn_for_reward_models(sample_folder, tokenizer):
-    """Otherwise the last token shows whether an answer was cut, and a reward model learns that."""
-    rows, closing = load_pairs(sample_folder, "train", 60), end_of_turn(tokenizer)
-    closed = closed_answers(rows, tokenizer)
-    assert any(rows["chosen_cut"]) and not all(rows["chosen_cut"])
-    for before, after in zip(rows, closed, strict=True):
-        for side in ("chosen", "rejected"):
-            old, new = before[f"{side}_ids"], after[f"{side}_ids"]
-            assert new[-len(closing) :] == closing and len(new) == len(old)
-            assert new == old if not before[f"{side}_cut"] else new[:-2] == old[:-2] != old

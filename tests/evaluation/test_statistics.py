@@ -16,12 +16,9 @@ from utils.evaluation.statistics import (
 )
 
 
-def test_a_tie_counts_half():
+def test_a_tie_counts_half_and_the_interval_covers_the_binomial_one():
     assert wins(np.array([2.0, 1.0, 1.0]), np.array([1.0, 1.0, 2.0])).tolist() == [1.0, 0.5, 0.0]
     assert share_right(wins(np.zeros(10), np.zeros(10)))["accuracy"] == 0.5
-
-
-def test_the_interval_covers_the_binomial_one():
     values = np.array([1.0] * 62 + [0.0] * 38)
     low, high = interval(values)
     assert low == pytest.approx(0.62 - 1.96 * np.sqrt(0.62 * 0.38 / 100), abs=0.015)

@@ -18,7 +18,7 @@ from utils.data.preferences import Ledger
 from utils.data.processed import row_features
 from utils.data.tokens import end_of_turn, tokenised
 from utils.models import generation, reward_model
-from utils.models.generation import Answer, sampling_processors
+from utils.models.generation import Answer
 from utils.runs import read_json as read
 from utils.runs import read_lines
 
@@ -33,32 +33,6 @@ def answers_in(folder):
 def options(model_folder, sample_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": "pairs"}
-
-
-def allowed(logits, top_k, top_p):
-    """Return the tokens that may be drawn: of the k likeliest, the fewest whose probabilities add up to top_p."""
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or None]
-    p = torch.tensor([logits[i] for i in order]).double().softmax(0).tolist()
-    kept, mass = [], 0.0
-    for i, share in zip(order, p, strict=True):
-        if mass >= top_p:
-            break
-        kept.append(i)
-        mass += share
-    return kept
-
-
-@pytest.mark.parametrize("top_k, top_p", [(5, 1.0), (0, 0.6), (8, 0.7), (1, 1.0), (3, 0.01)])
-def test_top_k_and_top_p_limit_the_tokens_and_keep_their_ratios(top_k, top_p):
-    torch.manual_seed(0)
-    logits, temperature, count = torch.randn(30) * 2, 0.7, 3000
-    process = sampling_processors(temperature, [(3, i) for i in range(count)], top_k, top_p)
-    drawn = process(None, logits.repeat(count, 1)).argmax(dim=1)
-    kept = allowed((logits / temperature).tolist(), top_k, top_p)
-    assert set(drawn.tolist()) <= set(kept) and len(kept) < 30
-    p = (logits[kept] / temperature).softmax(0)
-    result = torch.bincount(drawn, minlength=30)[kept] / count
-    torch.testing.assert_close(result, p, atol=0.04, rtol=0)
 
 
 def one(number, human="A human.", split="train", text="Hi", length=1):

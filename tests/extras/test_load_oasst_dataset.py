@@ -163,14 +163,6 @@ def test_a_tree_is_never_split(load):
     assert not tops["train"] & tops["validation"] and len(tops["train"] | tops["validation"]) == 10
 
 
-def test_the_training_split_is_never_empty(load):
-    rows = [*tree("a", 0, 1), message("a.1.1"), message("a.1.1.1", rank=0), message("a.1.1.2", rank=1)]
-    metadata, _, _ = load(rows, TURNS="all", VALIDATION_SHARE=0.9)
-    assert (metadata["train_size"], metadata["validation_size"]) == (2, 0)
-    metadata, _, _ = load([*rows, *tree("b", 0, 1)], TURNS="all", VALIDATION_SHARE=0.9)
-    assert metadata["train_size"] and metadata["validation_size"]
-
-
 def test_the_validation_split_of_the_source_is_kept_and_nothing_like_it_is_in_training(load, tmp_path):
     own = tree("own", 0, 1)
     alike = [*tree("alike", 0, 1), message("alike.1.1"), message("alike.1.1.1", rank=0), message("alike.1.1.2", rank=1)]

@@ -6,14 +6,13 @@ import shutil
 
 import pytest
 import torch
-from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train_dpo
 from extras import load_oasst_dataset, train_sft
 from extras.lib import sft
-from extras.lib.sft import answers_of_source, as_answers, learnable, least_rating, load_answers
+from extras.lib.sft import answers_of_source, learnable, least_rating, load_answers
 from tests.conftest import ROOT, error_of, run_script
 from tests.source_rows import tree, write_lines
 from tests.toys import toy_run
@@ -243,10 +242,3 @@ def test_a_file_can_replace_the_data_folder(model_folder, tmp_path):
 )
 def test_user_errors_stop_with_one_message(options, tmp_path, constants, message):
     assert message in error_of(train_sft, **options | constants) and not (tmp_path / "run").exists()
-
-
-def test_an_empty_split_has_all_columns(sample_folder):
-    some = load_from_disk(f"{sample_folder}/train")
-    assert as_answers(some.select([])).column_names == as_answers(some.select([0])).column_names
-    with pytest.raises(SystemExit, match="validation has no answer to use, make it with more rows"):
-        learnable(as_answers(some.select([])), None, "validation")

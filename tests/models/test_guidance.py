@@ -2,14 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from utils.data.processed import load_pairs
-from utils.models import shared_prompt
-from utils.models.generation import float32_head, generate, logps_of, prompts_of, stop_ids
 from utils.models.guidance import (
     Guidance,
     guided_rows,
@@ -19,16 +16,9 @@ from utils.models.guidance import (
     text_guidance,
     vector_guidance,
 )
-from utils.models.loading import load_causal
-from utils.models.policies import PolicyPairs
-from utils.models.shared_prompt import PairCollator, Prompt, answer_logps, check_head, logits_of, token_logps
+from utils.models.shared_prompt import PairCollator, answer_logps
 
 TEXT = "Please be brief."
-
-
-@pytest.fixture
-def model(model_folder):
-    return load_causal(model_folder).eval()
 
 
 def prompt_of(row):
@@ -115,133 +105,27 @@ def test_files_without_vectors_of_the_right_shape_are_reported(tmp_path):
         assert "PROMPT_EMBEDDING_PATH" in str(stop.value) and "\n" not in str(stop.value), name
 
 
-def test_log_probs_in_chunks_equal_those_of_the_model(model, monkeypatch):
-    ids = torch.randint(3, 600, (1, 40))
-    assert check_head(model, ids) < 1e-4
-    monkeypatch.setattr(shared_prompt, "ROWS_AT_ONCE", 7)
-    assert check_head(model, ids) < 1e-4
-    hidden, targets = torch.randn(20, 32, requires_grad=True), torch.randint(0, 600, (20,))
-    gradients = []
-    for temperature in (1.0, 0.7):
-        chunked = token_logps(model, hidden, targets, temperature)
-        whole = (model.lm_head(hidden) / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=0)
-        gradients.append([torch.autograd.grad(x.sum(), [hidden, model.lm_head.weight]) for x in (chunked, whole)])
-    for ours, theirs in gradients:
-        for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+def test_a_preference_must_fit_beside_the_system_turn(tokenizer, capsys):
+    from datasets import Dataset
 
+    from utils.data.tokens import prompt_ids
+    from utils.models import guidance
 
-def test_a_model_that_scales_its_logits_is_refused(model, sample_folder):
-    from utils.models.policies import check_architecture
-
-    rows = load_pairs(sample_folder, "train", 2)
-    check_architecture(model, rows)
-    forward = model.forward
-
-    def scaled(*arguments, **options):
-        result = forward(*arguments, **options)
-        result.logits = 3 * result.logits
-        return result
-
-    model.forward = scaled
-    with pytest.raises(SystemExit, match="changes its logits after the head"):
-        check_architecture(model, rows)
-
-
-def test_greedy_answers_equal_a_plain_loop(model, tokenizer):
-    turns = [[{"role": "user", "content": text}] for text in ("Hi", "Why is the sky blue at noon?", "Say yes or no.")]
-    prompts = prompts_of(tokenizer, turns, 64)
-    together = generate(model, tokenizer, prompts, 12, 0.0, seed=0, batch_size=3)
-    for prompt, answer in zip(prompts, together, strict=True):
-        (alone,) = generate(model, tokenizer, [prompt], 12, 0.0, seed=1)
-        assert answer.ids == alone.ids and answer.prompt == prompt
-        ids = list(prompt.ids)
-        for token in answer.ids:  # a plain loop
-            assert model(torch.tensor([ids])).logits[0, -1].argmax().item() == token
-            ids.append(token)
-
-
-def test_answers_are_sampled_from_float32_logits(model, tokenizer):
-    (prompt,) = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64)
-    ids, seen = torch.tensor([prompt.ids]), []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(ids).last_hidden_state[0, -1:]
-        rounded = model(ids).logits[0, -1:]
-        with float32_head(model):
-            seen.append(model(ids).logits[0, -1:])
-    torch.testing.assert_close(seen[0], logits_of(model, hidden, 1.0), atol=1e-6, rtol=0)
-    assert rounded.dtype == torch.bfloat16 and "forward" not in vars(model.get_output_embeddings())
-
-
-def test_sampling_uses_the_whole_distribution_and_depends_only_on_the_seed(model, tokenizer):
-    prompts = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64) * 2000
-    first, again = (generate(model, tokenizer, prompts, 1, 2.0, seed=3, batch_size=size) for size in (2000, 700))
-    assert [answer.ids for answer in first] == [answer.ids for answer in again], "whatever the batches are"
-    with torch.no_grad():
-        p = (model(torch.tensor([prompts[0].ids])).logits[0, -1] / 2.0).softmax(-1)
-    drawn = torch.bincount(torch.tensor([answer.ids[0] for answer in first]), minlength=len(p))
-    expected = (1 - (1 - p) ** 2000).sum().item()  # different tokens among the draws; top_k would leave 50 at most
-    assert (drawn > 0).sum().item() == pytest.approx(expected, rel=0.05) and expected > 100
-    likely = p > p.mean()
-    assert drawn[likely].sum().item() / 2000 == pytest.approx(p[likely].sum().item(), abs=0.04)
-
-
-def test_log_probs_of_samples_equal_a_plain_loop(model, tokenizer):
-    turns = [[{"role": "user", "content": text}] for text in ("Hi", "Why is the sky blue at noon?")]
-    prompts = prompts_of(tokenizer, turns, 64)
-    answers = generate(model, tokenizer, prompts, 8, 0.9, seed=0)
-    answers[0].ids = [5, 2, 2]  # the end of turn, which is also the padding, counts as often as it was sampled
-    for temperature in (1.0, 0.9):
-        result = logps_of(model, answers, temperature)
-        for answer, logp in zip(answers, result.tolist(), strict=True):
-            with torch.no_grad():
-                logits = model(torch.tensor([answer.prompt.ids + answer.ids])).logits[0] / temperature
-            start = len(answer.prompt.ids) - 1
-            rows = logits.log_softmax(-1)[start : start + len(answer.ids)]
-            expected = sum(rows[i, token].item() for i, token in enumerate(answer.ids))
-            assert logp == pytest.approx(expected, abs=1e-3)
-
-
-def test_answers_stop_at_the_end_of_turn(model, tokenizer):
-    assert stop_ids(tokenizer) == [2]
-    (prompt,) = prompts_of(tokenizer, [[{"role": "user", "content": "Hi"}]], 64)
-    model.lm_head.weight.data = model.lm_head.weight.data.clone()
-    with torch.no_grad():
-        hidden = model.model(torch.tensor([prompt.ids])).last_hidden_state[0, -1]
-    model.lm_head.weight.data[2] = hidden * 10
-    (answer,) = generate(model, tokenizer, [prompt], 8, 0.0, seed=0)
-    assert answer.ids == [2] and answer.ended and answer.text == ""
-
-
-def test_answers_with_vectors_equal_a_plain_loop(model, tokenizer):
-    vectors = torch.randn(4, 32) * 3
-    guidance = vector_guidance(tokenizer, vectors)
-    turns = [[{"role": "user", "content": text}] for text in ("Hi", "Why is the sky blue at noon?")]
-    prompts = guidance.prompts(tokenizer, turns, 64)
-    answers = generate(model, tokenizer, prompts, 6, 0.0, seed=0, vectors=vectors)
-    result = logps_of(model, answers, vectors=vectors)
-    for prompt, answer, logp in zip(prompts, answers, result.tolist(), strict=True):
-        ids, total = prompt.ids + answer.ids, 0.0
-        embedded = model.get_input_embeddings()(torch.tensor([ids])).detach()
-        at = prompt.vectors_at
-        assert at == guidance.find(prompt.ids)
-        embedded[0, at : at + 4] = vectors
-        with torch.no_grad():
-            logits = model(inputs_embeds=embedded).logits[0].log_softmax(-1)
-        for i, token in enumerate(answer.ids):
-            assert logits[len(prompt.ids) - 1 + i].argmax().item() == token
-            total += logits[len(prompt.ids) - 1 + i, token].item()
-        assert logp == pytest.approx(total, abs=1e-3)
-
-
-def test_the_reference_uses_the_first_vectors(model):
-    vectors = torch.randn(3, 32)
-    module = PolicyPairs(model, vectors, True, reference=model)
-    batch = PairCollator(2, 8).shared_rows([Prompt([4, 0, 0, 0, 9], vectors_at=1)], [([5, 6], [7])])
-    before = module(**batch)
-    torch.testing.assert_close(before["logps"], before["reference"])
-    module.vectors.data += 1.0
-    after = module(**batch)
-    torch.testing.assert_close(after["reference"], before["reference"])
-    assert not np.allclose(after["logps"].detach(), before["logps"].detach(), atol=1e-4)
+    preference = guidance.text_guidance("Please be brief and kind.")
+    system = {"role": "system", "content": "You are a teacher. " * 8}
+    whole = {"chosen_ids": [5] * 9, "rejected_ids": [5], "chosen_cut": False, "rejected_cut": False}
+    hi = {"role": "user", "content": "Hi"}
+    needed = len(prompt_ids(tokenizer, preference.add([system, hi])))
+    personas = [system, system, system, {"role": "user", "content": "So"}]
+    rows = [{"chosen": [persona, hi], **whole} for persona in personas]
+    rows[1] |= {"chosen_ids": [5] * 10}  # one token too many beside this persona
+    rows[2] |= {"rejected_cut": True}
+    window = needed + 9
+    kept = guidance.with_room(tokenizer, preference, window, Dataset.from_list(rows))
+    assert [row["chosen"][0]["role"] for row in kept] == ["system", "user"]
+    assert "2 of 4 pairs have no room for the preference beside their system turn" in capsys.readouterr().out
+    assert len(guidance.with_room(tokenizer, preference, 2 * needed, Dataset.from_list(rows))) == 4
+    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit: a short prompt with it takes"):
+        guidance.with_room(tokenizer, preference, 40, Dataset.from_list(rows))
+    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit beside the system turn of any row"):
+        guidance.with_room(tokenizer, preference, window, Dataset.from_list(rows[1:3]))

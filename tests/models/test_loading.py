@@ -35,22 +35,18 @@ def test_heads_and_rewards_are_float32_under_autocast(model_folder):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_weights_stay_float32_in_a_bf16_training(model_folder, sample_folder, tmp_path, lora, monkeypatch):
-    kinds = []
-    monkeypatch.setattr(training.StepCallback, "on_step_end", spy(training.StepCallback.on_step_end, kinds))
+    kinds, real = [], training.StepCallback.on_step_end
+
+    def on_step_end(self, *arguments, **named):
+        kinds.extend(value.dtype for value in self.trainer.model.parameters())
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(training.StepCallback, "on_step_end", on_step_end)
     options = SMALL | {"PRECISION": "bf16", "MAX_STEPS": 2, "CONTROL_PAIRS": 0, "USE_LORA": lora}
     folder = tmp_path / "run"
     run_script(train_reward_model, **options, DATA_DIR=sample_folder, MODEL=model_folder, OUTPUT_DIR=folder)
-    assert set(kinds) == {torch.float32} and {v.dtype for v in load_file(folder / "model.safetensors").values()} == {
-        torch.float32
-    }
-
-
-def spy(method, kinds):
-    def looked(self, *arguments, **named):
-        kinds.extend(value.dtype for value in self.trainer.model.parameters())
-        return method(self, *arguments, **named)
-
-    return looked
+    kinds.extend(value.dtype for value in load_file(folder / "model.safetensors").values())
+    assert set(kinds) == {torch.float32}
 
 
 def test_encoders_score_in_float32(tokenizer, tmp_path):

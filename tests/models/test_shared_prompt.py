@@ -7,15 +7,17 @@ from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification
 
 from utils.data.processed import load_pairs
+from utils.models import shared_prompt
 from utils.models.reward_model import RewardPairs
 from utils.models.shared_prompt import (
     CHOSEN,
     REJECTED,
     PairCollator,
+    check_head,
     check_shared_rows,
     forward_pairs,
     pair_lengths,
-    split_batch,
+    token_logps,
 )
 from utils.training.trainer import LengthSampler
 
@@ -60,14 +62,6 @@ def test_a_shared_row_equals_two_rows(model_folder, attention):
             assert outputs[i, side].item() == pytest.approx(one_row_reward(model, prompt + ids), abs=1e-5)
 
 
-def test_other_rows_and_padding_change_nothing(model_folder):
-    module = RewardPairs(load(model_folder))
-    with torch.no_grad():
-        alone = module(**PairCollator(2, 8)(ROWS[:1]))["outputs"]
-        among = module(**PairCollator(0, 64)(ROWS))["outputs"][:1]
-    torch.testing.assert_close(alone, among, atol=1e-5, rtol=0)
-
-
 def test_the_rejected_answer_does_not_see_the_chosen_one(model_folder):
     module = RewardPairs(load(model_folder))
     changed = [{**ROWS[0], "chosen_ids": [90, 91, 92, 93, 94]}]
@@ -75,17 +69,6 @@ def test_the_rejected_answer_does_not_see_the_chosen_one(model_folder):
         before = module(**PairCollator(2, 8)(ROWS[:1]))["outputs"][0, :, 0]
         after = module(**PairCollator(2, 8)(changed))["outputs"][0, :, 0]
     assert before[1] == after[1] and before[0] != after[0]
-
-
-@pytest.mark.parametrize("tokens, rows", [(1, [1, 1, 1]), (24, [1, 1, 1]), (34, [2, 1]), (1000, [3])])
-def test_parts_of_a_batch_have_the_same_outputs_and_less_padding(model_folder, tokens, rows):
-    batch = PairCollator(2, 64)(ROWS)
-    pieces = split_batch(batch, tokens, multiple=1)
-    assert [len(part["row"]) for part in pieces] == rows and pieces[0]["input_ids"].shape[1] in (12, 15)
-    module = RewardPairs(load(model_folder))
-    with torch.no_grad():
-        whole, split = module(**batch)["outputs"], torch.cat([module(**part)["outputs"] for part in pieces])
-    torch.testing.assert_close(whole, split, atol=1e-5, rtol=0)
 
 
 def test_the_collator_sets_positions_segments_ends_and_gaps():
@@ -135,3 +118,20 @@ def test_lengths_count_tokens_without_padding(sample_folder):
     rows = load_pairs(sample_folder, "train", 20)
     expected = [sum(r["attention_mask"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows]
     assert pair_lengths(rows).tolist() == expected and len(rows) == 20
+
+
+def test_log_probs_in_chunks_equal_those_of_the_model(model, monkeypatch):
+    ids = torch.randint(3, 600, (1, 40))
+    assert check_head(model, ids) < 1e-4
+    monkeypatch.setattr(shared_prompt, "ROWS_AT_ONCE", 7)
+    assert check_head(model, ids) < 1e-4
+    hidden, targets = torch.randn(20, 32, requires_grad=True), torch.randint(0, 600, (20,))
+    gradients = []
+    for temperature in (1.0, 0.7):
+        chunked = token_logps(model, hidden, targets, temperature)
+        whole = (model.lm_head(hidden) / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=0)
+        gradients.append([torch.autograd.grad(x.sum(), [hidden, model.lm_head.weight]) for x in (chunked, whole)])
+    for ours, theirs in gradients:
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

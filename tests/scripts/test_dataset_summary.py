@@ -79,17 +79,15 @@ def test_gaps_of_exactly_half_and_one_are_in_the_upper_band():
         ("Intro:\n\n  * a\n\t+ b\n• c\n◦ d", 4),
         ("1. a\n2) b\n10. c", 3),
         ("**bold** words\n---\n-5 degrees\n3.14 is pi\n1.5 l of milk", 0),
-        ("In short - no list here. 1. Not at the start of a line", 0),
-        ("1984. was a year, and\n2024. is too many digits", 0),
+        ("In short - no list. 1. Not at the start of a line\n2024. is too many digits", 0),
         ("-\n- \n*", 0),
-        ("", 0),
     ],
 )
 def test_list_items_are_counted(text, items):
     assert list_items(text) == items
 
 
-def test_the_numbers_of_small_rows_are_exact(small, tmp_path, monkeypatch):
+def test_the_numbers_of_small_rows_are_exact(small, tokenizer_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(dataset_summary.SHOWN, "gaps", (0.4, 0.5, 1.0, 3.0))
     result = summarise(small, tmp_path / "out")["all"]
     assert result["pairs"] == 4 and result["multi_turn_share"] == 0
@@ -103,6 +101,8 @@ def test_the_numbers_of_small_rows_are_exact(small, tmp_path, monkeypatch):
     by_gap = {name: part["accuracy"] for name, part in longer["by_gap"].items()}
     assert by_gap == {"<0.5": 0.0, "0.5-1.0": 0.5, ">=1.0": 1.0}
     assert longer["low"] <= longer["accuracy"] <= longer["high"]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"next: python train_reward_model.py --data_dir {small} --model {tokenizer_folder}"
 
 
 def test_the_sample_is_summarised(sample_summary, sample_folder):
@@ -126,13 +126,11 @@ def test_the_sample_is_summarised(sample_summary, sample_folder):
 
 
 def test_the_intervals_do_not_depend_on_the_hash_seed(sample_folder, tmp_path):
-    options = [sys.executable, "dataset_summary.py", f"--data_dir={sample_folder}"]
-    processes = []
+    code = "import dataset_summary as script; script.draw = lambda *_: []; script.main(script.override_constants("
+    code += "vars(script)))"  # without the plots, which take most of the time
     for seed in ("1", "2"):
-        environment = os.environ | {"PYTHONHASHSEED": seed}
-        command = [*options, f"--output_dir={tmp_path / seed}"]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
-    assert [process.wait() for process in processes] == [0, 0]
+        command = [sys.executable, "-c", code, f"--data_dir={sample_folder}", f"--output_dir={tmp_path / seed}"]
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, check=True, capture_output=True)
     one, other = (read_json(tmp_path / seed / "summary.json") | {"settings": {}} for seed in ("1", "2"))
     assert one == other
 
@@ -145,19 +143,6 @@ def test_every_plot_is_a_picture_and_no_other_file_is_left(sample_summary):
             picture.load()
             assert picture.width == 1800 and picture.height > 800
             assert len(picture.convert("L").getcolors()) > 50, f"{name} is empty"
-
-
-def test_a_second_summary_is_equal_and_fits_a_terminal(sample_summary, sample_folder, tokenizer_folder, capsys):
-    summary, output = sample_summary
-    pictures = {name: (output / name).read_bytes() for name in FIGURES}
-    capsys.readouterr()
-    assert summarise(sample_folder, output) == summary
-    assert all((output / name).read_bytes() == pictures[name] for name in FIGURES)
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert max(len(line) for line in lines if not line.startswith(("changed", "written"))) <= 100
-    assert last == f"next: python train_reward_model.py --data_dir {sample_folder} --model {tokenizer_folder}"
-    page = (output / "summary.md").read_text()
-    assert all(f"({name})" in page for name in FIGURES)
 
 
 def test_a_planted_leak_is_reported(small, tmp_path, capsys):
@@ -191,15 +176,6 @@ def test_a_source_can_have_a_test_split_and_no_ratings(small, tmp_path, tokenize
     assert result["examples"][0]["gap"] is None
     assert "the source has no ratings" in capsys.readouterr().out
     assert {path.name for path in output.glob("*.png")} == {"token_lengths.png", "shortcuts.png"}  # no old ones
-
-
-def test_an_empty_validation_split_is_left_out(tmp_path, tokenizer_folder):
-    source = write_rows(tmp_path / "rows.jsonl", ROWS)
-    options = {"TOKENIZER": tokenizer_folder, "MAX_LENGTH": 64, "VALIDATION_SHARE": 0.0}
-    run_script(load_helpsteer_dataset, DATASET=source, OUTPUT_DIR=tmp_path / "data", **options)
-    result = summarise(tmp_path / "data", tmp_path / "out", EXAMPLES=9)
-    assert result["train"]["pairs"] == 4 and "validation" not in result
-    assert result["repeats"]["prompts"]["across"] == {} and len(result["examples"]) == 4
 
 
 def test_user_errors_stop_with_one_message(small, tmp_path, tokenizer, tokenizer_folder):

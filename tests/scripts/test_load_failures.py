@@ -9,7 +9,6 @@ import pytest
 
 from tests.conftest import SAMPLE
 from tests.source_rows import content_of, load_rows, rows_of, write_lines, write_rows
-from utils.data.tokens import load_tokenizer
 
 
 @pytest.fixture
@@ -86,18 +85,6 @@ def test_bad_input_stops_with_one_message_and_the_old_rows_stay(
         load(SAMPLE, **constants)
     assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, "one line on stderr, exit code 1"
     assert content_of(tmp_path) == before
-
-
-def test_a_tokenizer_without_a_template_is_reported_with_the_remedy(load, old_folder, tokenizer_folder, tmp_path):
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path / "bare")
-    with pytest.raises(SystemExit, match='CHAT_TEMPLATE = "plain"'):
-        load(rows_of(3), TOKENIZER=tmp_path / "bare")
-    metadata, splits, _ = load(rows_of(3), TOKENIZER=tmp_path / "bare", CHAT_TEMPLATE="plain", OUTPUT_DIR="plain")
-    length = sum(splits["train"][0]["attention_mask"])
-    assert tokenizer.decode(splits["train"][0]["input_ids"][:length]).endswith("?\nAssistant:")
-    assert metadata["chat_template"] == "plain"
 
 
 DISK_FULL = OSError(errno.ENOSPC, "No space left on device")

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, se
 import train_reinforce
 from tests.toys import sample_of, toy_run
 from train_reinforce import advantages, rewards, rollout, update
-from utils.models.generation import Answer, batch_of, generate, logps_and_entropies_of, logps_of
-from utils.models.loading import add_lora, use_gradient_checkpointing, without_dropout
+from utils.models.generation import Answer, batch_of, logps_of
+from utils.models.loading import add_lora, use_gradient_checkpointing
 from utils.models.policies import reference_of
-from utils.models.shared_prompt import TOKENS_AT_ONCE, Prompt, answer_logps, answer_logps_and_entropies
+from utils.models.shared_prompt import TOKENS_AT_ONCE, Prompt, answer_logps
 from utils.training import reinforce
 from utils.training.reinforce import Actor, Baseline, Policy, Sample, start_engine
 
@@ -90,33 +90,6 @@ def test_a_gradient_that_is_not_finite_moves_nothing(model_folder, tmp_path):
         assert torch.equal(value, before[name]), name
 
 
-def test_entropies_equal_a_plain_loop(model_folder, tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    answers = generate(model, tokenizer, [Prompt([1, 4, 5]), Prompt([1, 4, 5, 6, 7, 8])], 6, 0.8, seed=0)
-    answers[0].ids = [5, 2, 2]
-    logps, entropies = logps_and_entropies_of(model, answers, 0.8, "fp32")
-    torch.testing.assert_close(logps, logps_of(model, answers, 0.8))
-    for answer, result in zip(answers, entropies.tolist(), strict=True):
-        with torch.no_grad():
-            p = (model(torch.tensor([answer.prompt.ids + answer.ids])).logits[0] / 0.8).softmax(-1)
-        start = len(answer.prompt.ids) - 1
-        expected = -sum((row * row.log()).sum().item() for row in p[start : start + len(answer.ids)])
-        assert result == pytest.approx(expected, rel=1e-4)
-    sums, _ = answer_logps_and_entropies(model, batch_of(answers), 0.8)
-    assert not sums.requires_grad
-
-
-def test_the_generation_settings_of_a_model_are_ignored(model_folder, tokenizer):
-    """Qwen2.5 sets a penalty of 1.1, top_k 20 and top_p 0.8, with which samples and log-probs would not agree."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    prompts = [Prompt(ids) for ids in ([1, 4, 5], [1, 6, 7, 8], [1, 9, 9, 9])]
-    expected = [answer.ids for answer in generate(model, tokenizer, prompts, 12, 1.0, seed=3)]
-    for name, value in {"repetition_penalty": 5.0, "top_k": 2, "top_p": 0.1, "temperature": 0.01}.items():
-        setattr(model.generation_config, name, value)
-    model.generation_config.do_sample = True
-    assert [answer.ids for answer in generate(model, tokenizer, prompts, 12, 1.0, seed=3)] == expected
-
-
 @pytest.mark.parametrize("lora", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(model_folder, lora):
     answers = [Answer(Prompt([1, 4, 5]), [6, 7, 8, 9], "", True), Answer(Prompt([1, 5]), [7, 2], "", True)]
@@ -180,31 +153,6 @@ def test_the_kl_keeps_the_policy_near_its_start(model_folder, tokenizer, tmp_pat
     small_rollouts.setattr(train_reinforce, "KL_BETA", 20.0)
     *_, held = learned(model_folder, tokenizer, tmp_path / "held", "moving_average")
     assert abs(held) < 0.3 * free
-
-
-def test_the_reference_of_an_adapter_is_the_model_without_it(model_folder, tokenizer):
-    from utils.models.loading import add_lora
-
-    model = add_lora(AutoModelForCausalLM.from_pretrained(model_folder), "CAUSAL_LM", 4, 8, 0.0, ("q_proj", "v_proj"))
-    answers = [Answer(Prompt([1, 4, 5]), [9, 8], "", True)]
-    start = logps_of(model, answers)
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            value.data += 0.5
-    moved = logps_of(model, answers)
-    with Actor(model, reference_of(model, True), tokenizer, 64, "fp32").as_reference() as reference:
-        torch.testing.assert_close(logps_of(reference, answers), start)
-    assert not torch.allclose(moved, start) and torch.equal(logps_of(model, answers), moved)
-
-
-def test_dropout_is_off_in_policy_and_reference(model_folder):
-    model = AutoModelForCausalLM.from_pretrained(model_folder, attention_dropout=0.5).train()
-    answers = [Answer(Prompt([1, 4, 5]), [9, 8, 7, 6], "", True)]
-    ids = batch_of(answers)
-    policy = Policy(model, 1.0)
-    assert not torch.equal(policy(**ids), policy(**ids)), "the config has dropout"
-    without_dropout(model)
-    torch.testing.assert_close(policy(**ids).detach(), logps_of(model, answers))
 
 
 def test_a_grad_scaler_may_skip_a_step(model_folder, tmp_path):

@@ -64,26 +64,6 @@ def test_an_epoch_chosen_on_the_measured_rows_is_reported(model_folder, sample_f
     assert "The epoch was chosen on the same rows" in (tmp_path / "run/README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "constants, message",
-    [
-        ({"HEAD": "vector"}, "HEAD = 'vector' is not known, choose one of: scalar, distribution, attributes"),
-        ({"HEAD": "distribution", "PAIR_LOSS": "margin"}, "choose one of: win_probability, scaled"),
-        ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 needs HEAD = distribution"),
-        ({"HEAD": "attributes", "LABEL_SMOOTHING": 0.1}, "LABEL_SMOOTHING = 0.1 has no effect with HEAD = attributes"),
-        ({"RATING": "taste"}, "RATING = 'taste' is not known"),
-        ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
-    ],
-)
-def test_settings_that_contradict_each_other_stop_before_the_training(
-    sample_folder, model_folder, tmp_path, constants, message
-):
-    options = SMALL | {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run"}
-    with pytest.raises(SystemExit) as stop:
-        run_script(train_reward_model, **options | constants)
-    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
-
-
 def test_losses_that_use_ratings_need_ratings(model_folder, tokenizer_folder, tmp_path):
     import load_helpsteer_dataset
 
@@ -113,17 +93,6 @@ def test_a_run_is_not_resumed_if_the_weights_of_its_model_changed(model_folder, 
     run_script(train_reward_model, **options)
     (aside,) = tmp_path.glob("run-*")
     assert not read(aside / "run.json")["finished"] and read(tmp_path / "run/run.json")["finished"]
-
-
-def test_an_epoch_whose_evaluation_was_killed_is_evaluated_again(model_folder, sample_folder, tmp_path, monkeypatch):
-    options = SMALL | {"MAX_STEPS": 0, "EPOCHS": 2, "DATA_DIR": sample_folder, "MODEL": model_folder}
-    options |= {"SAVE_EVERY_STEPS": 10, "OUTPUT_DIR": tmp_path / "run"}  # 40 pairs are 10 steps an epoch
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(predictions, "pairs_right", lambda *_: 1 / 0)
-        run_script(train_reward_model, **options)
-    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-10")
-    run_script(train_reward_model, **options)
-    assert set(read(tmp_path / "run/eval.json")["epochs"]["accuracies"]) == {"1", "2"}
 
 
 @pytest.mark.slow

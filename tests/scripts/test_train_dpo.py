@@ -14,7 +14,6 @@ from tests.conftest import SAMPLE, error_of, run_process, run_script
 from utils.models import policies
 from utils.runs import read_json as read
 from utils.runs import read_lines as lines_of
-from utils.runs import run_names, short_dataset, short_model
 
 SMALL = {"MAX_STEPS": 4, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 30, "PRECISION": "fp32", "DEVICE": "cpu"}
 SMALL |= {"LEARNING_RATE": 1e-3, "SAMPLE_PROMPTS": 3, "MAX_NEW_TOKENS": 8}
@@ -24,32 +23,6 @@ SMALL |= {"LEARNING_RATE": 1e-3, "SAMPLE_PROMPTS": 3, "MAX_NEW_TOKENS": 8}
 def options(model_folder, sample_folder, tmp_path):
     where = {"DATA_DIR": sample_folder, "MODEL": model_folder, "REFERENCE_CACHE": tmp_path / "cache"}
     return SMALL | where | {"OUTPUT_DIR": tmp_path / "run"}
-
-
-@pytest.mark.parametrize(
-    "name, short",
-    [
-        ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen2.5-1.5B"),
-        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Qwen1.5B"),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M"),
-        ("models/SmolLM2-135M-Instruct/", "SmolLM2-135M"),
-        ("google/gemma-2-2b-it", "gemma-2-2b-it"),
-        ("google/gemma-2-2b", "gemma-2-2b"),
-    ],
-)
-def test_model_names_are_shortened(name, short):
-    assert short_model(name) == short
-
-
-def test_run_names_show_dataset_mode_model_and_loss(tmp_path):
-    result = run_names("nvidia/HelpSteer2", "Text", "Qwen2.5-1.5B", "new_pref_po", 0.05, 0.1)
-    assert result == ("HelpSteer_new_pref_po_Text", "HelpSteer-Text-Qwen2.5-1.5B-new_pref_po-beta0.05-alpha0.1")
-    names = ("esfrankel17/HelpSteer2_binarized", "HuggingFaceH4/ultrafeedback_binarized", "OpenAssistant/oasst1", "x")
-    assert [short_dataset(name) for name in names] == ["HelpSteer", "UFB", "OASST", "Custom"]
-    rows = tmp_path / "helpsteer-things" / "mine.jsonl"
-    rows.parent.mkdir()
-    rows.touch()
-    assert short_dataset(str(rows)) == "Custom", "the folder of a file does not name its rows"
 
 
 def test_the_run_folder_is_complete_and_loads_in_plain_transformers(options, model_folder, tmp_path, monkeypatch):
@@ -153,32 +126,6 @@ def test_launchers_that_shard_the_weights_are_refused(options, tmp_path, monkeyp
     assert not (tmp_path / "run").exists()
 
 
-def test_a_preference_must_fit_beside_the_system_turn(tokenizer, capsys):
-    from datasets import Dataset
-
-    from utils.data.tokens import prompt_ids
-    from utils.models import guidance
-
-    preference = guidance.text_guidance("Please be brief and kind.")
-    system = {"role": "system", "content": "You are a teacher. " * 8}
-    whole = {"chosen_ids": [5] * 9, "rejected_ids": [5], "chosen_cut": False, "rejected_cut": False}
-    hi = {"role": "user", "content": "Hi"}
-    needed = len(prompt_ids(tokenizer, preference.add([system, hi])))
-    personas = [system, system, system, {"role": "user", "content": "So"}]
-    rows = [{"chosen": [persona, hi], **whole} for persona in personas]
-    rows[1] |= {"chosen_ids": [5] * 10}  # one token too many beside this persona
-    rows[2] |= {"rejected_cut": True}
-    window = needed + 9
-    kept = guidance.with_room(tokenizer, preference, window, Dataset.from_list(rows))
-    assert [row["chosen"][0]["role"] for row in kept] == ["system", "user"]
-    assert "2 of 4 pairs have no room for the preference beside their system turn" in capsys.readouterr().out
-    assert len(guidance.with_room(tokenizer, preference, 2 * needed, Dataset.from_list(rows))) == 4
-    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit: a short prompt with it takes"):
-        guidance.with_room(tokenizer, preference, 40, Dataset.from_list(rows))
-    with pytest.raises(SystemExit, match="PREFERENCE_TEXT does not fit beside the system turn of any row"):
-        guidance.with_room(tokenizer, preference, window, Dataset.from_list(rows[1:3]))
-
-
 def test_training_can_start_from_an_adapter_which_is_also_the_reference(options, tmp_path):
     run_script(train_dpo, **options | {"USE_LORA": "true", "LORA_RANK": 4, "LOSS": "sipa"})
     adapter, merged = tmp_path / "run/adapter", tmp_path / "run"
@@ -191,12 +138,8 @@ def test_training_can_start_from_an_adapter_which_is_also_the_reference(options,
     assert logps[0] != pytest.approx(read(tmp_path / "run/eval.json")["logps_chosen_before"], rel=1e-6)
 
 
-def test_a_reward_model_compares_before_and_after(options, tmp_path):
-    import train_reward_model
-
-    reward = {"MAX_STEPS": 2, "MAX_ROWS": 20, "DEVICE": "cpu", "CONTROL_PAIRS": 0, "OUTPUT_DIR": tmp_path / "judge"}
-    run_script(train_reward_model, **reward, DATA_DIR=options["DATA_DIR"], MODEL=options["MODEL"])
-    run_script(train_dpo, **options | {"REWARD_MODEL": tmp_path / "judge"})
+def test_a_reward_model_compares_before_and_after(options, judges, tmp_path):
+    run_script(train_dpo, **options | {"REWARD_MODEL": judges["scalar"]})
     result = read(tmp_path / "run/eval.json")["comparison"]
     samples = lines_of(tmp_path / "run/samples.jsonl")
     assert result["prompts"] == 3 and result["verdict"] in ("grew", "fell", "not shown")

@@ -24,12 +24,8 @@ SMALL = {"MAX_STEPS": 6, "LOG_EVERY_STEPS": 2, "MAX_ROWS": 40, "PRECISION": "fp3
 SMALL |= {"LEARNING_RATE": 1e-3}
 
 
-@pytest.fixture
-def trained(reward_models):
-    return reward_models["scalar"]
-
-
-def test_the_run_folder_is_complete_and_its_metrics_agree(trained, sample_folder, model_folder):
+def test_the_run_folder_is_complete_and_its_metrics_agree(reward_models, sample_folder, model_folder):
+    trained = reward_models["scalar"]
     result, lines = read_json(trained / "eval.json"), read_lines(trained / "predictions.jsonl")
     right = [1.0 if p["chosen"] > p["rejected"] else 0.5 if p["chosen"] == p["rejected"] else 0.0 for p in lines]
     longer = [(p["chosen_characters"] > p["rejected_characters"]) for p in lines]
@@ -49,11 +45,11 @@ def test_the_run_folder_is_complete_and_its_metrics_agree(trained, sample_folder
     assert len(body) > 10 and not any(torch.equal(before[name], after[name]) for name in body), "every weight moved"
 
 
-def test_scores_of_whole_pairs_equal_the_predictions(trained, sample_folder):
+def test_scores_of_whole_pairs_equal_the_predictions(reward_models, sample_folder):
     """predictions.jsonl, from token ids, and RewardModel.score, from conversations, agree if the pair is not cut."""
     rows = load_pairs(sample_folder, "validation", 40)
-    lines = read_lines(trained / "predictions.jsonl")
-    model = RewardModel.load(str(trained), device="cpu")
+    lines = read_lines(reward_models["scalar"] / "predictions.jsonl")
+    model = RewardModel.load(str(reward_models["scalar"]), device="cpu")
     whole = [i for i, row in enumerate(rows) if not (row["prompt_cut"] or row["chosen_cut"] or row["rejected_cut"])]
     assert whole, "the sample has pairs that fit"
     for side in ("chosen", "rejected"):
@@ -157,23 +153,28 @@ def test_a_tokenizer_other_than_that_of_the_data_is_refused(sample_folder, model
 
 
 @pytest.mark.parametrize(
-    "constant, value, message",
+    "constants, message",
     [
-        ("PAIR_LOSS", "bradly", "PAIR_LOSS = 'bradly' is not known, choose one of: bradley_terry"),
-        ("HEAD", "vector", "HEAD = 'vector' is not known, choose one of: scalar"),
-        ("MODEL", "no/such-model", "MODEL = 'no/such-model' cannot be loaded"),
-        ("DEVICE", "cuda:7", "DEVICE = 'cuda:7' is not known"),
-        ("BATCH_SIZE", 0, "BATCH_SIZE = 0: expected 1 or more"),
-        ("MAX_STEPS", -1, "MAX_STEPS = -1: expected 0 or more"),
-        ("REPORT_TO", "paper", "REPORT_TO = 'paper' is not known, choose one of: none, tensorboard, trackio, wandb"),
-        ("REPORT_TO", "wandb", "REPORT_TO = 'wandb' needs a package that is not installed: run `pip install wandb`"),
-        ("PRECISION", "fp16", "PRECISION = 'fp16' needs a GradScaler"),
-        ("SCHEDULE", "cosin", "SCHEDULE = 'cosin' is not known, choose one of: cosine, linear, constant"),
+        ({"PAIR_LOSS": "bradly"}, "PAIR_LOSS = 'bradly' is not known, choose one of: bradley_terry"),
+        ({"MODEL": "no/such-model"}, "MODEL = 'no/such-model' cannot be loaded"),
+        ({"DEVICE": "cuda:7"}, "DEVICE = 'cuda:7' is not known"),
+        ({"BATCH_SIZE": 0}, "BATCH_SIZE = 0: expected 1 or more"),
+        ({"MAX_STEPS": -1}, "MAX_STEPS = -1: expected 0 or more"),
+        ({"REPORT_TO": "paper"}, "REPORT_TO = 'paper' is not known, choose one of: none, tensorboard, trackio, wandb"),
+        ({"REPORT_TO": "wandb"}, "REPORT_TO = 'wandb' needs a package that is not installed: run `pip install wandb`"),
+        ({"PRECISION": "fp16"}, "PRECISION = 'fp16' needs a GradScaler"),
+        ({"SCHEDULE": "cosin"}, "SCHEDULE = 'cosin' is not known, choose one of: cosine, linear, constant"),
+        ({"HEAD": "vector"}, "HEAD = 'vector' is not known, choose one of: scalar, distribution, attributes"),
+        ({"HEAD": "distribution", "PAIR_LOSS": "margin"}, "choose one of: win_probability, scaled"),
+        ({"RATING_WEIGHT": 0.5}, "RATING_WEIGHT = 0.5 needs HEAD = distribution"),
+        ({"HEAD": "attributes", "LABEL_SMOOTHING": 0.1}, "LABEL_SMOOTHING = 0.1 has no effect with HEAD = attributes"),
+        ({"RATING": "taste"}, "RATING = 'taste' is not known"),
+        ({"RATING": "goodness", "HEAD": "distribution"}, "RATING = 'goodness' is for HEAD = attributes"),
     ],
 )
-def test_user_errors_stop_with_one_message(sample_folder, model_folder, tmp_path, constant, value, message):
+def test_user_errors_stop_with_one_message(sample_folder, model_folder, tmp_path, constants, message):
     options = {"DATA_DIR": sample_folder, "MODEL": model_folder, "OUTPUT_DIR": tmp_path / "run", "DEVICE": "cpu"}
-    assert message in error_of(train_reward_model, **options | {constant: value}) and not (tmp_path / "run").exists()
+    assert message in error_of(train_reward_model, **options | constants) and not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_validation_pairs_is_reported(model_folder, tokenizer_folder, tmp_path):

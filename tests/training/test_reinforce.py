@@ -7,14 +7,7 @@ from tests.toys import sample_of
 from utils.models.generation import Answer
 from utils.models.reward_model import RewardHead
 from utils.models.shared_prompt import Prompt
-from utils.training.reinforce import (
-    Baseline,
-    Scoring,
-    divergence_alarm,
-    normalised,
-    prompt_of,
-    step_metrics,
-)
+from utils.training.reinforce import Baseline, Scoring, divergence_alarm, normalised, prompt_of, step_metrics
 
 
 def test_a_moving_average_starts_at_the_first_batch_and_is_updated_after_use():

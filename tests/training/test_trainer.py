@@ -1,6 +1,5 @@
 """The trainer learns, equals TRL, resumes after a kill, and stops at a loss that is not finite."""
 
-import json
 import math
 import os
 import signal
@@ -54,7 +53,7 @@ def test_the_toy_problem_is_learned_and_the_weights_move(model_folder, tmp_path,
     assert moved == trained and (len(moved) < len(before) if lora else len(moved) == len(before))
     rewards = forward_pairs(trainer.model, toy_rows(64, seed=1), PairCollator(2, 8), 16, trainer.accelerator)["outputs"]
     assert (rewards[:, 0] > rewards[:, 1]).mean() > 0.95, "held-out toy pairs"
-    logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = read_lines(tmp_path / "run/metrics.jsonl")
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=0.1) and logged[-1]["loss"] < 0.2
 
 
@@ -157,20 +156,15 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(model_folde
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5)
-    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in read_lines(killed / "metrics.jsonl")]
     assert steps == sorted(steps) and steps[-1] == 60
     assert not (killed / "checkpoints").exists()
 
 
 def test_ctrl_c_saves_and_prints_how_to_resume(model_folder, sample_folder, tmp_path):
     options = OPTIONS | {"DATA_DIR": sample_folder, "MODEL": model_folder, "SAVE_EVERY_STEPS": 0, "MAX_STEPS": 5000}
-    process = subprocess.Popen(
-        command(**options, OUTPUT_DIR=tmp_path / "run"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(**options, OUTPUT_DIR=tmp_path / "run"), cwd=ROOT, **pipes)
     while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
         time.sleep(0.01)
     while process.poll() is None and not (tmp_path / "run/metrics.jsonl").read_text():
@@ -185,8 +179,5 @@ def test_curves_show_the_validation_values():
     lines = [{"step": step, "loss": 0.7, "rewards/accuracies": 0.5} for step in (2, 4)]
     lines += [{"step": 4, "eval_loss": 0.6, "eval_accuracy": 0.75}]
     figure = plot_curves(lines, ("loss", "rewards/accuracies"), {}, "A run", "a step")
-    shown = [
-        [line.get_ydata().tolist() for line in axis.lines if line.get_label() == "on validation"]
-        for axis in figure.axes
-    ]
-    assert shown == [[[0.6]], [[0.75]]]
+    curves = [line for axis in figure.axes for line in axis.lines if line.get_label() == "on validation"]
+    assert [curve.get_ydata().tolist() for curve in curves] == [[0.6], [0.75]]
