@@ -155,7 +155,7 @@ def test_readme_links_every_page():
 
 def test_the_commands_without_make_equal_those_of_the_quickstart():
     shown = next(text for page, kind, _, text in BLOCKS if page == "docs/install.md" and "-m pip" in text)
-    command = ["make", "-n", "quickstart", "VENV=", "PYTHON=python"]
+    command = ["make", "--no-print-directory", "-n", "quickstart", "VENV=", "PYTHON=python"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.splitlines()[1:] == done.stdout.splitlines()
 
